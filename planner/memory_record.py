@@ -1,0 +1,53 @@
+"""What one training step takes of a device's memory: the same record whether simulated or measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePeak:
+    """The most bytes allocated during one phase of the steady step."""
+
+    phase: str
+    peak_allocated_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryBytes:
+    """Bytes of one category at the moment of the peak, fragmentation and context included."""
+
+    category: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRecord:
+    """A training step's memory on one device.
+
+    Attributes:
+        resident_bytes: allocated just before the steady step.
+        peak_allocated_bytes: most bytes in live blocks, during the steady step.
+        peak_reserved_bytes: most bytes held by the caching allocator since the process began; equal to the highest
+            allocated on a CPU, which keeps no cache.
+        peak_process_bytes: reserved plus the CUDA context.
+        peak_phase, peak_module: where the peak is; empty where that was not seen.
+        step_seconds: None where time was not measured.
+        categories: of a simulation; sum to ``peak_process_bytes``. Empty for a measurement.
+    """
+
+    format_version: int
+    kind: Literal["simulated", "measured"]
+    device: str
+    resident_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_process_bytes: int
+    peak_phase: str
+    peak_module: str
+    step_seconds: float | None
+    phases: tuple[PhasePeak, ...]
+    categories: tuple[CategoryBytes, ...]

@@ -1,0 +1,175 @@
+"""The values that a request, a prediction and a plan are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from .strategies import Configuration, Positive
+
+FORMAT_VERSION = 1
+
+Quantization = Literal["any", "fp16", "int8", "nf4"]
+Objective = Literal["time", "cost", "quality"]
+Bytes = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+Usd = Annotated[float, Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is to be done, and what the answer may and may not choose.
+
+    Attributes:
+        total_tokens: size of the whole work, padding not counted.
+        num_sequences: of *sequence_length* tokens, the last ones padded, where the data is known; None derives it
+            from *total_tokens*.
+        global_batch_size: sequences per optimizer update over all GPUs.
+        rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
+        quantization: ``fp16`` means not quantized: bf16 where the chip has it, fp32 on a CPU.
+        region: where prices are taken from.
+    """
+
+    sequence_length: Annotated[int, Meta(ge=2)] = 2048
+    total_tokens: Positive = 10_000_000
+    num_sequences: Positive | None = None
+    global_batch_size: Positive = 16
+    num_gpus: Positive = 1
+    rank: Positive | None = None
+    min_rank: Positive = 16
+    quantization: Quantization = "any"
+    objective: Objective = "time"
+    region: str = "us-east-1"
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in the whole work."""
+        return self.num_sequences or -(-self.total_tokens // self.sequence_length)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a configuration is expected to take.
+
+    Attributes:
+        resident_bytes: allocated between steps: weights, adapter, optimizer state.
+        peak_allocated_bytes: most bytes in live tensors at once, in the allocator's blocks.
+        peak_reserved_bytes: most bytes that the caching allocator holds.
+        peak_process_bytes: reserved plus the CUDA context.
+        step_seconds: one optimizer update with all its micro-batches.
+        communication_seconds: the part of it that waits for other GPUs.
+        tokens_per_second: over all GPUs.
+        traced: True if the whole step was traced and replayed through the allocator; False if it was
+            composed from a profile of single layers.
+    """
+
+    resident_bytes: Bytes
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+    peak_process_bytes: Bytes
+    step_seconds: Seconds
+    communication_seconds: Seconds
+    tokens_per_second: Seconds
+    traced: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPart:
+    """One category's share of the process's memory at the peak."""
+
+    category: str
+    num_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A configuration with its prediction and its quality.
+
+    Attributes:
+        weight_error: mean relative error of the stored base weights; 0 for unquantized ones.
+    """
+
+    configuration: Configuration
+    prediction: Prediction
+    weight_error: Annotated[float, Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What the work costs on one instance type in one region.
+
+    Attributes:
+        hours: of training alone, without set-up and interruptions.
+        price_date, price_source: of the prices.
+    """
+
+    instance: str
+    region: str
+    hours: Seconds
+    on_demand_usd_per_hour: Usd
+    on_demand_usd: Usd
+    spot_usd_per_hour: Usd | None
+    spot_usd: Usd | None
+    price_date: str
+    price_source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRecord:
+    """What was searched, so that "best" can be read for what it is.
+
+    Attributes:
+        num_candidates: uniform configurations whose prediction was computed.
+        num_fitting: those predicted to fit.
+        num_traced: those traced whole, the chosen one included.
+        num_rejected: those that seemed to fit, and did not when traced whole.
+    """
+
+    method: str
+    num_candidates: Annotated[int, Meta(ge=0)]
+    num_fitting: Annotated[int, Meta(ge=0)]
+    num_traced: Annotated[int, Meta(ge=0)]
+    num_rejected: Annotated[int, Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How to train one model on one kind of GPU, with the prediction and what it was made from.
+
+    Attributes:
+        model_config: the facts of the model's ``config.json``.
+        compute_dtype: of activations, and of weights that are not quantized.
+        attention: ``SDPA``, or ``eager`` where the model's code has nothing leaner.
+        memory_bytes: the device's.
+        budget_bytes: what the allocator may reserve: the memory less context and headroom.
+        memory: the process's memory at its peak, by category; sums to ``prediction.peak_process_bytes``.
+        alternatives: other good configurations that fit, best first.
+        versions: of the software that the step was traced with.
+    """
+
+    format_version: int
+    model_name: str
+    model_config: dict[str, Any]
+    num_parameters: Positive
+    gpu: str
+    compute_dtype: Literal["float16", "bfloat16", "float32"]
+    attention: str
+    memory_bytes: Bytes
+    budget_bytes: Bytes
+    workload: Workload
+    configuration: Configuration
+    prediction: Prediction
+    weight_error: Annotated[float, Meta(ge=0)]
+    memory: tuple[MemoryPart, ...]
+    offers: tuple[Offer, ...]
+    alternatives: tuple[Candidate, ...]
+    search: SearchRecord
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer updates for the whole work."""
+        return -(-self.workload.sequences // self.configuration.global_batch_size)

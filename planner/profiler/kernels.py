@@ -1,0 +1,223 @@
+"""What the target device would really run and allocate where ``meta`` shows something else.
+
+Tables, each keyed by operator or function:
+
+- ANSWERS: questions about data, which ``meta`` does not have.
+- CALLS: functions above the dispatcher for which a CUDA device takes another path than ``meta``.
+- REPLACEMENTS: operators whose ``meta`` version fails or gives another shape.
+- BEFORE_RESULT, AFTER_RESULT: bytes that an operator allocates inside, before or after it allocates its result, and
+  frees when it returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shallowflow.profiles.specs import GpuSpec
+
+from .allocator import MIN_BLOCK_BYTES
+
+aten = torch.ops.aten
+Workspace = Callable[["Target", tuple[Any, ...], dict[str, Any]], list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The device whose behaviour is recorded.
+
+    Attributes:
+        device_type: ``cuda`` or ``cpu``.
+        compute_capability: None for a CPU.
+        cublas_workspace_bytes: per thread that multiplies matrices.
+        alignment_bytes: what the allocator rounds every request to.
+    """
+
+    device_type: str
+    compute_capability: tuple[int, int] | None = None
+    cublas_workspace_bytes: int = 0
+    alignment_bytes: int = 1
+
+    @classmethod
+    def of(cls, gpu: GpuSpec) -> Target:
+        """The target that *gpu* is."""
+        return cls(
+            device_type=gpu.device_type,
+            compute_capability=gpu.compute_capability,
+            cublas_workspace_bytes=gpu.cublas_workspace_bytes,
+            alignment_bytes=MIN_BLOCK_BYTES if gpu.device_type == "cuda" else 1,
+        )
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
+    """An operator's argument, by position or by name; None where it was left out."""
+    return args[position] if len(args) > position else kwargs.get(name)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _scalar(tensor: torch.Tensor) -> float | int | bool:
+    """What ``.item()`` says of a ``meta`` tensor: yes to "is all of it true?", nothing to "did any overflow?"."""
+    if not tensor.is_meta:
+        value: float | int | bool = aten._local_scalar_dense.default(tensor)
+        return value
+    return 0.0 if tensor.is_floating_point() else 1
+
+
+ANSWERS: dict[Any, Callable[..., Any]] = {
+    aten._local_scalar_dense.default: _scalar,
+    aten.equal.default: lambda first, second: True if first.is_meta else aten.equal.default(first, second),
+}
+
+
+def _attention(
+    target: Target,
+    _original: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """The kernel that PyTorch's ``sdp_utils`` picks for the target.
+
+    A GPU below sm_80 has the memory-efficient kernel only, which refuses grouped KV heads and head sizes that
+    do not align to 16 bytes; the flash kernel of newer GPUs takes no mask. The math path is what remains.
+    """
+    grouped = key.size(-3) != query.size(-3)
+    if target.device_type == "cpu":
+        if (grouped and not enable_gqa) or dropout_p:
+            return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+        out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        return out
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    modern = target.compute_capability is not None and target.compute_capability >= (8, 0)
+    if modern and half and attn_mask is None and query.size(-1) <= 256 and query.size(-1) == value.size(-1):
+        flash_cuda = aten._scaled_dot_product_flash_attention
+        flashed: torch.Tensor = flash_cuda(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        return flashed
+    aligned = (query.size(-1) * query.element_size()) % 16 == 0 and (value.size(-1) * value.element_size()) % 16 == 0
+    if grouped or not aligned:
+        return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    efficient = aten._scaled_dot_product_efficient_attention
+    result: torch.Tensor = efficient(query, key, value, attn_mask, wants_gradient, dropout_p, is_causal, scale=scale)[0]
+    return result
+
+
+def _math_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    out: torch.Tensor = aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    return out
+
+
+def _softmax(
+    target: Target,
+    original: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002  # callers may pass it by this name
+    dim: int | None = None,
+    *rest: Any,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """CUDA's ``softmax(half, dtype=float32)`` casts inside its kernel (ATen's SoftMax.cpp); meta casts first."""
+    fused = target.device_type == "cuda" and dtype == torch.float32 and input.dtype == torch.float16
+    if fused and dim is not None:
+        kernel = aten._log_softmax if "log" in getattr(original, "__name__", "") else aten._softmax
+        out: torch.Tensor = kernel(input, dim, True)
+        return out
+    return original(input, dim, *rest, dtype=dtype, **kwargs)
+
+
+CALLS: dict[tuple[Any, str], Callable[..., Any]] = {
+    (torch.nn.functional, "scaled_dot_product_attention"): _attention,
+    (torch.nn.functional, "softmax"): _softmax,
+    (torch.nn.functional, "log_softmax"): _softmax,
+    (torch, "softmax"): _softmax,
+    (torch, "log_softmax"): _softmax,
+}
+
+
+def _softmax_backward(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """CUDA multiplies gradient and output into a temporary before it reduces (ATen's SoftMax.cu)."""
+    grad, output = args[0], args[1]
+    return [_bytes(torch.empty_like(output, dtype=grad.dtype))] if target.device_type == "cuda" else []
+
+
+def _efficient_backward(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """The memory-efficient kernel keeps one fp32 number, ``delta``, per query and head."""
+    grad = args[0]
+    return [grad.numel() // grad.size(-1) * 4] if target.device_type == "cuda" else []
+
+
+CUBLASLT_WORKSPACE_BYTES = 1024 * 1024
+"""PyTorch's default for cuBLASLt (CUDABlas.cpp), per handle and stream; a Hopper shares cuBLAS's."""
+
+
+def library_workspaces(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """Workspace bytes by library that a matrix product needs: cuBLAS, or cuBLASLt where a bias vector is added."""
+    if target.device_type != "cuda":
+        return {}
+    bias = args[0] if func is aten.addmm.default else _argument(args, kwargs, 6, "bias")
+    if bias is not None and bias.dim() == 1:
+        return {"cublasLt": CUBLASLT_WORKSPACE_BYTES}
+    return {"cublas": target.cublas_workspace_bytes}
+
+
+def all_workspaces(target: Target) -> dict[str, int]:
+    """Every workspace that a step may come to need, per thread."""
+    if target.device_type != "cuda":
+        return {}
+    return {"cublas": target.cublas_workspace_bytes, "cublasLt": CUBLASLT_WORKSPACE_BYTES}
+
+
+AFTER_RESULT: dict[Any, Workspace] = {
+    aten._softmax_backward_data.default: _softmax_backward,
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+}
+
+BEFORE_RESULT: dict[Any, Workspace] = {}
+
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {}
+
+
+def _gemm_4bit(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """For many tokens, bitsandbytes dequantises the whole weight and calls cuBLAS (its CUDA backend, M > 1536).
+
+    Below that a table by chip and shape decides between a fused kernel and the same; the larger is assumed.
+    """
+    activations, shape = args[0], args[2]
+    weight = math.prod(shape) * activations.element_size()
+    absmax_8bit = _argument(args, kwargs, 7, "absmax_8bit")
+    constants = [absmax_8bit.numel() * 4] * 2 if absmax_8bit is not None else []
+    return [*constants, weight] if target.device_type in ("cuda", "cpu") else []
+
+
+def register_bitsandbytes() -> None:
+    """Add the rules for bitsandbytes' operators; call it once they exist, that is, after importing bitsandbytes."""
+    ops = torch.ops.bitsandbytes
+    BEFORE_RESULT[ops.gemm_4bit.default] = _gemm_4bit

@@ -1,0 +1,99 @@
+"""What one operator costs: floating-point operations, bytes moved, and which kind of work it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """One launch.
+
+    Attributes:
+        kind: ``float16``, ``bfloat16`` or ``float32`` for matrix products in that dtype, else ``memory``.
+        flops: of matrix products and attention; element-wise arithmetic hides behind its bytes.
+        num_bytes: inputs read once plus outputs written once.
+    """
+
+    kind: str
+    flops: int
+    num_bytes: int
+
+
+_KINDS = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_PACKET_IS_FLOP = dict.fromkeys(flop_registry, True)
+_MATRIX: dict[Any, bool] = {}
+_VIEW: dict[Any, bool] = {}
+
+
+def is_view(func: Any) -> bool:
+    """Whether *func* only re-describes memory: nothing is launched."""
+    known = _VIEW.get(func)
+    if known is None:
+        schema = func._schema
+        aliases = [r.alias_info for r in schema.returns]
+        known = bool(aliases) and all(a is not None and not a.is_write for a in aliases)
+        _VIEW[func] = known or func in _NO_LAUNCH
+    return _VIEW[func]
+
+
+_NO_LAUNCH = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
+
+
+def is_matrix_product(func: Any) -> bool:
+    """Whether *func* calls cuBLAS."""
+    known = _MATRIX.get(func)
+    if known is None:
+        name = func._overloadpacket.__name__
+        known = _MATRIX[func] = name in ("mm", "addmm", "bmm", "baddbmm", "gemm_4bit", "int8_scaled_mm")
+    return known
+
+
+def tensors(values: Any) -> list[torch.Tensor]:
+    """Every tensor in nested lists and tuples."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(tensors(value))
+    return found
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    packet = func._overloadpacket
+    if packet in _PACKET_IS_FLOP:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet.__name__ == "gemm_4bit":
+        return int(2 * args[0].numel() * args[2][0])
+    if packet.__name__ == "int8_scaled_mm":
+        return int(2 * args[0].numel() * args[1].shape[0])
+    return 0
+
+
+def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[OpCost, ...]:
+    """The launches that calling *func* so comes to, read from the shapes alone.
+
+    One, but for bitsandbytes' ``gemm_4bit``, which for many tokens writes the whole weight in the compute dtype first.
+    """
+    inputs = tensors(args)
+    outputs = tensors(out if isinstance(out, (list, tuple)) else (out,))
+    flops = _flops(func, args, kwargs, out)
+    num_bytes = sum(math.prod(t.shape) * t.itemsize for t in (*inputs, *outputs))
+    name = func._overloadpacket.__name__
+    if name in ("embedding", "index_select", "embedding_dense_backward"):
+        num_bytes = 2 * sum(math.prod(t.shape) * t.itemsize for t in outputs)
+    kind = _KINDS.get(outputs[0].dtype, "float32") if flops and outputs else "memory"
+    if name != "gemm_4bit":
+        return (OpCost(kind, flops, num_bytes),)
+    weight = math.prod(args[2]) * args[0].itemsize
+    packed = sum(math.prod(t.shape) * t.itemsize for t in inputs[1:])
+    product = math.prod(args[0].shape) * args[0].itemsize + math.prod(outputs[0].shape) * outputs[0].itemsize
+    return OpCost("memory", 0, packed + weight), OpCost(kind, flops, product + weight)

@@ -1,0 +1,241 @@
+"""Follow a real training step on ``meta`` tensors: every allocation, every free, every operator."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import kernels, operators, shapes
+from .kernels import Target
+
+Phase = str
+"""``load``, ``forward``, ``backward``, ``optimizer`` or ``other``."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What happened, in order.
+
+    Attributes:
+        events: ``i + 1`` where allocation ``i`` was made, ``-(i + 1)`` where it was freed.
+        sizes: bytes asked for, per allocation, before any rounding.
+        phases, modules: per allocation, the phase and the path of the module that made it.
+        categories: per allocation, what it turned out to be, where that is known.
+        marks: (number of events before it, label).
+        ops: (number of events before it, cost) of every operator that runs on the device.
+    """
+
+    events: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    categories: dict[int, str] = field(default_factory=dict)
+    marks: list[tuple[int, str]] = field(default_factory=list)
+    ops: list[tuple[int, operators.OpCost]] = field(default_factory=list)
+
+
+class Recorder(TorchDispatchMode):
+    """Write down every storage's birth and death while ``meta`` code runs.
+
+    A storage is an allocation when first seen and freed when Python and autograd let go of it, which
+    happens at the same points of the program as it does on a real device.
+    """
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.target = target
+        self.trace = Trace()
+        self.phase: Phase = "load"
+        self.gradient_numbers: dict[int, int] = {}
+        self._live: dict[int, int] = {}
+        self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._modules: list[str] = [""]
+        self._names: dict[int, str] = {}
+        self.workspaces: dict[tuple[str, str], int] = {}
+        self.needed_workspaces: set[tuple[str, str]] = set()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing here is ever compiled, and the wrapper that would keep Dynamo out costs more than the rest."""
+        return False
+
+    def allocate(self, num_bytes: int, category: str | None = None) -> int:
+        """Note an allocation of *num_bytes* and return its number."""
+        trace = self.trace
+        number = len(trace.sizes)
+        trace.sizes.append(num_bytes)
+        trace.phases.append(self.phase)
+        trace.modules.append(self._modules[-1])
+        if category:
+            trace.categories[number] = category
+        trace.events.append(number + 1)
+        return number
+
+    def free(self, number: int) -> None:
+        """Note that allocation *number* ended."""
+        self.trace.events.append(-(number + 1))
+
+    def follow(self, tensor: torch.Tensor, category: str | None = None) -> int | None:
+        """Track the storage of *tensor* from now on and return its allocation's number; None if it takes no memory.
+
+        *category* names what it is, also when it has been tracked for long.
+        """
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        number = self._live.get(key)
+        if number is None:
+            if tensor.device.type != "meta" or not (num_bytes := storage.nbytes()):
+                return None
+            number = self._live[key] = self.allocate(num_bytes)
+            self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
+        if category:
+            self.trace.categories[number] = category
+        return number
+
+    def mark(self, label: str) -> None:
+        """Name the present moment."""
+        self.trace.marks.append((len(self.trace.events), label))
+
+    def name_modules(self, model: torch.nn.Module) -> None:
+        """Let allocations carry the path of the module that makes them."""
+        self._names.update({id(module): name for name, module in model.named_modules()})
+
+    def enter_module(self, module: torch.nn.Module, _args: object) -> None:
+        """Global forward pre-hook."""
+        self._modules.append(self._names.get(id(module), self._modules[-1]))
+
+    def leave_module(self, _module: torch.nn.Module, _args: object, _output: object) -> None:
+        """Global forward hook, called when the forward raised, too."""
+        if len(self._modules) > 1:
+            self._modules.pop()
+
+    def _notice_backward(self) -> None:
+        running = torch._C._current_graph_task_id() != -1
+        if running and self.phase == "forward":
+            self.phase = "backward"
+            self.mark("backward")
+        elif not running and self.phase == "backward":
+            self.phase = "forward"
+            self.mark("end backward")
+
+    def _forget(self, key: int) -> None:
+        del self._watched[key]
+        self.free(self._live.pop(key))
+
+    def reserve_workspaces(self, thread: str, num_bytes: Mapping[str, int]) -> None:
+        """Note a library's workspaces for *thread* when it first needs them; they stay for the life of the process."""
+        for library, size in num_bytes.items():
+            if size and (thread, library) not in self.workspaces:
+                self.workspaces[thread, library] = self.allocate(size, "workspace")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self._notice_backward()
+        answer = kernels.ANSWERS.get(func)
+        if answer is not None:
+            return answer(*args, **kwargs)
+        rule = kernels.BEFORE_RESULT.get(func)
+        temporaries = [self.allocate(n, "temporaries") for n in rule(self.target, args, kwargs)] if rule else []
+        out, launches = shapes.call(func, kernels.REPLACEMENTS.get(func, func), args, kwargs)
+        self._follow_all(out)
+        if operators.is_matrix_product(func):
+            thread = "autograd" if self.phase == "backward" else "main"
+            wanted = kernels.library_workspaces(self.target, func, args, kwargs)
+            self.reserve_workspaces(thread, wanted)
+            self.needed_workspaces.update((thread, library) for library in wanted)
+        rule = kernels.AFTER_RESULT.get(func)
+        temporaries += [self.allocate(n, "temporaries") for n in rule(self.target, args, kwargs)] if rule else []
+        for number in temporaries:
+            self.free(number)
+        self.trace.ops += [(len(self.trace.events), launch) for launch in launches]
+        return out
+
+    def _follow_all(self, out: Any) -> None:
+        if isinstance(out, torch.Tensor):
+            self.follow(out)
+        elif isinstance(out, (tuple, list)):
+            for item in out:
+                self._follow_all(item)
+
+
+@contextlib.contextmanager
+def _as_on(target: Target) -> Iterator[None]:
+    """Put the target's versions of a few functions in place of PyTorch's.
+
+    Where they stand, not by a function mode: a mode is off inside every call that it handles, and would miss what
+    ``multi_head_attention_forward`` or a backward pass calls in turn.
+    """
+    replaced = [(home, name, getattr(home, name)) for home, name in kernels.CALLS]
+    for (home, name), substitute in kernels.CALLS.items():
+        setattr(home, name, functools.partial(substitute, target, getattr(home, name)))
+    try:
+        yield
+    finally:
+        for home, name, original in replaced:
+            setattr(home, name, original)
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[Recorder]:
+    """Record what runs inside, with modules and phases told apart by PyTorch's own global hooks.
+
+    The cyclic garbage collector is off meanwhile: what it would free, and when, depends on all that Python did before.
+    """
+    modules = torch.nn.modules.module
+
+    def start_optimizer(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    number = recorder.follow(parameter.grad, "gradients")
+                    if number is not None:
+                        recorder.gradient_numbers[id(parameter)] = number
+        recorder.phase = "optimizer"
+        recorder.mark("optimizer")
+
+    def end_optimizer(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    recorder.follow(value, "optimizer")
+        recorder.mark("end optimizer")
+        recorder.phase = "forward"
+
+    handles = [
+        modules.register_module_forward_pre_hook(recorder.enter_module),
+        modules.register_module_forward_hook(recorder.leave_module, always_call=True),
+        register_optimizer_step_pre_hook(start_optimizer),
+        register_optimizer_step_post_hook(end_optimizer),
+    ]
+    collecting, swapping = gc.isenabled(), torch.__future__.get_swap_module_params_on_conversion()
+    gc.disable()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # or moving a model to `meta` would untie tied weights
+    try:
+        with _as_on(recorder.target), recorder:
+            yield recorder
+    finally:
+        if collecting:
+            gc.enable()
+        torch.__future__.set_swap_module_params_on_conversion(swapping)
+        for handle in handles:
+            handle.remove()
+
+
+def record_steps(step: Callable[[], Any], recorder: Recorder, num_steps: int = 2) -> None:
+    """Run *step* under *recorder*: the first step creates optimizer state, the last shows the steady peak."""
+    for index in range(num_steps):
+        recorder.phase = "forward"
+        recorder.mark(f"step {index}")
+        step()
+    recorder.mark("end")

@@ -1,0 +1,90 @@
+"""Nothing fits: say by how much, and which single change was computed to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from shallowflow.profiles.specs import GpuSpec
+
+from .plan import Workload
+
+SMALLEST_SEQUENCE = 64
+SMALLEST_RANK = 8
+MOST_REMEDIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """One change to the request under which a whole traced step fits."""
+
+    option: str
+    peak_process_bytes: int
+
+
+class Infeasible(Exception):
+    """No configuration fits.
+
+    Attributes:
+        smallest_bytes: the lowest process peak among all configurations, headroom included.
+        memory_bytes: the device's.
+    """
+
+    def __init__(self, smallest_bytes: int, memory_bytes: int, remedies: Sequence[Remedy]) -> None:
+        self.smallest_bytes = smallest_bytes
+        self.memory_bytes = memory_bytes
+        self.remedies = tuple(remedies)
+        super().__init__(str(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The refusal for JSON."""
+        return {
+            "error": "infeasible",
+            "smallest_bytes": self.smallest_bytes,
+            "memory_bytes": self.memory_bytes,
+            "remedies": [asdict(remedy) for remedy in self.remedies],
+        }
+
+    def __str__(self) -> str:
+        smallest, memory = self.smallest_bytes / 2**30, self.memory_bytes / 2**30
+        lines = [
+            f"no plan fits in {memory:.2f} GiB: the smallest needs {smallest:.2f} GiB, "
+            f"{smallest - memory:.2f} GiB too much."
+        ]
+        if self.remedies:
+            width = max(len(remedy.option) for remedy in self.remedies)
+            lines.append("This would fit:")
+            lines += [f"  {r.option:<{width}}   ({r.peak_process_bytes / 2**30:.2f} GiB)" for r in self.remedies]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A request changed in one way, mildest change first in every list of them."""
+
+    option: str
+    workload: Workload
+    gpu: GpuSpec
+
+
+def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterator[tuple[Change, ...]]:
+    """Groups of changes to try; within a group the first that fits is enough."""
+    if workload.quantization != "any":
+        yield (Change("--quantization any", replace(workload, quantization="any"), gpu),)
+    if workload.rank is not None and workload.rank > SMALLEST_RANK:
+        yield (Change(f"--rank {SMALLEST_RANK}", replace(workload, rank=SMALLEST_RANK), gpu),)
+    elif workload.rank is None and workload.min_rank > SMALLEST_RANK:
+        yield (Change(f"--min-rank {SMALLEST_RANK}", replace(workload, min_rank=SMALLEST_RANK), gpu),)
+    shorter: list[Change] = []
+    length = workload.sequence_length // 2
+    while length >= SMALLEST_SEQUENCE:
+        changed = replace(workload, sequence_length=length, num_sequences=None)
+        shorter.append(Change(f"--sequence-length {length}", changed, gpu))
+        length //= 2
+    yield tuple(shorter)
+    larger = sorted(
+        (g for g in gpus if g.device_type == "cuda" and g.memory_bytes > gpu.memory_bytes),
+        key=lambda g: (g.memory_bytes, g.name),
+    )
+    yield tuple(Change(f"--gpu {g.name}", workload, g) for g in larger)

@@ -1,0 +1,215 @@
+"""A plan as a person reads it: rich renderables, no input or output."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .memory_record import MemoryRecord
+from .plan import Candidate, Offer, Plan, Prediction
+from .strategies import Configuration, StrategyRun
+
+BAR_WIDTH = 60
+COLOURS = {
+    "base weights": "blue",
+    "quantization constants": "bright_blue",
+    "adapter": "cyan",
+    "optimizer": "bright_cyan",
+    "gradients": "green",
+    "activations": "yellow",
+    "logits and loss": "magenta",
+    "temporaries": "bright_yellow",
+    "workspace": "bright_magenta",
+    "fragmentation": "red",
+    "context": "white",
+}
+SHADES = "█▓▒░"
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as GiB with two digits."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def usd(amount: float | None) -> str:
+    """Dollars and cents; a dash where there is no price."""
+    return "-" if amount is None else f"${amount:,.2f}"
+
+
+def strategy(run: StrategyRun) -> str:
+    """One run of layers in words."""
+    return f"{run.strategy.weight_format}, {run.strategy.activations} activations"
+
+
+def strategies(configuration: Configuration) -> str:
+    """All layers' strategies in words."""
+    if len(configuration.layers) == 1:
+        return strategy(configuration.layers[0])
+    return "; ".join(f"layers {run.first}-{run.last}: {strategy(run)}" for run in configuration.layers)
+
+
+def plan(value: Plan) -> RenderableType:
+    """The whole plan: what to do, its memory, speed and price, why, and what else was near."""
+    return Group(
+        _headline(value),
+        Text(),
+        _memory(value),
+        Text(),
+        _speed(value),
+        Text(),
+        _money(value.offers),
+        Text(),
+        _alternatives(value),
+        Text(),
+        _why(value),
+    )
+
+
+def memory_record(record: MemoryRecord) -> RenderableType:
+    """A step's memory, simulated or measured."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column(justify="right")
+    rows = [
+        ("resident before the step", record.resident_bytes),
+        ("peak allocated", record.peak_allocated_bytes),
+        ("peak reserved", record.peak_reserved_bytes),
+        ("peak of the process", record.peak_process_bytes),
+    ]
+    rows += [(f"peak of the {phase.phase} phase", phase.peak_allocated_bytes) for phase in record.phases]
+    rows += [(f"at the peak: {part.category}", part.num_bytes) for part in record.categories]
+    for name, num_bytes in rows:
+        grid.add_row(name, f"{num_bytes / 2**20:,.2f} MiB")
+    if record.step_seconds is not None:
+        grid.add_row("seconds per step", duration(record.step_seconds))
+    where = f", in the {record.peak_phase} phase" if record.peak_phase else ""
+    where += f" of {record.peak_module}" if record.peak_module else ""
+    return Group(Text(f"{record.kind} on {record.device}: peak allocated{where}", style="bold"), grid)
+
+
+def _headline(value: Plan) -> RenderableType:
+    configuration = value.configuration
+    gpus = "one" if configuration.num_gpus == 1 else str(configuration.num_gpus)
+    plural = "" if configuration.num_gpus == 1 else "s"
+    title = Text(f"{value.model_name} on {gpus} {value.gpu.upper()}{plural}", style="bold")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("layers", f"{configuration.num_layers} x {strategies(configuration)}")
+    grid.add_row("adapter", f"LoRA rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
+    grid.add_row("compute", f"{value.compute_dtype}, {value.attention} attention, AdamW")
+    grid.add_row(
+        "batch",
+        f"{configuration.micro_batch_size} x {configuration.gradient_accumulation_steps} accumulated"
+        f" x {gpus} GPU{plural}"
+        f" = {configuration.global_batch_size} sequences of {configuration.sequence_length} tokens per step",
+    )
+    return Group(title, grid)
+
+
+def _memory(value: Plan) -> RenderableType:
+    process, total = value.prediction.peak_process_bytes, value.memory_bytes
+    heading = Text.assemble(("Memory at the peak  ", "bold"), f"{gib(process)} of {gib(total)}")
+    bar = Text()
+    filled = 0
+    edge = 0.0
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column()
+    grid.add_column(justify="right")
+    grid.add_column(justify="right")
+    for index, part in enumerate(value.memory):
+        edge += part.num_bytes / total * BAR_WIDTH
+        colour, shade = COLOURS.get(part.category, "white"), SHADES[index % len(SHADES)]
+        bar.append(shade * (round(edge) - filled), style=colour)
+        filled = round(edge)
+        grid.add_row(Text(shade, style=colour), part.category, gib(part.num_bytes), f"{part.num_bytes / total:.1%}")
+    bar.append("·" * (BAR_WIDTH - filled), style="dim")
+    return Group(heading, bar, grid)
+
+
+def _speed(value: Plan) -> RenderableType:
+    seconds = value.prediction.step_seconds
+    return Text.assemble(
+        ("Speed  ", "bold"),
+        f"{duration(seconds)} per step, {value.prediction.tokens_per_second:,.0f} tokens/s; "
+        f"{value.num_steps:,} steps ({value.workload.total_tokens:,} tokens) "
+        f"take {duration(seconds * value.num_steps)}",
+    )
+
+
+def _money(offers: tuple[Offer, ...]) -> RenderableType:
+    if not offers:
+        return Text.assemble(("Money  ", "bold"), "no shipped instance has this GPU; hours are all there is")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, justify in (("instance", "left"), ("hours", "right"), ("on demand", "right"), ("spot", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for offer in offers[:3]:
+        table.add_row(offer.instance, f"{offer.hours:.2f}", usd(offer.on_demand_usd), usd(offer.spot_usd))
+    heading = Text.assemble(("Money  ", "bold"), f"{offers[0].region}, prices: {offers[0].price_date}")
+    return Group(heading, table)
+
+
+def _difference(prediction: Prediction, best: Prediction) -> str:
+    change = prediction.step_seconds / best.step_seconds - 1
+    if abs(change) < 0.005:
+        return "same speed"
+    return f"{abs(change):.0%} {'slower' if change > 0 else 'faster'}"
+
+
+def _alternatives(value: Plan) -> RenderableType:
+    if not value.alternatives:
+        return Text("No other configuration fits.")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("next best")
+    for name in ("rank", "batch", "memory", "s/step"):
+        table.add_column(name, justify="right")
+    table.add_column("against the plan")
+    for candidate in value.alternatives:
+        table.add_row(*_row(candidate, value))
+    return table
+
+
+def _row(candidate: Candidate, value: Plan) -> tuple[str, ...]:
+    configuration, prediction = candidate.configuration, candidate.prediction
+    batch = f"{configuration.micro_batch_size} x {configuration.gradient_accumulation_steps}"
+    saved = value.prediction.peak_process_bytes - prediction.peak_process_bytes
+    gains = [_difference(prediction, value.prediction), f"{gib(abs(saved))} {'less' if saved > 0 else 'more'}"]
+    if candidate.weight_error != value.weight_error:
+        gains.append("finer weights" if candidate.weight_error < value.weight_error else "coarser weights")
+    return (
+        strategies(configuration),
+        str(configuration.rank),
+        batch,
+        gib(prediction.peak_process_bytes),
+        f"{prediction.step_seconds:.2f}",
+        ", ".join(gains),
+    )
+
+
+def _why(value: Plan) -> RenderableType:
+    search = value.search
+    lines = [
+        f"Best by {value.workload.objective} of {search.num_candidates} uniform configurations; "
+        f"{search.num_fitting} fit in {gib(value.budget_bytes)}, which is the memory less context and headroom.",
+        f"The plan's own step was traced whole{_rejected(search.num_rejected)}; "
+        "the others are composed from traces of single layers.",
+    ]
+    lines += list(value.notes)
+    return Text("\n".join(lines), style="dim")
+
+
+def _rejected(count: int) -> str:
+    if not count:
+        return ""
+    return f" (and {count} better-looking {'one' if count == 1 else 'ones'}, which then did not fit)"

@@ -1,0 +1,77 @@
+"""Plans to JSON and back; a plan file is data and is checked before anything believes it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from shallowflow.profiles import model_facts
+
+from .plan import FORMAT_VERSION, Plan
+from .strategies import Configuration
+
+
+class PlanError(ValueError):
+    """A plan file that is not a plan: which entry, and why."""
+
+
+def to_json(plan: Plan) -> str:
+    """*plan* as indented JSON text with a final newline."""
+    return msgspec.json.format(msgspec.json.encode(plan), indent=2).decode() + "\n"
+
+
+def from_json(text: str | bytes, where: str = "plan") -> Plan:
+    """The inverse of ``to_json``.
+
+    Raises:
+        PlanError: *text* is no JSON, lacks entries, has wrong types or values, or contradicts itself.
+    """
+    try:
+        plan = msgspec.json.decode(text, type=Plan)
+    except UnicodeError:
+        raise PlanError(f"{where} is not UTF-8 text") from None
+    except msgspec.ValidationError as error:
+        raise PlanError(f"{where} is not a plan: {error}") from None
+    except msgspec.DecodeError as error:
+        raise PlanError(f"{where} is not JSON: {error}") from None
+    for problem in _contradictions(plan):
+        raise PlanError(f"{where} contradicts itself: {problem}")
+    return plan
+
+
+def _contradictions(plan: Plan) -> list[str]:
+    found: list[str] = []
+    if plan.format_version != FORMAT_VERSION:
+        found.append(f"format_version is {plan.format_version}, this program reads {FORMAT_VERSION}; plan again")
+    found += _gaps(plan.configuration)
+    if plan.configuration.sequence_length != plan.workload.sequence_length:
+        found.append(
+            f"configuration.sequence_length is {plan.configuration.sequence_length}, "
+            f"workload.sequence_length {plan.workload.sequence_length}"
+        )
+    if plan.configuration.global_batch_size != plan.workload.global_batch_size:
+        found.append(
+            f"micro-batch x accumulation x GPUs is {plan.configuration.global_batch_size}, "
+            f"workload.global_batch_size {plan.workload.global_batch_size}"
+        )
+    total = sum(part.num_bytes for part in plan.memory)
+    if total != plan.prediction.peak_process_bytes:
+        found.append(
+            f"memory sums to {total} bytes, prediction.peak_process_bytes is {plan.prediction.peak_process_bytes}"
+        )
+    if "model_type" not in plan.model_config:
+        found.append("model_config has no model_type")
+    num_layers = model_facts.size(plan.model_config, "num_hidden_layers")
+    if num_layers is not None and plan.configuration.num_layers not in (0, num_layers):
+        found.append(
+            f"configuration.layers covers {plan.configuration.num_layers} layers, model_config has {num_layers}"
+        )
+    return found
+
+
+def _gaps(configuration: Configuration) -> list[str]:
+    expected = 0
+    for run in configuration.layers:
+        if run.first != expected or run.last < run.first:
+            return [f"configuration.layers covers {run.first} to {run.last} where layer {expected} comes next"]
+        expected = run.last + 1
+    return [] if expected else ["configuration.layers is empty"]

@@ -1,0 +1,69 @@
+"""What can be done to one layer, and to a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+Activations = Literal["save", "recompute"]
+Positive = Annotated[int, Meta(ge=1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """What is done to one layer: how its weights are stored and what becomes of its activations."""
+
+    weight_format: WeightFormat
+    activations: Activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyRun:
+    """The same strategy for consecutive layers: from *first* up to and including *last*."""
+
+    first: Annotated[int, Meta(ge=0)]
+    last: Annotated[int, Meta(ge=0)]
+    strategy: Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """One way to train: every decision that memory and time depend on.
+
+    Attributes:
+        layers: strategies of all decoder layers, in order and without gaps.
+        rank, alpha: of LoRA on every linear module of the decoder layers.
+        micro_batch_size: sequences per forward pass and GPU.
+        gradient_accumulation_steps: micro-batches per optimizer update and GPU.
+        num_gpus: data-parallel replicas.
+    """
+
+    layers: tuple[StrategyRun, ...]
+    rank: Positive
+    alpha: Positive
+    sequence_length: Annotated[int, Meta(ge=2)]
+    micro_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    num_gpus: Positive = 1
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences per optimizer update over all GPUs."""
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.num_gpus
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.layers[-1].last + 1 if self.layers else 0
+
+    def strategies(self) -> tuple[Strategy, ...]:
+        """One strategy per layer."""
+        return tuple(run.strategy for run in self.layers for _ in range(run.first, run.last + 1))
+
+
+def uniform(strategy: Strategy, num_layers: int) -> tuple[StrategyRun, ...]:
+    """The same *strategy* for every layer."""
+    return (StrategyRun(first=0, last=num_layers - 1, strategy=strategy),)

@@ -1,0 +1,45 @@
+"""A model's sizes, read from its configuration under whichever of Hugging Face's spellings it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SPELLINGS = {
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
+}
+
+OVERFLOWS_FP16 = frozenset({"gemma3", "gemma3_text", "gpt_oss", "qwen3_5", "qwen3_5_text", "qwen3_moe", "glm4_moe"})
+"""Kinds of model whose activations leave fp16's range: made for bf16, with residual streams beyond 65504."""
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+def is_mixture_of_experts(config: Mapping[str, Any]) -> bool:
+    """Whether tokens choose among experts, so that memory and time depend on the data."""
+    return any(isinstance(config.get(key), int) and config[key] > 1 for key in _EXPERTS)
+
+
+def size(config: Mapping[str, Any], name: str) -> int | None:
+    """The size called *name* in most configurations, under any spelling; None where it is not stated."""
+    for spelling in _SPELLINGS[name]:
+        value = config.get(spelling)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def num_layers(config: Mapping[str, Any]) -> int:
+    """Decoder layers; ValueError where the configuration does not say."""
+    layers = size(config, "num_hidden_layers")
+    if layers is None:
+        raise ValueError("num_hidden_layers is missing from the model's configuration")
+    return layers
+
+
+def least_outside_weights(config: Mapping[str, Any]) -> int:
+    """At least this many parameters lie outside the decoder layers: the table of embeddings."""
+    return (size(config, "hidden_size") or 0) * (size(config, "vocab_size") or 0)

@@ -1,0 +1,1 @@
+"""Actions: build, train, evaluate, measure and record what a plan says."""

@@ -1,0 +1,185 @@
+"""From a configuration to a model that trains: weights in their formats, recomputation, adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from shallowflow.planner.strategies import Strategy, WeightFormat
+from shallowflow.profiles import BadFacts
+from shallowflow.profiles import load_model as load_model_spec
+
+from . import attention, quantized
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def transformers_config(config: Mapping[str, Any], num_hidden_layers: int | None = None) -> PreTrainedConfig:
+    """The transformers object for a configuration's facts, with another depth if *num_hidden_layers* is given."""
+    kept = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+    facts = copy.deepcopy(kept)  # transformers completes nested facts in place
+    try:
+        made = AutoConfig.for_model(config["model_type"], **facts)
+    except Exception as error:  # whatever a model's own checks raise on a broken configuration
+        raise BadFacts(_unbuildable(config, error)) from error
+    if num_hidden_layers is not None:
+        _set_depth(made, num_hidden_layers)
+    return made
+
+
+def _unbuildable(config: Mapping[str, Any], error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "Unrecognized model identifier" in reason:
+        reason = f"transformers {transformers.__version__} knows no such model_type"
+    return f"cannot build a causal language model of model_type {config['model_type']!r}: {reason}"
+
+
+def _set_depth(config: PreTrainedConfig, depth: int) -> None:
+    """Cut or repeat what is listed per layer along with the number of layers."""
+    for key in ("layer_types", "mlp_layer_types"):
+        listed = getattr(config, key, None)
+        if isinstance(listed, list) and listed:
+            with contextlib.suppress(AttributeError):  # some configurations derive the list from the depth
+                setattr(config, key, [listed[i % len(listed)] for i in range(depth)])
+    config.num_hidden_layers = depth
+
+
+def load_model(
+    name_or_config: str | Path | Mapping[str, Any] | PreTrainedConfig,
+    quantization: WeightFormat | None = None,
+    *,
+    double_quantization: bool = False,
+    compute_dtype: str = "float16",
+    device: str = "meta",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build the modules that loading with weights gives, without weights.
+
+    Args:
+        name_or_config: a shipped name, a path, the facts of a ``config.json``, or a transformers configuration.
+        quantization: ``int8`` or ``nf4`` for every linear layer but the head; None for none.
+        double_quantization: quantize nf4's constants, too.
+        compute_dtype: ``float16``, ``bfloat16`` or ``float32``: of activations and of whatever is not quantized.
+        device: where the tensors live; ``meta`` holds none.
+        attn_implementation: ``eager``, ``sdpa``, or None for SDPA with expanded KV heads.
+
+    Raises:
+        FactsError: the name is unknown or the configuration is broken.
+    """
+    if isinstance(name_or_config, (str, Path)):
+        config = transformers_config(load_model_spec(str(name_or_config)).config)
+    elif isinstance(name_or_config, Mapping):
+        config = transformers_config(name_or_config)
+    else:
+        config = name_or_config
+    model = empty_model(config, compute_dtype, device, attn_implementation)
+    if quantization in ("int8", "nf4"):
+        for layer in decoder_layers(model):
+            quantized.quantize_linears(layer, quantization, DTYPES[compute_dtype], double_quantization)
+    return model
+
+
+def empty_model(
+    config: PreTrainedConfig, compute_dtype: str, device: str, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """A model of *config* with unquantized, untrained weights on *device*.
+
+    Raises:
+        BadFacts: transformers cannot build it.
+    """
+    try:
+        attn_implementation = attn_implementation or attention.best_for(config)
+        with torch.device(device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[compute_dtype], attn_implementation=attn_implementation
+            )
+    except Exception as error:  # whatever a model's own code raises on a broken configuration
+        raise BadFacts(_unbuildable({"model_type": config.model_type}, error)) from error
+    model.tie_weights()
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model
+
+
+def count_parameters(config: Mapping[str, Any]) -> int:
+    """Distinct parameters of the model; a tied head counts once."""
+    return sum(p.numel() for p in empty_model(transformers_config(config), "float16", "meta").parameters())
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The repeated blocks, in order: the module list that holds most of the parameters."""
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 0]
+    if not lists:
+        raise ValueError(f"no repeated layers found in {type(model).__name__}")
+    outermost = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return list(outermost)
+
+
+def apply_strategies(
+    model: torch.nn.Module, strategies: Sequence[Strategy], compute_dtype: str, double_quantization: bool = False
+) -> None:
+    """Give each decoder layer its weight format and activation policy.
+
+    Raises:
+        ValueError: the model has another number of layers.
+    """
+    layers = decoder_layers(model)
+    if len(layers) != len(strategies):
+        raise ValueError(f"the plan has {len(strategies)} layers, the model {len(layers)}")
+    for layer, strategy in zip(layers, strategies, strict=True):
+        if strategy.weight_format in ("int8", "nf4"):
+            quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], double_quantization)
+
+
+def recompute_layers(model: torch.nn.Module, strategies: Sequence[Strategy]) -> None:
+    """Make the layers whose strategy says so forget their activations and compute them again in the backward pass."""
+    has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    for layer, strategy in zip(decoder_layers(model), strategies, strict=True):
+        if strategy.activations == "recompute":
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=has_dropout
+            )
+
+
+def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Module:
+    """LoRA in fp32 on every linear layer of the decoder, as PEFT does it.
+
+    fp32, because a loss scale needs gradients that neither overflow nor vanish; the base keeps its dtype.
+    """
+    quantized.bitsandbytes()  # PEFT imports it too, and less quietly
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=adapter_targets(model), lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: torch.nn.Module = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def adapter_targets(model: torch.nn.Module) -> list[str]:
+    """The last parts of the names of the decoder layers' linear modules, such as ``q_proj`` and ``down_proj``."""
+    names = {
+        name.rsplit(".", 1)[-1]
+        for layer in decoder_layers(model)
+        for name, module in layer.named_modules()
+        if quantized.is_linear(module)
+    }
+    if not names:
+        raise ValueError(f"no linear layers to adapt in {type(model).__name__}")
+    return sorted(names)

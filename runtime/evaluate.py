@@ -1,0 +1,42 @@
+"""Perplexity on text that was not learned."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from . import quantized
+from .batches import Window, micro_batch
+from .step import Trainee
+
+
+def perplexity(
+    trainee: Trainee,
+    windows: Sequence[Window],
+    micro_batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[], None] = lambda: None,
+) -> float:
+    """exp of the mean cross-entropy per target token over all *windows*."""
+    total = 0.0
+    with _evaluating(trainee.model), torch.no_grad():
+        for first in range(0, len(windows), micro_batch_size):
+            total += float(trainee.loss(micro_batch(windows[first : first + micro_batch_size], device)))
+            on_batch()
+    return math.exp(total / sum(w.num_targets for w in windows))
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off; quantized layers stay as they are, which on a CPU would repack their weights for inference."""
+    model.eval()
+    for module in model.modules():
+        if quantized.is_quantized(module):
+            module.training = True
+    try:
+        yield
+    finally:
+        model.train()

@@ -1,0 +1,150 @@
+"""bitsandbytes weights in place of linear layers: made from real weights, or just their shapes on ``meta``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+NF4_BLOCK = 64
+"""Weights that share one constant: bitsandbytes' default for nf4, as in the QLoRA paper."""
+
+CONSTANT_BLOCK = 256
+"""Constants that share one second-level constant under double quantization."""
+
+
+def bitsandbytes() -> Any:
+    """The library, imported only where something is quantized and without its talk of kernels that it lacks."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes as bnb
+
+    return bnb
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether *module* multiplies by a weight matrix: a Linear, or GPT-2's transposed Conv1D."""
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether *module* is one of bitsandbytes'."""
+    return type(module).__module__.startswith("bitsandbytes.")
+
+
+def quantize_linears(
+    layer: torch.nn.Module, weight_format: Literal["int8", "nf4"], dtype: torch.dtype, double_quantization: bool
+) -> None:
+    """Replace every linear module inside *layer* by its quantized counterpart, on the device that it is on."""
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            if is_linear(child):
+                setattr(parent, name, _quantize(child, weight_format, dtype, double_quantization))
+
+
+def _quantize(
+    linear: torch.nn.Module, weight_format: Literal["int8", "nf4"], dtype: torch.dtype, double_quantization: bool
+) -> torch.nn.Module:
+    weight = linear.weight.data.t().contiguous() if isinstance(linear, Conv1D) else linear.weight.data
+    assert isinstance(weight, torch.Tensor)
+    bias = linear.bias
+    make = _nf4 if weight_format == "nf4" else _int8
+    made = make(weight, dtype, double_quantization)
+    if bias is not None:
+        assert isinstance(bias, torch.Tensor)
+        made.bias = torch.nn.Parameter(bias.data.to(dtype), requires_grad=False)
+    return made
+
+
+def _nf4(weight: torch.Tensor, dtype: torch.dtype, double_quantization: bool) -> torch.nn.Module:
+    bnb = bitsandbytes()
+    out_features, in_features = weight.shape
+    layer = bnb.nn.Linear4bit(
+        in_features,
+        out_features,
+        bias=False,
+        compute_dtype=dtype,
+        compress_statistics=double_quantization,
+        quant_type="nf4",
+        device="meta",
+    )
+    if weight.is_meta:
+        packed, state = _nf4_shapes(weight, dtype, double_quantization)
+    else:
+        packed, state = bnb.functional.quantize_4bit(
+            weight.to(dtype), blocksize=NF4_BLOCK, compress_statistics=double_quantization, quant_type="nf4"
+        )
+    layer.weight = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        bnb_quantized=True,
+        quant_type="nf4",
+        blocksize=NF4_BLOCK,
+        compress_statistics=double_quantization,
+    )
+    layer.weight.module = layer
+    layer.weight.quant_state = layer.quant_state = state
+    made: torch.nn.Module = layer
+    return made
+
+
+def _nf4_shapes(weight: torch.Tensor, dtype: torch.dtype, double_quantization: bool) -> tuple[torch.Tensor, object]:
+    """What ``quantize_4bit`` returns for *weight*, as shapes: packed half bytes and the constants beside them."""
+    make_state = bitsandbytes().functional.QuantState
+    count = weight.numel()
+    blocks = -(-count // NF4_BLOCK)
+    packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device="meta")
+    code = torch.empty(16, device="meta")
+    if not double_quantization:
+        constants = torch.empty(blocks, device="meta")
+        return packed, make_state(
+            absmax=constants, shape=weight.shape, dtype=dtype, blocksize=NF4_BLOCK, quant_type="nf4", code=code
+        )
+    second = make_state(
+        absmax=torch.empty(-(-blocks // CONSTANT_BLOCK), device="meta"),
+        blocksize=CONSTANT_BLOCK,
+        code=torch.empty(256, device="meta"),
+        dtype=torch.float32,
+    )
+    return packed, make_state(
+        absmax=torch.empty(blocks, dtype=torch.uint8, device="meta"),
+        shape=weight.shape,
+        dtype=dtype,
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+        code=code,
+        offset=torch.empty((), device="meta"),
+        state2=second,
+    )
+
+
+def _int8(weight: torch.Tensor, dtype: torch.dtype, _double_quantization: bool) -> torch.nn.Module:
+    """Row-wise int8 without outlier columns (threshold 0), whose number would depend on the data."""
+    bnb = bitsandbytes()
+    out_features, in_features = weight.shape
+    layer = bnb.nn.Linear8bitLt(in_features, out_features, bias=False, has_fp16_weights=False, device="meta")
+    if weight.is_meta:
+        rows = torch.empty((out_features, in_features), dtype=torch.int8, device="meta")
+        scales = torch.empty(out_features, device="meta")
+    else:
+        rows, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
+    made: torch.nn.Module = layer
+    return made
+
+
+def constants(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors that a quantized module holds beside parameters and buffers."""
+    found: list[torch.Tensor] = []
+    weight = module._parameters.get("weight")
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        found += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, torch.Tensor)]
+        state = state.state2
+    for holder in (weight, getattr(module, "state", None)):
+        scales = getattr(holder, "SCB", None)
+        if isinstance(scales, torch.Tensor):
+            found.append(scales)
+    return found

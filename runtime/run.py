@@ -1,0 +1,241 @@
+"""Execute a plan: load, evaluate, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from shallowflow.planner import serialize
+from shallowflow.planner.plan import Plan
+from shallowflow.planner.profiler import cache
+
+from . import batches, report
+from .documents import read_documents
+from .evaluate import perplexity
+from .meter import MeasuredPeak
+from .record import RUN_FORMAT_VERSION, Comparison, RunRecord, StepRecord, median_step_seconds, to_json
+from .step import LEARNING_RATE, Trainee, make_trainee
+from .train import train as training_steps
+from .weights import find_weights, load_tokenizer, load_weights
+
+
+class RunError(ValueError):
+    """A run that cannot start here: one line that says why and what would work."""
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes."""
+
+    def stage(self, message: str, total: int | None = None) -> None:
+        """A new stage of *total* parts begins."""
+
+    def advance(self) -> None:
+        """One part of the stage is done."""
+
+    def step(self, record: StepRecord, peak: MeasuredPeak | None) -> None:
+        """One optimizer update is done."""
+
+
+class Silent:
+    """A watcher who says nothing."""
+
+    def stage(self, message: str, total: int | None = None) -> None:
+        """Hear of a stage."""
+
+    def advance(self) -> None:
+        """Hear of a part."""
+
+    def step(self, record: StepRecord, peak: MeasuredPeak | None) -> None:
+        """Hear of a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What to run a plan on.
+
+    Attributes:
+        num_steps: optimizer updates; None for one pass over the data.
+        usd_per_hour: what the machine costs, for the meter; None shows no dollars.
+    """
+
+    data: Path
+    output: Path
+    eval_data: Path | None = None
+    weights: Path | None = None
+    num_steps: int | None = None
+    learning_rate: float = LEARNING_RATE
+    usd_per_hour: float | None = None
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a run has come to so far, so that an interrupted one can still be recorded."""
+
+    steps: list[StepRecord] = field(default_factory=list)
+    peak: MeasuredPeak | None = None
+    before: float | None = None
+    after: float | None = None
+    interrupted: bool = False
+
+
+def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> RunRecord:
+    """Fine-tune as *plan* says and write adapter, ``run.json``, ``plan.json`` and ``report.html`` to the output folder.
+
+    Ctrl-C ends training after the present step; what was learned is saved and recorded as interrupted.
+
+    Raises:
+        RunError: this machine is not the plan's, or the output folder holds a run already.
+        DataError, WeightsError: see there.
+    """
+    watcher = watcher or Silent()
+    device = _device(plan)
+    _check_output(request.output)
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    documents = read_documents(request.data)
+    held_out = read_documents(request.eval_data) if request.eval_data else []
+    watcher.stage("loading tokenizer and weights")
+    source = find_weights(plan.model_name, request.weights)
+    tokenizer = load_tokenizer(source)
+    length = plan.configuration.sequence_length
+    windows = _windows(batches.windows(documents, tokenizer, length), request.data)
+    eval_windows = _windows(batches.windows(held_out, tokenizer, length), request.eval_data) if held_out else []
+    model = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
+    torch.manual_seed(request.seed)
+    trainee = make_trainee(model, plan.configuration, plan.compute_dtype, device, request.learning_rate)
+    progress = _Progress()
+    _learn(plan, request, watcher, trainee, windows, eval_windows, device, progress)
+    record = _record(plan, request, progress, windows, started, time.perf_counter() - clock)
+    watcher.stage("saving")
+    _save(plan, request.output, trainee, record)
+    return record
+
+
+def _learn(
+    plan: Plan,
+    request: RunRequest,
+    watcher: Watcher,
+    trainee: Trainee,
+    windows: list[batches.Window],
+    eval_windows: list[batches.Window],
+    device: torch.device,
+    progress: _Progress,
+) -> None:
+    configuration = plan.configuration
+    accumulation = configuration.gradient_accumulation_steps
+    total = request.num_steps or -(-len(windows) // (configuration.micro_batch_size * accumulation))
+
+    def evaluate(name: str) -> float | None:
+        if not eval_windows:
+            return None
+        watcher.stage(f"perplexity {name} training", -(-len(eval_windows) // configuration.micro_batch_size))
+        return perplexity(trainee, eval_windows, configuration.micro_batch_size, device, watcher.advance)
+
+    def keep_peak(peak: MeasuredPeak) -> None:
+        progress.peak = peak
+
+    try:
+        progress.before = evaluate("before")
+        watcher.stage("training", total)
+        endless = batches.steps(windows, configuration.micro_batch_size, accumulation, request.seed)
+        chosen = itertools.islice(endless, total)
+        for record in training_steps(trainee, chosen, device, on_peak=keep_peak, usd_per_hour=request.usd_per_hour):
+            progress.steps.append(record)
+            watcher.step(record, progress.peak)
+        progress.after = evaluate("after")
+    except KeyboardInterrupt:
+        progress.interrupted = True
+
+
+def _device(plan: Plan) -> torch.device:
+    if plan.configuration.num_gpus > 1:
+        raise RunError(
+            f"the plan is for {plan.configuration.num_gpus} GPUs, and training runs on one so far; plan with --gpus 1"
+        )
+    if plan.gpu == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RunError(f"the plan is for a {plan.gpu} and this machine has no CUDA device; plan with --gpu cpu")
+    return torch.device("cuda", 0)
+
+
+def _check_output(output: Path) -> None:
+    for path in (output, *output.parents):
+        if path.is_file():
+            raise RunError(f"{path} is a file; give a folder with --output")
+    if output.is_dir() and any(output.iterdir()):
+        raise RunError(f"{output} is not empty; give a new folder with --output")
+
+
+def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Window]:
+    if not found:
+        raise RunError(f"{path} holds no token to learn: its documents are shorter than two tokens")
+    return found
+
+
+def _record(
+    plan: Plan,
+    request: RunRequest,
+    progress: _Progress,
+    windows: list[batches.Window],
+    started: datetime.datetime,
+    seconds: float,
+) -> RunRecord:
+    positions = len(windows) * plan.configuration.sequence_length
+    return RunRecord(
+        format_version=RUN_FORMAT_VERSION,
+        model_name=plan.model_name,
+        device=_device_name(plan),
+        outcome="interrupted" if progress.interrupted else "completed",
+        started=started.isoformat(timespec="seconds"),
+        seconds=seconds,
+        usd=None if request.usd_per_hour is None else seconds / 3600 * request.usd_per_hour,
+        comparisons=_comparisons(plan, progress),
+        perplexity_before=progress.before,
+        perplexity_after=progress.after,
+        padding_share=1 - sum(w.num_targets for w in windows) / positions,
+        num_skipped=sum(step.skipped for step in progress.steps),
+        steps=tuple(progress.steps),
+        versions=cache.versions(),
+    )
+
+
+def _device_name(plan: Plan) -> str:
+    if plan.gpu != "cpu":
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _comparisons(plan: Plan, progress: _Progress) -> tuple[Comparison, ...]:
+    found: list[Comparison] = []
+    prediction, peak = plan.prediction, progress.peak
+    if peak is not None:
+        rows = [
+            ("resident between steps", prediction.resident_bytes, peak.resident_bytes),
+            ("peak allocated", prediction.peak_allocated_bytes, peak.peak_allocated_bytes),
+        ]
+        if plan.gpu != "cpu":
+            rows.append(("peak reserved", prediction.peak_reserved_bytes, peak.peak_reserved_bytes))
+        found += [Comparison(quantity=q, unit="bytes", predicted=p, measured=m) for q, p, m in rows]
+    seconds = median_step_seconds(progress.steps)
+    if seconds is not None:
+        found.append(Comparison(quantity="step", unit="seconds", predicted=prediction.step_seconds, measured=seconds))
+    return tuple(found)
+
+
+def _save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord) -> None:
+    """Write the adapter first and the record last: a folder with ``run.json`` is complete."""
+    output.mkdir(parents=True, exist_ok=True)
+    model: Any = trainee.model
+    model.peft_config["default"].base_model_name_or_path = plan.model_name
+    model.save_pretrained(str(output / "adapter"), safe_serialization=True, save_embedding_layers=False)
+    (output / "plan.json").write_text(serialize.to_json(plan), encoding="utf-8")
+    (output / "report.html").write_text(report.html(plan, record), encoding="utf-8")
+    (output / "run.json").write_text(to_json(record), encoding="utf-8")

@@ -1,0 +1,93 @@
+"""A training step on ``meta``: the trainer's own step, with made-up batches, for the profiler to trace."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shallowflow.planner.profiler.kernels import register_bitsandbytes
+from shallowflow.planner.strategies import Configuration
+
+from . import attention, build, quantized
+from .step import MicroBatch, Resident, StepOutcome, Trainee, make_trainee
+
+
+@dataclass(slots=True)
+class MetaStep:
+    """A trainee with made-up batches, for the profiler to trace."""
+
+    trainee: Trainee
+    micro_batches: list[MicroBatch]
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The adapted model."""
+        return self.trainee.model
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        """Its decoder layers."""
+        return self.trainee.layers
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the adapter."""
+        return self.trainee.optimizer
+
+    @property
+    def attention(self) -> str:
+        """The attention that the model took."""
+        return attention.shown(str(getattr(self.trainee.model.config, "_attn_implementation", "eager")))
+
+    def resident_tensors(self) -> list[Resident]:
+        """Everything held between steps, but the optimizer's state."""
+        return self.trainee.resident_tensors()
+
+    def prime(self) -> None:
+        """Create the optimizer's state."""
+        self.trainee.prime()
+
+    def run(self, num_micro_batches: int | None = None) -> StepOutcome:
+        """One optimizer update over the first *num_micro_batches*; None for all."""
+        return self.trainee.step(self.micro_batches[:num_micro_batches])
+
+
+def register_quantization() -> None:
+    """Import bitsandbytes with ``torch.compile`` out of the way, and make its operators known to the profiler.
+
+    It wraps a few CPU kernels when imported, which alone loads the whole compiler: a second, for kernels that never
+    run on ``meta``. It falls back to the plain functions by itself.
+    """
+    if "bitsandbytes" not in sys.modules:
+        compiler = torch.compile
+        torch.compile = _no_compiler
+        try:
+            quantized.bitsandbytes()
+        finally:
+            torch.compile = compiler
+    register_bitsandbytes()
+
+
+def _no_compiler(*_args: Any, **_kwargs: Any) -> Any:
+    raise RuntimeError("nothing is compiled while simulating")
+
+
+def make_meta_step(
+    model_config: Mapping[str, Any], configuration: Configuration, compute_dtype: str, num_micro_batches: int
+) -> MetaStep:
+    """The training step of *configuration* on ``meta``, with as many layers as the configuration has."""
+    register_quantization()
+    config = build.transformers_config(model_config, configuration.num_layers)
+    model = build.empty_model(config, compute_dtype, "meta")
+    trainee = make_trainee(model, configuration, compute_dtype)
+    shape = (configuration.micro_batch_size, configuration.sequence_length)
+    batches = []
+    for _ in range(num_micro_batches):
+        tokens = torch.empty(shape, dtype=torch.int64, device="meta")
+        batches.append(MicroBatch(tokens, torch.empty_like(tokens), math.prod(shape)))
+    return MetaStep(trainee, batches)

@@ -1,0 +1,146 @@
+"""One training step, the same function for simulating, measuring and training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from shallowflow.planner.strategies import Configuration
+
+from . import build, quantized
+from .precision import LossScale
+
+LEARNING_RATE = 2e-4
+"""LoRA's usual one, as in the QLoRA paper for models up to 13B."""
+MAX_GRADIENT_NORM = 1.0
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Token numbers and the labels to learn, both (micro batch, sequence length).
+
+    Labels are already shifted: position ``t`` holds the token at ``t + 1``, or -100 where nothing is learned.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    num_targets: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one optimizer update did: mean loss per target token, gradient norm before clipping, and whether it ran."""
+
+    loss: float
+    gradient_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A tensor that stays: its category, its path in the model, and the number of its decoder layer if any."""
+
+    category: str
+    path: str
+    layer: int | None
+    tensor: torch.Tensor
+
+
+@dataclass(slots=True)
+class Trainee:
+    """A model ready to train: its adapters, optimizer and loss scale."""
+
+    model: torch.nn.Module
+    layers: list[torch.nn.Module]
+    optimizer: torch.optim.Optimizer
+    loss_scale: LossScale
+    parameters: list[torch.nn.Parameter] = field(default_factory=list)
+
+    def resident_tensors(self) -> list[Resident]:
+        """Everything held between steps, but the optimizer's state."""
+        owner = {id(m): index for index, layer in enumerate(self.layers) for m in layer.modules()}
+        found: list[Resident] = []
+        for path, module in self.model.named_modules():
+            layer = owner.get(id(module))
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, tensor in own:
+                category = "adapter" if tensor.requires_grad else "base weights"
+                found.append(Resident(category, f"{path}.{name}", layer, tensor))
+            found += [Resident("quantization constants", path, layer, t) for t in quantized.constants(module)]
+        return found
+
+    def resident(self) -> list[torch.Tensor]:
+        """Every tensor held between steps, the optimizer's state included."""
+        state = [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+        return [*(item.tensor for item in self.resident_tensors()), *state]
+
+    def prime(self) -> None:
+        """Create the optimizer's state without a forward pass; for ``meta`` tensors, whose values do not matter."""
+        for parameter in self.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepOutcome:
+        """Forward and backward over every micro-batch, then one optimizer update.
+
+        The loss is the mean over all target tokens of the step, however they are spread over micro-batches.
+        """
+        num_targets = sum(batch.num_targets for batch in micro_batches)
+        losses = [self._micro_step(batch, num_targets) for batch in micro_batches]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / self.loss_scale.value
+        finite = math.isfinite(norm)
+        if finite:
+            clip = MAX_GRADIENT_NORM / norm if norm > MAX_GRADIENT_NORM else 1.0
+            torch._foreach_mul_(gradients, clip / self.loss_scale.value)
+            self.optimizer.step()
+        del gradients
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss_scale.update(overflowed=not finite)
+        return StepOutcome(sum(float(loss) for loss in losses), norm, skipped=not finite)
+
+    def _micro_step(self, batch: MicroBatch, num_targets: int) -> torch.Tensor:
+        loss = self.loss(batch) / num_targets
+        (loss * self.loss_scale.value).backward()
+        return loss.detach()
+
+    def loss(self, batch: MicroBatch) -> torch.Tensor:
+        """Summed cross-entropy over the target tokens, in fp32."""
+        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.float()
+        return torch.nn.functional.cross_entropy(
+            logits.view(-1, logits.size(-1)), batch.labels.view(-1), ignore_index=IGNORED_LABEL, reduction="sum"
+        )
+
+
+def make_trainee(
+    model: PreTrainedModel,
+    configuration: Configuration,
+    compute_dtype: str,
+    device: torch.device | None = None,
+    learning_rate: float = LEARNING_RATE,
+) -> Trainee:
+    """Turn a loaded base model into what *configuration* says: quantized, adapted, recomputing, with an optimizer.
+
+    The model is moved to *device* once its weights have their formats; None leaves it where it is.
+
+    Raises:
+        ValueError: the configuration does not match the model.
+    """
+    strategies = configuration.strategies()
+    build.apply_strategies(model, strategies, compute_dtype)
+    build.recompute_layers(model, strategies)
+    layers = build.decoder_layers(model)
+    adapted = build.add_adapters(model, configuration.rank, configuration.alpha)
+    if device is not None:
+        adapted.to(device)
+    adapted.train()
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, foreach=True)
+    scale = LossScale.for_dtype(compute_dtype)
+    return Trainee(adapted, layers, optimizer, scale, parameters)

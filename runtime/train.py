@@ -1,0 +1,54 @@
+"""The training loop: one record per optimizer update."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from .batches import Window, micro_batch
+from .meter import MeasuredPeak, Stopwatch, measure_peak
+from .record import StepRecord
+from .step import StepOutcome, Trainee
+
+MEASURED_STEP = 1
+"""The step whose memory is measured: the second, when the optimizer's state exists. Its time does not count."""
+
+
+def train(
+    trainee: Trainee,
+    steps: Iterable[Sequence[Sequence[Window]]],
+    device: torch.device,
+    *,
+    on_peak: Callable[[MeasuredPeak], None],
+    usd_per_hour: float | None = None,
+) -> Iterator[StepRecord]:
+    """Run one optimizer update per item of *steps*, yielding what happened; *on_peak* hears the measured memory."""
+    for index, chosen in enumerate(steps):
+        watch = Stopwatch(device)
+        batches = [micro_batch(windows, device) for windows in chosen]
+        if index == MEASURED_STEP:
+            tokens = [t for b in batches for t in (b.input_ids, b.labels)]
+            run = functools.partial(trainee.step, batches)
+            outcome, peak = measure_peak(run, [*trainee.resident(), *tokens], device)
+            on_peak(peak)
+        else:
+            outcome = trainee.step(batches)
+        yield _record(index, outcome, trainee, sum(b.num_targets for b in batches), watch.seconds(), usd_per_hour)
+
+
+def _record(
+    index: int, outcome: StepOutcome, trainee: Trainee, num_targets: int, seconds: float, usd_per_hour: float | None
+) -> StepRecord:
+    return StepRecord(
+        index=index,
+        loss=outcome.loss,
+        gradient_norm=outcome.gradient_norm,
+        loss_scale=trainee.loss_scale.value,
+        skipped=outcome.skipped,
+        num_target_tokens=num_targets,
+        seconds=seconds,
+        usd=None if usd_per_hour is None else seconds / 3600 * usd_per_hour,
+        memory_measured=index == MEASURED_STEP,
+    )

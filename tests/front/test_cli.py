@@ -1,0 +1,232 @@
+"""Every command's output and exit code, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.front.shell import AS_PROGRAM, SMALL, sfplan
+
+import shallowflow
+from shallowflow import cli
+from shallowflow.planner import serialize
+from shallowflow.profiles import gpu_names, load_gpu, load_model, model_names
+
+# Help
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"]])
+def test_help_names_every_command(words: list[str]) -> None:
+    """Both spellings print the same help, with each command in it."""
+    done = sfplan(*words)
+
+    assert done.code == 0 and done.errors == ""
+    assert done.output == sfplan("--help").output
+    assert all(name in done.output for name in cli.cli.commands)
+
+
+@pytest.mark.parametrize("command", ["plan", "model", "train", "models", "gpus"])
+def test_every_command_has_help(command: str) -> None:
+    """Each command explains each of its options, for both spellings of help."""
+    done = sfplan(command, "--help")
+
+    assert done == sfplan(command, "-h")
+    assert done.code == 0 and done.output.startswith("Usage: sfplan ")
+    real = cli.cli.commands["plan" if command == "model" else command]
+    assert all(option in done.output for parameter in real.params for option in parameter.opts if "--" in option)
+
+
+def test_nothing_at_all_is_answered_with_help() -> None:
+    """Without a word the program says what it can do."""
+    done = sfplan()
+
+    assert "Usage: sfplan" in done.output + done.errors
+    assert "Traceback" not in done.errors
+
+
+def test_the_version_is_the_installed_one() -> None:
+    """Program, package and distribution agree on the version, and the installed script is this command line."""
+    done = sfplan("--version")
+
+    assert done.code == 0
+    assert done.output.split()[-1] == shallowflow.__version__ == version("shallowflow")
+    (script,) = entry_points(group="console_scripts", name="sfplan")
+    assert script.load() is cli.main
+
+
+# Plans
+
+
+def test_the_word_plan_may_be_left_out(tiny_folder: Path) -> None:
+    """``sfplan MODEL``, ``sfplan plan MODEL`` and ``sfplan model MODEL`` are one command."""
+    bare, plan, model = (sfplan(*word, tiny_folder, *SMALL) for word in ([], ["plan"], ["model"]))
+
+    assert bare.code == 0
+    assert bare.output.startswith("tiny on one CPU\n")
+    assert bare == plan == model
+
+
+def test_the_model_may_be_left_out() -> None:
+    """``sfplan model --gpu t4`` plans the model that the help names, and so do the other ways to say it."""
+    named = sfplan(cli.DEFAULT_MODEL)
+    others = [sfplan(*words) for words in (["model", "--gpu", "t4"], ["plan"], ["--gpu", "t4"])]
+
+    assert named.code == 0
+    assert named.output.startswith(f"{cli.DEFAULT_MODEL} on one T4\n")
+    assert all(other == named for other in others)
+
+
+def test_a_plan_in_json_is_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
+    """What is printed and what is written are the same JSON, and reading it gives the plan of the Python call."""
+    words = (tiny_folder, *SMALL, "--rank", 8, "--tokens", 5000, "--objective", "quality")
+    printed = sfplan(*words, "--json")
+    written = sfplan(*words, "--output", tmp_path / "plan.json")
+
+    assert printed.code == written.code == 0
+    assert (tmp_path / "plan.json").read_text(encoding="utf-8") == printed.output
+    assert written.output == sfplan(*words).output
+    made = serialize.from_json(printed.output)
+    assert serialize.to_json(made) == printed.output
+    asked: dict[str, Any] = {"sequence_length": 32, "rank": 8, "total_tokens": 5000, "objective": "quality"}
+    assert made == shallowflow.plan(str(tiny_folder), "cpu", **asked)
+
+
+def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
+    """Each option of the workload is in the plan with the value given."""
+    given = {
+        "gpus": ("num_gpus", 2),
+        "sequence-length": ("sequence_length", 48),
+        "tokens": ("total_tokens", 123_456),
+        "global-batch-size": ("global_batch_size", 6),
+        "rank": ("rank", 24),
+        "min-rank": ("min_rank", 8),
+        "quantization": ("quantization", "nf4"),
+        "objective": ("objective", "cost"),
+        "region": ("region", "eu-west-1"),
+    }
+    words = [word for option, (_, value) in given.items() for word in (f"--{option}", value)]
+
+    done = sfplan(tiny_folder, "--gpu", "t4", "--json", *words)
+
+    assert done.code == 0, done.errors
+    workload = json.loads(done.output)["workload"]
+    assert workload == {"num_sequences": None, **dict(given.values())}
+
+
+def test_data_gives_the_size_of_the_work(tiny_folder: Path, data: Path) -> None:
+    """From a file come tokens and sequences, and the plan says that they are an estimate."""
+    characters = sum(len(json.loads(line)["text"]) for line in data.read_text(encoding="utf-8").splitlines())
+
+    made = serialize.from_json(sfplan(tiny_folder, *SMALL, "--data", data, "--json").output)
+
+    assert abs(made.workload.total_tokens - characters / 4) < 12
+    assert made.workload.num_sequences == 12
+    assert made.num_steps == 1
+    assert any("data.jsonl: about" in note and "estimated at 4 characters" in note for note in made.notes)
+
+
+def test_a_plan_is_the_same_every_time(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced now or remembered, in this process or its own, a plan is byte for byte the same and needs no terminal."""
+    words = (str(tiny_folder), *map(str, SMALL), "--quantization", "nf4")
+    monkeypatch.setenv("SHALLOWFLOW_CACHE", str(tmp_path))
+
+    traced, remembered = sfplan(*words), sfplan(*words)
+    environment = {**os.environ, "SHALLOWFLOW_CACHE": str(tmp_path), "COLUMNS": "40"}
+    alone = subprocess.run([*AS_PROGRAM, *words], capture_output=True, env=environment, check=True)
+
+    assert traced == remembered
+    assert alone.stdout.decode() == traced.output
+    assert alone.stderr == b""
+    assert max(map(len, traced.output.splitlines())) <= 100
+
+
+def test_planning_from_the_cache_loads_no_torch(tiny_folder: Path) -> None:
+    """Importing the package, and planning what was traced before, stay fast: torch and transformers are not loaded."""
+    assert sfplan(tiny_folder, *SMALL).code == 0
+    code = (
+        "import sys, shallowflow.cli, shallowflow; shallowflow.cli.main(sys.argv[1:]); "
+        "print(sorted({'torch', 'transformers', 'peft', 'bitsandbytes'} & set(sys.modules)), file=sys.stderr)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_folder), *map(str, SMALL)], capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.startswith("tiny on one CPU\n")
+    assert done.stderr == "[]\n"
+
+
+# Facts
+
+
+def test_models_are_listed() -> None:
+    """Every shipped model is there with its parameters, in text and in JSON."""
+    text, listed = sfplan("models"), sfplan("models", "--json")
+
+    assert text.code == listed.code == 0
+    assert [line.split()[0] for line in text.output.splitlines()] == model_names()
+    assert [entry["name"] for entry in json.loads(listed.output)] == model_names()
+    for entry, line in zip(json.loads(listed.output), text.output.splitlines(), strict=True):
+        assert entry["num_parameters"] == load_model(entry["name"]).num_parameters
+        assert line.split()[1:] == ([] if entry["num_parameters"] is None else [f"{entry['num_parameters']:,}"])
+
+
+def test_gpus_are_listed() -> None:
+    """Every GPU is there with its memory and dtype, and in JSON each number with its source."""
+    text, listed = sfplan("gpus"), sfplan("gpus", "--json")
+
+    assert text.code == listed.code == 0
+    assert [line.split()[0] for line in text.output.splitlines()] == gpu_names()
+    for entry, line in zip(json.loads(listed.output), text.output.splitlines(), strict=True):
+        gpu = load_gpu(entry["name"])
+        assert entry["memory_bytes"] == gpu.memory_bytes
+        assert entry["sources"].keys() == gpu.sources.keys()
+        assert f"{gpu.memory_bytes / 2**30:.2f} GiB" in line and gpu.compute_dtype in line and gpu.title in line
+
+
+# Nothing fits
+
+
+def test_what_does_not_fit_says_what_would(folder: Callable[..., Path]) -> None:
+    """Exit code 1, by how much it does not fit, and remedies that each make a plan; the same facts in JSON."""
+    wide = folder(vocab_size=100_000, max_position_embeddings=2**20)
+    words = (wide, "--gpu", "h100", "--rank", 8, "--global-batch-size", 1)
+    too_long = ("--sequence-length", 2**16)
+
+    text, refused = sfplan(*words, *too_long), sfplan(*words, *too_long, "--json")
+
+    assert text.code == refused.code == 1
+    assert text.output == "" and text.errors == refused.errors
+    facts = json.loads(refused.output)
+    assert facts["error"] == "infeasible"
+    assert facts["smallest_bytes"] > facts["memory_bytes"] == load_gpu("h100").memory_bytes
+    first, *lines = text.errors.splitlines()
+    needed, most = (facts[key] / 2**30 for key in ("smallest_bytes", "memory_bytes"))
+    assert first.startswith(f"Error: no plan fits in {most:.2f} GiB: the smallest needs {needed:.2f} GiB, ")
+    assert facts["remedies"]
+    for remedy, line in zip(facts["remedies"], lines[1:], strict=True):
+        assert line.split()[:2] == remedy["option"].split()
+        changed = sfplan(*words, *too_long, *remedy["option"].split(), "--json")
+        assert changed.code == 0
+        assert serialize.from_json(changed.output).prediction.peak_process_bytes <= facts["memory_bytes"]
+
+
+# Between programs
+
+
+def test_a_reader_may_stop_reading() -> None:
+    """Cut off by the next program in a pipe, the command ends without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run([*AS_PROGRAM, "models"], stdout=pipe, stderr=subprocess.PIPE, check=False)
+
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr

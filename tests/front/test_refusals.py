@@ -1,0 +1,143 @@
+"""Whatever is wrong with a request for a plan, the answer is exit code 2 and one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.front.shell import SMALL, sfplan
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["Lama-3.1-8B"], ["unknown model 'Lama-3.1-8B'", "'meta-llama/Llama-3.1-8B'"]),
+        (["some/model-that-nobody-has"], ["unknown model", "The Hub could not be reached"]),
+        (["./nowhere"], ["nowhere", "no such file"]),
+        (["SmolLM2-135M", "--gpu", "t5"], ["unknown GPU 't5'", "'t4'"]),
+        (["SmolLM2-135M", "--gpu", "quantum"], ["unknown GPU 'quantum'", "known: ", "l4"]),
+        (["SmolLM2-135M", "--sequence-length", "8193"], ["8193", "--sequence-length 8192"]),
+        (["SmolLM2-135M", "--rank", "577"], ["rank 577", "576"]),
+        (["SmolLM2-135M", "--gpus", "3"], ["does not divide over 3", "--global-batch-size 18"]),
+        (["gemma-3-1b-pt"], ["overflows in fp16", "--gpu l4"]),
+        (["SmolLM2-135M", "--region", "atlantis-1"], ["atlantis-1", "us-east-1"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_a_bad_request_is_told_in_one_line(words: list[str], told: list[str]) -> None:
+    """Exit code 2, and one line with what is wrong and what would work."""
+    done = sfplan(*words)
+
+    assert done.code == 2
+    assert all(part in done.error() for part in told), done.errors
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["SmolLM2-135M", "--bogus"], "No such option"),
+        (["train", "--bogus"], "No such option"),
+        (["SmolLM2-135M", "Llama-3.1-8B"], "unexpected extra argument"),
+        (["SmolLM2-135M", "--quantization", "fp4"], "'fp4' is not one of 'any', 'fp16', 'int8', 'nf4'"),
+        (["SmolLM2-135M", "--tokens", "many"], "'many' is not a valid integer"),
+        (["SmolLM2-135M", "--gpus", "0"], "0 is not in the range"),
+        (["SmolLM2-135M", "--sequence-length", "1"], "1 is not in the range"),
+        (["train"], "Missing argument"),
+        (["train", "plan.json", "--output", "run"], "Missing option '--data'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_a_bad_option_is_told_with_the_usage(words: list[str], told: str) -> None:
+    """Exit code 2, the usage, and what is wrong in the last line."""
+    done = sfplan(*words)
+
+    assert done.code == 2 and done.output == ""
+    assert done.errors.startswith("Usage: sfplan ")
+    assert told in done.errors.splitlines()[-1]
+
+
+def test_work_too_large_to_count_is_refused(tiny_folder: Path) -> None:
+    """A global batch beyond any training is answered at once, not searched for ever."""
+    done = sfplan(tiny_folder, *SMALL, "--global-batch-size", 10**15)
+
+    assert done.code == 2
+    assert "--global-batch-size" in done.errors.splitlines()[-1]
+
+
+def test_work_is_measured_in_one_way(tiny_folder: Path, data: Path) -> None:
+    """Tokens and data together contradict each other."""
+    assert "either --tokens or --data" in sfplan(tiny_folder, "--tokens", 5, "--data", data).error()
+
+
+@pytest.mark.parametrize("content", [None, "", '{"body": "no text"}'], ids=["missing", "empty", "columns"])
+def test_bad_data_stops_a_plan(tiny_folder: Path, tmp_path: Path, content: str | None) -> None:
+    """The size of the work cannot come from a file that cannot be learned."""
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+
+    done = sfplan(tiny_folder, "--data", path)
+
+    assert done.code == 2
+    assert str(path) in done.error()
+
+
+def test_a_folder_for_the_plan_must_exist(tiny_folder: Path, tmp_path: Path) -> None:
+    """Where a plan cannot be written, that is said before it is made."""
+    done = sfplan(tiny_folder, "--output", tmp_path / "missing" / "plan.json")
+
+    assert done.code == 2
+    assert str(tmp_path / "missing") in done.error()
+    assert sfplan(tiny_folder, *SMALL, "--output", tmp_path).code == 2
+
+
+def test_a_full_disk_is_told_in_one_line(tiny_folder: Path) -> None:
+    """A plan that cannot be written ends in one line, not in a traceback."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no device that is always full")
+
+    done = sfplan(tiny_folder, *SMALL, "--output", full)
+
+    assert done.code == 2
+    assert str(full) in done.error()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"model_type": "llama"}', "\0", "{" * 10_000])
+def test_a_broken_config_is_told(tmp_path: Path, content: str) -> None:
+    """A config.json that is none, or lacks its sizes, is refused by its path."""
+    path = tmp_path / "config.json"
+    path.write_text(content, encoding="utf-8")
+
+    for given in (path, tmp_path):
+        done = sfplan(given)
+        assert done.code == 2
+        assert str(path) in done.error()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "is not a causal language model"),
+        ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "is not a causal language model"),
+        ({"architectures": None, "model_type": "clip"}, "causal language model"),
+        ({"model_type": "made_up"}, "knows no such model_type"),
+        ({"num_key_value_heads": 3}, "not divisible"),
+        ({"hidden_size": 66, "head_dim": 16}, "66"),
+        ({"hidden_size": 10**9}, "beyond any model"),
+        ({"num_hidden_layers": 0}, "not a positive whole number"),
+        ({"num_hidden_layers": 4, "layer_types": ["full_attention"] * 3}, "layer_types has 3"),
+        ({"hidden_act": "made_up"}, "made_up"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings"),
+        ({"rope_parameters": {"rope_type": "made_up"}}, "made_up"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_config_that_lies_is_told(folder: Callable[..., Path], changes: dict[str, Any], told: str) -> None:
+    """What is no causal language model, or contradicts itself, is refused with the value that is wrong."""
+    done = sfplan(folder(**changes), *SMALL)
+
+    assert done.code == 2
+    assert told in done.error()

@@ -1,0 +1,373 @@
+"""A profile of three layers stands for a model of any depth, at any micro-batch and rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.planner import tiny
+from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
+from tests.strategies import FORMATS, POLICIES, step_profiles
+from torch.utils.flop_counter import FlopCounterMode
+
+from shallowflow.planner import costs
+from shallowflow.planner.costs import SEGMENTS, Ints, StepProfile
+from shallowflow.planner.profiler.profile import Misaligned, profile_step
+from shallowflow.planner.profiler.trace import Trace
+from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat
+from shallowflow.runtime.build import empty_model, transformers_config
+from shallowflow.runtime.step import MicroBatch, make_trainee
+
+
+def block_levels(trace: Trace, alignment: int) -> list[int]:
+    """The whole blocks that live after each event."""
+    rounded = [-(-size // alignment) * alignment for size in trace.sizes]
+    return list(accumulate(rounded[event - 1] if event > 0 else -rounded[-event - 1] for event in trace.events))
+
+
+@settings(max_examples=30)
+@given(
+    family=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    weight_format=st.sampled_from(FORMATS),
+    activations=st.sampled_from(POLICIES),
+    num_layers=st.integers(2, 6),
+    micro_batch_size=st.integers(1, 6),
+    rank=st.sampled_from([1, 4, 8, 13, 64]),
+    accumulation=st.integers(1, 2),
+)
+def test_composition_is_the_full_trace(
+    family: str,
+    weight_format: WeightFormat,
+    activations: Activations,
+    num_layers: int,
+    micro_batch_size: int,
+    rank: int,
+    accumulation: int,
+) -> None:
+    """Footprints composed from three layers are those of all; only accumulation and the update are nearly so."""
+    chosen = configuration(
+        weight_format,
+        activations,
+        num_layers=num_layers,
+        rank=rank,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+    profile = tiny.profiled(family, "t4", Strategy(weight_format=weight_format, activations=activations))
+
+    composed = costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulation > 1)
+
+    trace = tiny.traced(family, "t4", chosen)
+    levels = block_levels(trace, 512)
+    second = max(position for position, label in trace.marks if label == "step 1")
+    update = max(position for position, label in trace.marks if label == "optimizer")
+    resident, peak = levels[second - 1], max(levels)
+    batches = 2 * accumulation * (micro_batch_size * chosen.sequence_length * 8 + 512)
+    assert resident - batches <= composed.resident_bytes <= resident
+    assert composed.peak_allocated_bytes == pytest.approx(peak, rel=0.001)
+    if max(levels[second:update]) == peak:
+        assert composed.peak_allocated_bytes >= peak - (batches if accumulation > 1 else 0)
+
+
+def unrolled(profile: StepProfile, num_layers: int, micro_batch_size: int, rank: int, accumulates: bool) -> list[int]:
+    """The level after every event of a step in which each layer's events are written out as often as it has layers."""
+    align = profile.alignment_bytes
+
+    def blocks(row: Ints) -> int:
+        constant, per_sample, per_rank, mixed = row.tolist()
+        size = constant + per_sample * micro_batch_size + per_rank * rank + mixed * micro_batch_size * rank
+        return -(-size // align) * align
+
+    resident = sum(map(blocks, profile.fixed)) + num_layers * sum(map(blocks, profile.layer))
+    gradients = num_layers * sum(map(blocks, profile.gradients))
+    inner = ["inner"] * (num_layers - 2)
+    layers = ["first", *inner, "last"] if num_layers > 1 else ["first"]
+    order = ["embed", *layers, "head", *(f"{place}_back" for place in reversed(layers))]
+    levels = [resident + (gradients if accumulates else 0)]
+    for segment in order:
+        for event, index, micro_batch in zip(profile.events, profile.event_segment, profile.event_pass, strict=True):
+            if SEGMENTS[index] == segment and micro_batch == accumulates:
+                size = blocks(profile.sizes[abs(event) - 1])
+                levels.append(levels[-1] + (size if event > 0 else -size))
+    return levels
+
+
+@given(
+    profile=step_profiles(),
+    num_layers=st.integers(1, 12),
+    micro_batch_size=st.integers(1, 8),
+    rank=st.integers(1, 64),
+    accumulates=st.booleans(),
+)
+def test_repeated_layers_are_as_good_as_written_out(
+    profile: StepProfile, num_layers: int, micro_batch_size: int, rank: int, accumulates: bool
+) -> None:
+    """The peak is the highest level of the whole step with every layer's events in a row."""
+    levels = unrolled(profile, num_layers, micro_batch_size, rank, accumulates)
+
+    found = costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+
+    assert found.peak_allocated_bytes == max(levels)
+
+
+@pytest.mark.parametrize("sequence_length", [2, 8])
+@pytest.mark.parametrize("num_layers", [2, 9])
+def test_a_peak_in_the_optimizer_is_composed_too(sequence_length: int, num_layers: int) -> None:
+    """With few tokens and large adapters the update is the worst moment."""
+    chosen = configuration(
+        "fp16", "save", num_layers=num_layers, rank=64, sequence_length=sequence_length, micro_batch_size=1
+    )
+    strategy = Strategy(weight_format="fp16", activations="save")
+    trace = tiny.traced("llama", "t4", chosen)
+
+    composed = costs.footprint(
+        tiny.profiled("llama", "t4", strategy, sequence_length), num_layers, 1, 64, accumulates=False
+    )
+
+    levels = block_levels(trace, 512)
+    update = max(position for position, label in trace.marks if label == "optimizer")
+    second = max(position for position, label in trace.marks if label == "step 1")
+    assert composed.peak_allocated_bytes == max(levels) == max(levels[update:]) > max(levels[second:update])
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "activations"), [("fp16", "save"), ("int8", "recompute"), ("nf4", "recompute")]
+)
+def test_longer_sequences_never_shrink_the_footprint(weight_format: WeightFormat, activations: Activations) -> None:
+    """More tokens need no less memory, whatever the micro-batch, the rank and the depth."""
+    strategy = Strategy(weight_format=weight_format, activations=activations)
+    profiles = [tiny.profiled("llama", "t4", strategy, length) for length in (64, 200)]
+
+    for micro_batch_size, rank, num_layers, accumulates in ((1, 8, 3, False), (4, 64, 9, True), (7, 16, 2, False)):
+        prints = [
+            costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+            for profile in profiles
+        ]
+        peaks = [found.peak_allocated_bytes for found in prints]
+        assert peaks[0] < peaks[1]
+        assert prints[0].resident_bytes <= prints[1].resident_bytes
+
+
+@given(
+    profile=step_profiles(),
+    num_layers=st.integers(1, 80),
+    micro_batch_size=st.integers(1, 16),
+    rank=st.integers(1, 128),
+    accumulates=st.booleans(),
+    more=st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 64)),
+)
+def test_more_layers_samples_or_ranks_never_shrink_the_footprint(
+    profile: StepProfile,
+    num_layers: int,
+    micro_batch_size: int,
+    rank: int,
+    accumulates: bool,
+    more: tuple[int, int, int],
+) -> None:
+    """A footprint grows with each of its arguments, and its peak covers what is resident."""
+    small = costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+
+    large = costs.footprint(
+        profile, num_layers + more[0], micro_batch_size + more[1], rank + more[2], accumulates=accumulates
+    )
+
+    assert small.resident_bytes <= small.peak_allocated_bytes
+    assert small.resident_bytes <= large.resident_bytes
+    assert small.peak_allocated_bytes <= large.peak_allocated_bytes
+
+
+@given(step_profiles(), st.integers(1, 40), st.integers(1, 8), st.integers(1, 64))
+def test_accumulation_never_needs_less(profile: StepProfile, num_layers: int, micro_batch_size: int, rank: int) -> None:
+    """Gradients that are there from the start leave less room than gradients that grow."""
+    once, twice = (
+        costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+        for accumulates in (False, True)
+    )
+
+    assert once.resident_bytes == twice.resident_bytes
+    assert once.peak_allocated_bytes <= twice.peak_allocated_bytes
+
+
+@given(step_profiles())
+def test_arrays_and_back_is_the_identity(profile: StepProfile) -> None:
+    """Nothing of a profile is lost in its arrays."""
+    back = StepProfile.from_arrays(profile.to_arrays())
+
+    assert same(profile, back)
+
+
+def same(first: StepProfile, second: StepProfile) -> bool:
+    """Equal in every array."""
+    return all(np.array_equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(StepProfile))
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(StepProfile)])
+def test_a_missing_array_is_a_key_error(name: str) -> None:
+    """A profile of fewer arrays, such as an older program wrote, is none."""
+    arrays = tiny.profiled("gpt2", "t4", Strategy(weight_format="fp16", activations="save")).to_arrays()
+    del arrays[name]
+
+    with pytest.raises(KeyError, match=name):
+        StepProfile.from_arrays(arrays)
+
+
+def real_flops(family: str, chosen: Configuration) -> int:
+    """What PyTorch counts in the forward and backward passes of one micro-batch on the CPU."""
+    model = empty_model(transformers_config(FAMILIES[family], chosen.num_layers), "float32", "cpu")
+    trainee = make_trainee(model, chosen, "float32")
+    tokens = torch.randint(VOCABULARY, (chosen.micro_batch_size, chosen.sequence_length))
+    with FlopCounterMode(display=False) as counter:
+        trainee.loss(MicroBatch(tokens, tokens, tokens.numel())).backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("activations", POLICIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_flops_are_those_of_the_real_step(family: str, activations: Activations) -> None:
+    """The composed count of a real step's arithmetic is PyTorch's own, to the last operation."""
+    chosen = configuration("fp32", activations, num_layers=5, rank=12, micro_batch_size=4)
+    profile = tiny.profiled(family, "cpu", Strategy(weight_format="fp32", activations=activations))
+
+    flops, _ = costs.operator_costs(profile, chosen.micro_batch_size, chosen.rank)
+    micro_batch, update = costs.segment_seconds(profile, chosen.num_layers, flops.astype(np.float64))
+
+    assert (micro_batch, update) == (real_flops(family, chosen), 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("weight_format", ["int8", "nf4"])
+def test_storing_weights_otherwise_changes_no_arithmetic(family: str, weight_format: WeightFormat) -> None:
+    """Quantized weights are multiplied as often as others are."""
+    counts: list[float] = []
+    for stored in (weight_format, "fp32"):
+        profile = tiny.profiled(family, "cpu", Strategy(weight_format=stored, activations="save"))
+        flops, _ = costs.operator_costs(profile, 3, 8)
+        counts.append(costs.segment_seconds(profile, 4, flops.astype(np.float64))[0])
+
+    assert counts[0] == counts[1] > 0
+
+
+def test_gradients_are_one_fp32_number_per_adapter_weight() -> None:
+    """Gradient bytes are the adapter's, each tensor in whole blocks."""
+    profile = tiny.profiled("llama", "t4", Strategy(weight_format="nf4", activations="save"))
+
+    found = costs.gradient_bytes(profile, 7, 8)
+
+    features = [64, 64, 64, 32, 64, 32, 64, 64, 64, 176, 64, 176, 176, 64]
+    assert found == 7 * sum(-(-8 * n * 4 // 512) * 512 for n in features)
+
+
+@dataclass
+class Toy:
+    """Three layers of a frozen matrix with an adapter each, whose sizes can be counted on fingers."""
+
+    micro_batch_size: int
+    rank: int
+    habit: Callable[[torch.Tensor, int], torch.Tensor]
+
+    WIDTH = 256
+
+    def __post_init__(self) -> None:
+        with torch.device("meta"):
+            self.model = torch.nn.Sequential(*(ToyLayer(self.WIDTH, self.rank, self.habit) for _ in range(3)))
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, foreach=True)
+        self.attention = "none"
+
+    @property
+    def layers(self) -> Sequence[torch.nn.Module]:
+        return list(self.model)
+
+    def resident_tensors(self) -> Sequence[Any]:
+        return [
+            ToyResident("adapter" if p.requires_grad else "base weights", "", number, p)
+            for number, layer in enumerate(self.layers)
+            for p in layer.parameters()
+        ]
+
+    def prime(self) -> None:
+        self.run(1)
+
+    def run(self, num_micro_batches: int | None = None) -> object:
+        for _ in range(num_micro_batches or 2):
+            out = self.model(torch.empty(self.micro_batch_size, self.WIDTH, device="meta"))
+            out.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return None
+
+
+@dataclass
+class ToyResident:
+    category: str
+    path: str
+    layer: int | None
+    tensor: torch.Tensor
+
+
+class ToyLayer(torch.nn.Module):
+    def __init__(self, width: int, rank: int, habit: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
+        super().__init__()
+        self.base = torch.nn.Parameter(torch.empty(width, width), requires_grad=False)
+        self.down = torch.nn.Parameter(torch.empty(width, rank))
+        self.up = torch.nn.Parameter(torch.empty(rank, width))
+        self.habit = habit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.habit(x @ self.base + x @ self.down @ self.up, self.down.shape[1])
+
+
+def test_a_toy_is_counted_by_hand() -> None:
+    """Weights, adapters and moments of a toy are resident; its gradients are its adapters once more."""
+    profile = profile_step(lambda b, r: Toy(b, r, lambda x, _rank: x), tiny.target("t4"))
+
+    found = costs.footprint(profile, 10, 4, 8, accumulates=True)
+
+    weights, adapter = 4 * 256 * 256, 2 * 4 * 256 * 8
+    workspaces = 2 * 8_519_680
+    assert found.resident_bytes == 10 * (weights + 3 * adapter) + workspaces
+    assert costs.gradient_bytes(profile, 10, 8) == 10 * adapter
+    assert found.peak_allocated_bytes >= found.resident_bytes + 10 * adapter
+
+
+def copies_large_batches(x: torch.Tensor, _rank: int) -> torch.Tensor:
+    return x + 0 if x.shape[0] > 2 else x
+
+
+def rounds_the_rank(x: torch.Tensor, rank: int) -> torch.Tensor:
+    return x + torch.empty(rank // 3, device=x.device).sum()
+
+
+@pytest.mark.parametrize(
+    ("habit", "reason"), [(copies_large_batches, "another order"), (rounds_the_rank, "no polynomial")]
+)
+def test_a_step_of_another_shape_is_misaligned(habit: Callable[[torch.Tensor, int], torch.Tensor], reason: str) -> None:
+    """A step that does other things at another micro-batch, or has sizes that no polynomial gives, is refused."""
+    with pytest.raises(Misaligned, match=reason):
+        profile_step(lambda b, r: Toy(b, r, habit), tiny.target("t4"))
+
+
+def test_every_segment_of_a_step_is_profiled() -> None:
+    """Each part of the step, from embedding to update, has events and operators."""
+    profile = tiny.profiled("llama", "t4", Strategy(weight_format="nf4", activations="recompute"))
+
+    assert set(profile.event_segment) == set(profile.op_segment) == set(range(len(SEGMENTS)))
+
+
+def test_a_profile_survives_the_disk(tmp_path: Path) -> None:
+    """Compressed and read back without pickle, a traced profile is the same."""
+    profile = tiny.profiled("llama", "t4", Strategy(weight_format="nf4", activations="recompute"))
+    np.savez_compressed(tmp_path / "profile.npz", **profile.to_arrays())  # type: ignore[arg-type]
+
+    with np.load(tmp_path / "profile.npz", allow_pickle=False) as arrays:
+        back = StepProfile.from_arrays(arrays)
+
+    assert same(profile, back)

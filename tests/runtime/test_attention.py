@@ -1,0 +1,120 @@
+"""Attention with expanded heads is plain attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from tests.runtime import tiny
+
+from shallowflow.profiles import load_model
+from shallowflow.runtime import attention, build
+
+TOKENS, HEADS, SIZE = 7, 4, 8
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax attention in double precision, head by head; *seen* says which key each query may look at."""
+    out = torch.empty_like(q, dtype=torch.float64)
+    groups = q.shape[1] // k.shape[1]
+    for batch in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            key, value = k[batch, head // groups].double(), v[batch, head // groups].double()
+            scores = q[batch, head].double() @ key.T * scale
+            out[batch, head] = scores.masked_fill(~seen[batch], -math.inf).softmax(-1) @ value
+    return out.transpose(1, 2).to(q.dtype)
+
+
+def causal(num_queries: int) -> torch.Tensor:
+    """Each of the last *num_queries* tokens sees itself and what came before, in both rows of the batch."""
+    return torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[-num_queries:].expand(2, -1, -1)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["all heads", "grouped", "one head"])
+@pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_expanded_attention_is_attention(
+    num_kv_heads: int, mask: Literal["none", "boolean", "additive"], scale: float | None
+) -> None:
+    """With any number of KV heads, causal by itself or by either kind of mask, the result is the formula's."""
+    maker = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, TOKENS, SIZE, generator=maker) for heads in (HEADS, num_kv_heads, num_kv_heads))
+    seen = causal(TOKENS).clone()
+    if mask != "none":
+        seen[1, 3:, 0] = False  # one token hidden from some, which causality alone would not do
+    given = {"none": None, "boolean": seen[:, None], "additive": torch.zeros(seen.shape)[:, None]}[mask]
+    if mask == "additive" and given is not None:
+        given.masked_fill_(~seen[:, None], torch.finfo(torch.float32).min)
+
+    found, weights = attention.expanded_attention(torch.nn.Identity(), q, k, v, given, scaling=scale)
+
+    torch.testing.assert_close(found, by_hand(q, k, v, seen, scale or SIZE**-0.5))
+    assert weights is None
+    assert found.is_contiguous()
+
+
+def test_one_query_sees_every_key() -> None:
+    """A single new token looks at all that came before it, although it is the first of its queries."""
+    maker = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, num, SIZE, generator=maker) for heads, num in ((HEADS, 1), (2, TOKENS), (2, TOKENS))
+    )
+
+    found, _ = attention.expanded_attention(torch.nn.Identity(), q, k, v, None)
+
+    torch.testing.assert_close(found, by_hand(q, k, v, causal(1), SIZE**-0.5))
+
+
+def test_attention_that_is_not_causal_sees_the_future() -> None:
+    """Where the caller says so, every token sees every other."""
+    maker = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, HEADS, TOKENS, SIZE, generator=maker) for _ in range(3))
+
+    found, _ = attention.expanded_attention(torch.nn.Identity(), q, k, v, None, is_causal=False)
+
+    torch.testing.assert_close(found, by_hand(q, k, v, torch.ones_like(causal(TOKENS)), SIZE**-0.5))
+
+
+def test_a_model_computes_the_same_as_with_eager_attention() -> None:
+    """Our attention and eager attention give a model with grouped KV heads the same logits."""
+    tokens = tiny.random_batch([16, 16]).input_ids
+    ours = tiny.base()
+    eager = build.load_model(tiny.CONFIG, compute_dtype="float32", device="cpu", attn_implementation="eager")
+    eager.load_state_dict(ours.state_dict())
+
+    logits = [model(input_ids=tokens).logits for model in (ours, eager)]
+
+    assert ours.config._attn_implementation == attention.NAME
+    assert eager.config._attn_implementation == "eager"
+    torch.testing.assert_close(logits[0], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("meta-llama/Llama-3.1-8B", attention.NAME),
+        ("Qwen/Qwen2.5-0.5B", attention.NAME),
+        ("google/gemma-2-2b", "eager"),
+        ("tiiuae/falcon-7b", "sdpa"),
+    ],
+)
+def test_each_model_gets_the_leanest_attention_it_can_take(name: str, expected: str) -> None:
+    """Ours where the model's code takes any, SDPA where it has its own, eager where it needs the scores themselves."""
+    config = build.transformers_config(load_model(name).config)
+
+    assert attention.best_for(config) == expected
+
+
+def test_only_a_causal_language_model_has_a_best_attention() -> None:
+    """Another kind of model is refused by its name."""
+    config = build.transformers_config({"model_type": "t5"})
+
+    with pytest.raises(ValueError, match="t5 is not a causal language model"):
+        attention.best_for(config)
+
+
+def test_people_read_sdpa() -> None:
+    """Both SDPA implementations are shown under one name, any other under its own."""
+    assert [attention.shown(name) for name in (attention.NAME, "sdpa", "eager")] == ["SDPA", "SDPA", "eager"]

@@ -1,0 +1,211 @@
+"""Hypothesis strategies: profiles, workloads, problems and plans of all kinds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from shallowflow.planner.costs import OP_KINDS, SEGMENTS, StepProfile
+from shallowflow.planner.plan import (
+    FORMAT_VERSION,
+    Candidate,
+    MemoryPart,
+    Offer,
+    Plan,
+    Prediction,
+    SearchRecord,
+    Workload,
+)
+from shallowflow.planner.problem import HEADROOM, Problem, candidates
+from shallowflow.planner.strategies import Activations, Configuration, Strategy, StrategyRun, WeightFormat
+from shallowflow.profiles import load_gpu
+
+T4 = load_gpu("t4")
+FORMATS: tuple[WeightFormat, ...] = ("fp16", "int8", "nf4")
+POLICIES: tuple[Activations, ...] = ("save", "recompute")
+STRATEGIES = [Strategy(weight_format=f, activations=p) for f in FORMATS for p in POLICIES]
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+counts = st.integers(1, 10**9)
+byte_counts = st.integers(0, 2**50)
+amounts = st.floats(0, 1e12, allow_nan=False)
+
+
+def rows(*highest: int) -> st.SearchStrategy[list[int]]:
+    """Coefficients of 1, micro-batch, rank and both, none negative, up to *highest*."""
+    return st.tuples(*(st.integers(0, high) for high in highest)).map(list)
+
+
+@st.composite
+def step_profiles(draw: st.DrawFn) -> StepProfile:
+    """Steps of three layers that hold something from their forward to their backward pass.
+
+    Backward passes take something while they run; those of the first micro-batch leave gradients, which the update
+    frees.
+    """
+    saved = {place: draw(rows(10**4, 10**6, 10**4, 10**3)) for place in ("embed", "first", "inner", "last", "head")}
+    scratch = {place: draw(rows(10**6, 10**6, 10**4, 0)) for place in ("first", "inner", "last")}
+    gradients = draw(st.lists(st.tuples(st.just(0), st.just(0), st.integers(1, 10**5), st.just(0)), max_size=3))
+    sizes: list[list[int]] = []
+    events: list[tuple[int, str, int]] = []
+
+    def make(row: list[int], segment: str, micro_batch: int) -> int:
+        sizes.append(row)
+        events.append((len(sizes), segment, micro_batch))
+        return len(sizes)
+
+    kept: list[int] = []
+    for micro_batch in (0, 1):
+        held = {place: make(row, place, micro_batch) for place, row in saved.items()}
+        events.append((-held["head"], "head", micro_batch))
+        for place in ("last", "inner", "first"):
+            events.append((-make(scratch[place], f"{place}_back", micro_batch), f"{place}_back", micro_batch))
+            if not micro_batch:
+                kept += [make(list(row), f"{place}_back", 0) for row in gradients]
+            events.append((-held[place], f"{place}_back", micro_batch))
+        events.append((-held["embed"], "first_back", micro_batch))
+    events += [(-number, "update", 1) for number in kept]
+
+    costs = st.tuples(rows(*4 * [10**11]), rows(*4 * [10**9]))
+    kinds, places = st.integers(0, len(OP_KINDS) - 1), st.integers(0, len(SEGMENTS) - 1)
+    operators = draw(st.lists(st.tuples(costs, kinds, places), max_size=4))
+    operators.append((([0, 0, 0, 0], [0, 0, 0, 0]), 0, SEGMENTS.index("head")))  # no model does nothing
+    return StepProfile(
+        sizes=np.array(sizes),
+        events=np.array([event for event, _, _ in events]),
+        event_segment=np.array([SEGMENTS.index(segment) for _, segment, _ in events]),
+        event_pass=np.array([micro_batch for _, _, micro_batch in events]),
+        op_kind=np.array([kind for _, kind, _ in operators]),
+        op_segment=np.array([place for _, _, place in operators]),
+        op_flops=np.array([flops for (flops, _), _, _ in operators]),
+        op_bytes=np.array([num_bytes for (_, num_bytes), _, _ in operators]) + 1,
+        fixed=np.array([draw(rows(10**8, 0, 0, 0))]),
+        layer=np.array([draw(rows(10**7, 0, 10**5, 0))]),
+        gradients=np.array(gradients, dtype=np.int64).reshape(-1, 4),
+        alignment_bytes=draw(st.sampled_from([1, 512])),
+    )
+
+
+@st.composite
+def workloads(draw: st.DrawFn, most_sequences: int = 48) -> Workload:
+    """Small and large, free and fixed; the global batch always divides over the GPUs."""
+    num_gpus = draw(st.integers(1, 4))
+    return Workload(
+        sequence_length=draw(st.integers(2, 4096)),
+        total_tokens=draw(counts),
+        num_sequences=draw(st.none() | counts),
+        global_batch_size=num_gpus * draw(st.integers(1, most_sequences)),
+        num_gpus=num_gpus,
+        rank=draw(st.none() | st.integers(1, 300)),
+        min_rank=draw(st.integers(1, 300)),
+        quantization=draw(st.sampled_from(["any", "fp16", "int8", "nf4"])),
+        objective=draw(st.sampled_from(["time", "cost", "quality"])),
+        region=draw(words),
+    )
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Problems in which nothing, something or everything fits."""
+    chosen = draw(st.lists(st.sampled_from(STRATEGIES), unique=True, min_size=1, max_size=3))
+    profiles = {strategy: draw(step_profiles()) for strategy in chosen}
+    roomy = Problem(
+        draw(workloads(most_sequences=12)), draw(st.integers(1, 40)), replace(T4, memory_bytes=2**62), profiles
+    )
+    needs = sorted(candidate.prediction.peak_reserved_bytes for candidate in candidates(roomy))
+    budget = draw(st.sampled_from(needs)) + draw(st.sampled_from([-1, 0, 10**6]))
+    return replace(roomy, gpu=replace(T4, memory_bytes=int((budget + T4.context_bytes) / (1 - HEADROOM)) + 1))
+
+
+predictions = st.builds(
+    Prediction,
+    resident_bytes=byte_counts,
+    peak_allocated_bytes=byte_counts,
+    peak_reserved_bytes=byte_counts,
+    peak_process_bytes=byte_counts,
+    step_seconds=amounts,
+    communication_seconds=amounts,
+    tokens_per_second=amounts,
+    traced=st.booleans(),
+)
+
+offers = st.builds(
+    Offer,
+    instance=words,
+    region=words,
+    hours=amounts,
+    on_demand_usd_per_hour=amounts,
+    on_demand_usd=amounts,
+    spot_usd_per_hour=st.none() | amounts,
+    spot_usd=st.none() | amounts,
+    price_date=words,
+    price_source=words,
+)
+
+
+@st.composite
+def configurations(draw: st.DrawFn, workload: Workload | None = None) -> Configuration:
+    """One run of layers or several; the batch is the workload's, if one is given."""
+    lengths = draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
+    ends = np.cumsum(lengths).tolist()
+    layers = tuple(
+        StrategyRun(first=end - length, last=end - 1, strategy=draw(st.sampled_from(STRATEGIES)))
+        for end, length in zip(ends, lengths, strict=True)
+    )
+    workload = workload or draw(workloads())
+    share = workload.global_batch_size // workload.num_gpus
+    micro_batch_size = draw(st.sampled_from([n for n in range(1, share + 1) if share % n == 0]))
+    return Configuration(
+        layers=layers,
+        rank=draw(st.integers(1, 300)),
+        alpha=draw(st.integers(1, 600)),
+        sequence_length=workload.sequence_length,
+        micro_batch_size=micro_batch_size,
+        gradient_accumulation_steps=share // micro_batch_size,
+        num_gpus=workload.num_gpus,
+    )
+
+
+json_values: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | amounts | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Plans that do not contradict themselves, of whatever numbers."""
+    workload = draw(workloads())
+    memory = draw(st.lists(st.builds(MemoryPart, category=words, num_bytes=byte_counts), max_size=5))
+    candidate = st.builds(
+        Candidate, configuration=configurations(workload), prediction=predictions, weight_error=amounts
+    )
+    best = draw(candidate)
+    process = sum(part.num_bytes for part in memory)
+    return Plan(
+        format_version=FORMAT_VERSION,
+        model_name=draw(words),
+        model_config={**draw(st.dictionaries(words, json_values, max_size=4)), "model_type": draw(words)},
+        num_parameters=draw(counts),
+        gpu=draw(words),
+        compute_dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
+        attention=draw(st.sampled_from(["SDPA", "eager"])),
+        memory_bytes=draw(byte_counts),
+        budget_bytes=draw(byte_counts),
+        workload=workload,
+        configuration=best.configuration,
+        prediction=replace(best.prediction, peak_process_bytes=process),
+        weight_error=best.weight_error,
+        memory=tuple(memory),
+        offers=tuple(draw(st.lists(offers, max_size=2))),
+        alternatives=tuple(draw(st.lists(candidate, max_size=2))),
+        search=SearchRecord(
+            method=draw(words), num_candidates=4, num_fitting=3, num_traced=2, num_rejected=draw(st.integers(0, 9))
+        ),
+        notes=tuple(draw(st.lists(words, max_size=2))),
+        versions=draw(st.dictionaries(words, words, max_size=3)),
+    )
