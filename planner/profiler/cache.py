@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -58,9 +61,10 @@ def key(kind: str, facts: Mapping[str, Any]) -> str:
 def read_profile(name: str) -> StepProfile | None:
     """The stored profile, or None; a damaged entry counts as none."""
     try:
-        with np.load(folder() / f"{name}.npz", allow_pickle=False) as arrays:
+        content = io.BytesIO((folder() / f"{name}.npz").read_bytes())
+        with np.load(content, allow_pickle=False) as arrays:
             return StepProfile.from_arrays(arrays)
-    except (OSError, KeyError, ValueError, EOFError):
+    except (OSError, KeyError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return None
 
 

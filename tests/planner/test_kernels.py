@@ -249,7 +249,7 @@ def test_real_tensors_answer_for_themselves() -> None:
 
 
 def test_the_garbage_collector_does_not_decide_when_memory_is_free() -> None:
-    """What only a cycle holds lives on while a step is recorded, whatever else is made, and the collector is put back."""
+    """What only a cycle holds lives on while a step is recorded, and the collector is put back afterwards."""
 
     def work() -> list[list[int]]:
         cycle: list[object] = [empty(4, trains=False)]
