@@ -83,7 +83,7 @@ def unrolled(profile: StepProfile, num_layers: int, micro_batch_size: int, rank:
 
     def blocks(row: Ints) -> int:
         constant, per_sample, per_rank, mixed = row.tolist()
-        size = constant + per_sample * micro_batch_size + per_rank * rank + mixed * micro_batch_size * rank
+        size: int = constant + per_sample * micro_batch_size + per_rank * rank + mixed * micro_batch_size * rank
         return -(-size // align) * align
 
     resident = sum(map(blocks, profile.fixed)) + num_layers * sum(map(blocks, profile.layer))
