@@ -38,7 +38,7 @@ test: lint
 	$(BIN)/python -m pytest -q
 
 accuracy: setup
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python -m benchmarks.accuracy
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,9 +1,11 @@
 """Predicted against recorded truth: LoRA steps that were measured on a real T4.
 
-    python benchmarks/accuracy.py [--json]
+    python -m benchmarks.accuracy [--json]
 
 Each step is rebuilt as its recording script built it, on ``meta``, with Hugging Face's, PEFT's and our modules, and
-traced and replayed; nothing here is fitted to the rows.
+traced and replayed; nothing here is fitted to the rows. transformers loads quantized weights with several threads, so
+that the memory of one and the same step differs from run to run: such a row's prediction is the median over load
+orders that were tried, and what they span is shown beside it.
 """
 
 from __future__ import annotations
@@ -12,33 +14,54 @@ import json
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from shallowflow.planner import latency
-from shallowflow.planner.costs import OP_KINDS
-from shallowflow.planner.profiler.allocator import replay
+from benchmarks import recorded, rivals
 from shallowflow.planner.profiler.kernels import Target
-from shallowflow.planner.profiler.trace import Recorder, Trace, recording
 from shallowflow.profiles import GpuSpec, load_gpu
-from shallowflow.runtime import build, quantized
-from shallowflow.runtime.simulated import register_quantization
 
-RECORDS = Path(__file__).resolve().parent.parent / "tests" / "measured" / "t4_fitcheck.json"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """One number, predicted and measured.
+
+    Attributes:
+        predicted: the median over load orders.
+        low, high: what they span.
+    """
+
+    predicted: float
+    low: float
+    high: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less one."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def spanned(self) -> bool:
+        """Whether the measurement lies within the span, give or take a step of 2 MiB."""
+        return self.low - 2 * MIB <= self.measured <= self.high + 2 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One recorded step beside its prediction; a measured None was not recorded."""
+    """One recorded step beside its prediction.
+
+    Attributes:
+        quantities: by name; what was not recorded is left out. Bytes, but for ``seconds``.
+        rivals: bytes by other tool, to be compared with the process's.
+    """
 
     name: str
     model: str
@@ -46,197 +69,134 @@ class Row:
     attention: str
     micro_batch_size: int
     sequence_length: int
-    predicted_allocated_bytes: int
-    measured_allocated_bytes: int
-    predicted_reserved_bytes: int
-    measured_reserved_bytes: int
-    predicted_seconds: float
-    measured_seconds: float | None
+    quantities: dict[str, Quantity]
+    rivals: dict[str, int]
 
-    @property
-    def allocated_error(self) -> float:
-        """Predicted over measured, less one."""
-        return self.predicted_allocated_bytes / self.measured_allocated_bytes - 1
-
-    @property
-    def reserved_error(self) -> float:
-        """Predicted over measured, less one."""
-        return self.predicted_reserved_bytes / self.measured_reserved_bytes - 1
-
-    @property
-    def seconds_error(self) -> float | None:
-        """Predicted over measured, less one."""
-        return None if self.measured_seconds is None else self.predicted_seconds / self.measured_seconds - 1
-
-
-def recorded_steps() -> list[dict[str, Any]]:
-    """The recorded runs."""
-    runs: list[dict[str, Any]] = json.loads(RECORDS.read_text(encoding="utf-8"))["runs"]
-    return runs
+    def error(self, quantity: str) -> float:
+        """The relative error of *quantity*."""
+        return self.quantities[quantity].error
 
 
 def predict(run: dict[str, Any], gpu: GpuSpec) -> Row:
     """Rebuild the step of *run*, trace it and set the prediction beside the measurement."""
-    quantization = "nf4" if run["quant"].startswith("nf4") else None
-    eager = run["attn"] == "eager"
-    trace = _trace(run, quantization, "eager" if eager else None, Target.of(gpu))
-    steady = next(position for position, label in trace.marks if label == "step 1")
-    end = next(position for position, label in trace.marks if label == "end")
-    played = replay(trace.events[:end], trace.sizes)
+    step = recorded.trace(run, Target.of(gpu))
+    found = recorded.spread(step)
+    quantities: dict[str, Quantity] = {}
+
+    def compare(name: str, predicted: Iterable[float], measured: float | None) -> None:
+        if measured is not None:
+            values = sorted(predicted)
+            quantities[name] = Quantity(
+                predicted=statistics.median_low(values), low=values[0], high=values[-1], measured=measured
+            )
+
+    compare("allocated", (f.allocated for f in found), run["mem_peak_alloc_gib"] * 2**30)
+    compare("reserved", (f.reserved for f in found), run["mem_peak_reserved_gib"] * 2**30)
+    compare("process", (f.reserved + gpu.context_bytes for f in found), run["mem_process_gib"] * 2**30)
+    compare("seconds", [recorded.roofline_seconds(step, gpu)], run["step_s_steady"])
+    phases = run["phases"]
+    if phases:
+        resident, peak = phases["resident_before_step_mib"] * MIB, phases["peak_allocated_mib"] * MIB
+        compare("resident", (f.resident for f in found), resident)
+        compare("step", (f.allocated - f.resident for f in found), peak - resident)
+        for name in ("forward", "backward", "optimizer"):
+            compare(name, (getattr(f, name) for f in found), phases[f"peak_{name}_mib"] * MIB)
     return Row(
         name=run["id"],
         model=run["model_id"].split("/")[-1],
-        weights=quantization or "fp16",
-        attention="eager" if eager else "SDPA",
+        weights="nf4" if recorded.is_quantized(run) else "fp16",
+        attention="eager" if recorded.is_eager(run) else "SDPA",
         micro_batch_size=run["batch"],
         sequence_length=run["max_seq"],
-        predicted_allocated_bytes=max(played.allocated_bytes[steady:]),
-        measured_allocated_bytes=round(run["mem_peak_alloc_gib"] * 2**30),
-        predicted_reserved_bytes=max(played.reserved_bytes),
-        measured_reserved_bytes=round(run["mem_peak_reserved_gib"] * 2**30),
-        predicted_seconds=_seconds(trace, steady, gpu),
-        measured_seconds=run["step_s_steady"],
+        quantities=quantities,
+        rivals=rivals.predictions(run),
     )
-
-
-def _trace(run: dict[str, Any], quantization: Any, attention: str | None, target: Target) -> Trace:
-    """Load, adapt and train as the recording script did, all on ``meta`` and all recorded."""
-    register_quantization()
-    from peft import LoraConfig, get_peft_model
-
-    base = build.load_model(run["model_id"], quantization, attn_implementation=attention)
-    recorder = Recorder(target)
-    with recording(recorder):
-        load = _load_quantized if quantization else _move
-        load(recorder, base)
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
-        config = LoraConfig(
-            r=run["lora_r"], lora_alpha=2 * run["lora_r"], target_modules=TARGETS, task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(base, config)
-        model.train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
-        recorder.mark("loaded")
-        tokens = torch.empty((run["batch"], run["max_seq"]), dtype=torch.int64, device="meta")
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            output = model(input_ids=tokens, labels=tokens)
-            output.loss.backward()
-            optimizer.step()
-
-        for index in range(2):
-            recorder.phase = "forward"
-            recorder.mark(f"step {index}")
-            step()
-        recorder.mark("end")
-    return recorder.trace
-
-
-def _move(recorder: Recorder, module: torch.nn.Module) -> None:
-    """``model.cuda()``: children first, then a module's own parameters and buffers."""
-    for child in module.children():
-        _move(recorder, child)
-    for tensor in [*module._parameters.values(), *module._buffers.values()]:
-        if tensor is not None:
-            recorder.follow(tensor)
-
-
-def _load_quantized(recorder: Recorder, model: torch.nn.Module) -> None:
-    """``from_pretrained`` with a device map and bitsandbytes' nf4, then PEFT's k-bit preparation.
-
-    transformers first takes and gives back one block of the final size; then each weight, in the order of the
-    checkpoint's keys, arrives in fp16, is quantized and is freed. What stays in fp16 is cast to fp32 at the end.
-    """
-    named = dict(model.named_parameters())
-    owners = {f"{path}.weight": module for path, module in model.named_modules() if quantized.is_quantized(module)}
-    recorder.free(recorder.allocate(sum(p.numel() * p.element_size() for p in named.values())))
-    for name in sorted(named, key=_natural):
-        owner = owners.get(name)
-        if owner is None:
-            recorder.follow(named[name])
-            continue
-        half = recorder.allocate(2 * owner.in_features * owner.out_features)
-        for constant in quantized.constants(owner):
-            recorder.follow(constant)
-        recorder.follow(named[name])
-        recorder.free(half)
-    for buffer in model.buffers():
-        recorder.follow(buffer)
-    for parameter in model.parameters():
-        if parameter.dtype == torch.float16:
-            parameter.data = parameter.data.float()
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def _seconds(trace: Trace, steady: int, gpu: GpuSpec) -> float:
-    """The roofline's sum over the second step's operators."""
-    ops = [cost for position, cost in trace.ops if position > steady]
-    kinds = np.array([OP_KINDS.index(op.kind) for op in ops])
-    flops, num_bytes = np.array([op.flops for op in ops]), np.array([op.num_bytes for op in ops])
-    return max(
-        float(latency.operator_seconds(kinds, flops, num_bytes, gpu).sum()), len(ops) * gpu.kernel_launch_seconds
-    )
-
-
-def summary(errors: Sequence[float]) -> str:
-    """Median and worst absolute error in percent."""
-    sizes = [abs(e) for e in errors]
-    return f"median {statistics.median(sizes):.3%}, worst {max(sizes):.2%} of {len(sizes)} rows"
 
 
 def rows(every: int = 1) -> Iterator[Row]:
     """Predictions of every *every*-th recorded step."""
     gpu = load_gpu("t4")
-    for run in recorded_steps()[::every]:
+    for run in recorded.runs()[::every]:
         yield predict(run, gpu)
 
 
 def main(as_json: bool) -> None:
     """Print the table and the summaries."""
     warnings.simplefilter("ignore")
-    console = Console(width=150)
-    table = Table(box=None, pad_edge=False)
-    headings = ("row", "model", "weights", "attention", "batch", "allocated GiB", "measured", "error", "reserved GiB")
-    for name in (*headings, "measured", "error", "s", "measured", "error"):
-        table.add_column(name, justify="left" if name in headings[:5] else "right", no_wrap=True)
-    total = len(recorded_steps())
+    total = len(recorded.runs())
     found = list(track(rows(), "tracing recorded steps", total, console=Console(stderr=True), transient=True))
-    for row in found:
-        table.add_row(*_cells(row))
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=2))
         return
-    console.print(table)
-    for name in ("SDPA", "eager"):
-        chosen = [r for r in found if r.attention == name]
-        console.print(f"{name}: peak allocated {summary([r.allocated_error for r in chosen])}")
-        console.print(f"{name}: peak reserved  {summary([r.reserved_error for r in chosen])}")
-        console.print(f"{name}: step seconds   {summary([e for r in chosen if (e := r.seconds_error) is not None])}")
+    console = Console(width=150)
+    console.print(_every_row(found))
+    console.print(_summary(found))
+    quantized = [row.quantities["reserved"] for row in found if row.weights == "nf4"]
+    inside = sum(q.spanned for q in quantized)
+    console.print(f"reserved, nf4: {inside} of {len(quantized)} measurements lie within what load order spans")
+    near = [abs(q.predicted - q.measured) <= MIB for row in found if (q := row.quantities.get("step"))]
+    console.print(f"step over resident: {sum(near)} of {len(near)} within 1 MiB")
+
+
+def _every_row(found: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    text = ("row", "model", "weights", "attention", "batch")
+    numbers = ("allocated GiB", "measured", "error", "reserved GiB", "span", "measured", "error", "s", "measured")
+    for name in text:
+        table.add_column(name, no_wrap=True)
+    for name in (*numbers, "error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found:
+        table.add_row(*_cells(row))
+    return table
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    timed = row.measured_seconds is not None and row.seconds_error is not None
+    allocated, reserved, seconds = (row.quantities.get(name) for name in ("allocated", "reserved", "seconds"))
+    assert allocated is not None
+    assert reserved is not None
+    span = f"{reserved.low / 2**30:.2f}-{reserved.high / 2**30:.2f}" if reserved.low < reserved.high else ""
     return (
         row.name,
         row.model.removesuffix("-Instruct").removesuffix("-Chat-v1.0"),
         row.weights,
         row.attention,
         f"{row.micro_batch_size}x{row.sequence_length}",
-        f"{row.predicted_allocated_bytes / 2**30:.3f}",
-        f"{row.measured_allocated_bytes / 2**30:.3f}",
-        f"{row.allocated_error:+.2%}",
-        f"{row.predicted_reserved_bytes / 2**30:.3f}",
-        f"{row.measured_reserved_bytes / 2**30:.3f}",
-        f"{row.reserved_error:+.1%}",
-        f"{row.predicted_seconds:.2f}",
-        f"{row.measured_seconds:.2f}" if timed else "",
-        f"{row.seconds_error:+.0%}" if timed else "",
+        f"{allocated.predicted / 2**30:.3f}",
+        f"{allocated.measured / 2**30:.3f}",
+        f"{allocated.error:+.2%}",
+        f"{reserved.predicted / 2**30:.3f}",
+        span,
+        f"{reserved.measured / 2**30:.3f}",
+        f"{reserved.error:+.1%}",
+        *((f"{seconds.predicted:.2f}", f"{seconds.measured:.2f}", f"{seconds.error:+.0%}") if seconds else ("",) * 3),
     )
+
+
+def _summary(found: list[Row]) -> Table:
+    """Median and worst error by quantity and kind of row."""
+    table = Table(box=None, pad_edge=False)
+    kinds = [(weights, attention) for weights in ("fp16", "nf4") for attention in ("SDPA", "eager")]
+    table.add_column("median, worst error")
+    for weights, attention in kinds:
+        table.add_column(f"{weights}, {attention}", justify="right")
+    table.add_column("all", justify="right")
+    names = ("allocated", "reserved", "process", "resident", "step", "forward", "backward", "optimizer", "seconds")
+    for name in names:
+        groups = [[r for r in found if (r.weights, r.attention) == kind] for kind in kinds]
+        errors = [[r.error(name) for r in group if name in r.quantities] for group in (*groups, found)]
+        table.add_row(name, *map(summary, errors))
+    for name in rivals.NAMES:
+        groups = [[r for r in found if (r.weights, r.attention) == kind] for kind in kinds]
+        against = [[r.rivals[name] / r.quantities["process"].measured - 1 for r in g] for g in (*groups, found)]
+        table.add_row(f"process, {name}", *map(summary, against))
+    return table
+
+
+def summary(errors: Iterable[float]) -> str:
+    """Median and worst absolute error in percent."""
+    sizes = [abs(e) for e in errors]
+    return f"{statistics.median(sizes):.3%}, {max(sizes):.2%}" if sizes else ""
 
 
 if __name__ == "__main__":

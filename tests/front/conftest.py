@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.front.shell import SMALL, sfplan
 from tests.runtime import tiny
 

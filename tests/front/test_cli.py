@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.front.shell import AS_PROGRAM, SMALL, sfplan
 
 import shallowflow
 from shallowflow import cli
 from shallowflow.planner import serialize
 from shallowflow.profiles import gpu_names, load_gpu, load_model, model_names
+from tests.front.shell import AS_PROGRAM, SMALL, sfplan
 
 # Help
 

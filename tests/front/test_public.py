@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.front.tree import ROOT, project_files
 
 import shallowflow
+from tests.front.tree import ROOT, project_files
 
 SOURCES = sorted(
     path for folder in ("planner", "profiles", "runtime", "src/shallowflow") for path in (ROOT / folder).rglob("*.py")

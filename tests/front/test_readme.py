@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+
 from tests.front.shell import AS_PROGRAM
 from tests.front.tree import ROOT
 

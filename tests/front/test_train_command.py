@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.front.shell import AS_PROGRAM, Done, sfplan
 
 STEPS = ("--steps", 3)

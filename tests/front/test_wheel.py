@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from tests.front.tree import ROOT, project_files
 
 PARTS = {"planner": "planner", "profiles": "profiles", "runtime": "runtime", "src/shallowflow": ""}

@@ -7,14 +7,14 @@ from itertools import product
 
 import pytest
 import torch
-from tests.planner import tiny
-from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
 
 from shallowflow.planner.profiler.simulate import traced_peak
 from shallowflow.planner.strategies import Activations, Configuration, WeightFormat
 from shallowflow.runtime.build import empty_model, transformers_config
 from shallowflow.runtime.meter import MeasuredPeak, measure_peak
 from shallowflow.runtime.step import MicroBatch, make_trainee
+from tests.planner import tiny
+from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
 
 CPU = torch.device("cpu")
 SCALAR_BYTES = 16

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.planner import tiny
-from tests.strategies import json_values
 
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.plan import MemoryPart
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import TracedPeak
 from shallowflow.planner.strategies import Strategy
+from tests.planner import tiny
+from tests.strategies import json_values
 
 PEAK = TracedPeak(1, 2, 3, (MemoryPart(category="context", num_bytes=4),), "SDPA")
 DAMAGES = pytest.mark.parametrize("damage", [b"", b"{}", b"PK\x03\x04", b"[1, 2", b"\x93NUMPY", b"\xff" * 100])

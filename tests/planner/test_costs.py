@@ -13,9 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.planner import tiny
-from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
-from tests.strategies import FORMATS, POLICIES, step_profiles
 from torch.utils.flop_counter import FlopCounterMode
 
 from shallowflow.planner import costs
@@ -25,6 +22,9 @@ from shallowflow.planner.profiler.trace import Trace
 from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat
 from shallowflow.runtime.build import empty_model, transformers_config
 from shallowflow.runtime.step import MicroBatch, make_trainee
+from tests.planner import tiny
+from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
+from tests.strategies import FORMATS, POLICIES, step_profiles
 
 
 def block_levels(trace: Trace, alignment: int) -> list[int]:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.planner import tiny
-from tests.planner.tiny import configuration
 from torch.nn import functional
 
 from shallowflow.planner.profiler import operators, shapes
@@ -18,6 +16,8 @@ from shallowflow.planner.profiler.trace import Recorder, Trace, recording
 from shallowflow.planner.strategies import WeightFormat
 from shallowflow.runtime import quantized
 from shallowflow.runtime.simulated import register_quantization
+from tests.planner import tiny
+from tests.planner.tiny import configuration
 
 HEADS, TOKENS, HEAD_SIZE = 4, 32, 16
 CUDA = pytest.mark.parametrize("gpu", ["t4", "l4"])

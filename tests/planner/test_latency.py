@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.strategies import T4, step_profiles
 
 from shallowflow.planner import costs, latency
 from shallowflow.planner.costs import OP_KINDS, SEGMENTS, StepProfile
 from shallowflow.profiles import GpuSpec, gpu_names, load_gpu
+from tests.strategies import T4, step_profiles
 
 BOUNDLESS = replace(
     T4, fp16_flops_per_second=1e30, bf16_flops_per_second=1e30, fp32_flops_per_second=1e30, dram_bytes_per_second=1e30

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.strategies import T4, workloads
 
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.remedies import SMALLEST_RANK, SMALLEST_SEQUENCE, Infeasible, Remedy, changes
 from shallowflow.profiles import gpu_names, load_gpu
+from tests.strategies import T4, workloads
 
 GIB = 2**30
 GPUS = [load_gpu(name) for name in gpu_names()]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import strategies
-from tests.strategies import plans
 
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.serialize import PlanError, from_json, to_json
+from tests import strategies
+from tests.strategies import plans
 
 
 @st.composite

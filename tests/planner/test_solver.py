@@ -9,8 +9,6 @@ from unittest import mock
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tests.planner.tiny import configuration
-from tests.strategies import STRATEGIES, T4, problems, workloads
 
 from shallowflow.planner import problem as posing
 from shallowflow.planner import quality, solver
@@ -26,6 +24,8 @@ from shallowflow.planner.solver import (
     solve,
 )
 from shallowflow.planner.strategies import Configuration, Strategy
+from tests.planner.tiny import configuration
+from tests.strategies import STRATEGIES, T4, problems, workloads
 
 MIB = 2**20
 FINE = Strategy(weight_format="fp16", activations="recompute")

@@ -6,13 +6,13 @@ from collections import Counter
 from itertools import accumulate
 
 import pytest
-from tests.planner import tiny
-from tests.planner.tiny import LLAMA, configuration
 
 from shallowflow.planner.profiler.simulate import traced_peak
 from shallowflow.planner.profiler.trace import Trace
 from shallowflow.planner.strategies import Activations, Configuration, WeightFormat
 from shallowflow.profiles import load_gpu
+from tests.planner import tiny
+from tests.planner.tiny import LLAMA, configuration
 
 STEPS = pytest.mark.parametrize(
     ("family", "chosen"),

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.runtime import tiny
 
 import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime.run import RunRequest
+from tests.runtime import tiny
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,10 +7,10 @@ from typing import Literal
 
 import pytest
 import torch
-from tests.runtime import tiny
 
 from shallowflow.profiles import load_model
 from shallowflow.runtime import attention, build
+from tests.runtime import tiny
 
 TOKENS, HEADS, SIZE = 7, 4, 8
 

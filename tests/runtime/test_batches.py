@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.runtime import tiny
 
 from shallowflow.runtime import batches
 from shallowflow.runtime.batches import Window
 from shallowflow.runtime.documents import Document
 from shallowflow.runtime.step import IGNORED_LABEL
+from tests.runtime import tiny
 
 FIRST_LETTER = 1000
 START, END = 1, 2

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.runtime import tiny
 
 import shallowflow
 from shallowflow.planner.strategies import Strategy, StrategyRun, WeightFormat
 from shallowflow.profiles import FactsError, load_model
 from shallowflow.runtime import build, quantized
+from tests.runtime import tiny
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 

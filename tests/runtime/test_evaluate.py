@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from tests.runtime import tiny
 
 from shallowflow.planner.strategies import WeightFormat
 from shallowflow.runtime.batches import Window
 from shallowflow.runtime.evaluate import perplexity
 from shallowflow.runtime.step import Trainee
+from tests.runtime import tiny
 
 WINDOWS = [tiny.window(range(first, first + count)) for first, count in ((0, 17), (40, 5), (90, 12), (7, 2), (200, 9))]
 

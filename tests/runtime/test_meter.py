@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.runtime import tiny
 
 from shallowflow.runtime.meter import MeasuredPeak, Stopwatch, measure_peak
+from tests.runtime import tiny
 
 KB = 1000
 

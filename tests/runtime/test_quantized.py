@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.runtime import tiny
 from transformers.pytorch_utils import Conv1D
 
 from shallowflow.planner.quality import WEIGHT_ERROR
 from shallowflow.runtime import build, quantized
 from shallowflow.runtime.quantized import CONSTANT_BLOCK, NF4_BLOCK
+from tests.runtime import tiny
 
 FORMATS = pytest.mark.parametrize(
     ("weight_format", "double"), [("nf4", False), ("nf4", True), ("int8", False)], ids=["nf4", "nf4 twice", "int8"]

@@ -15,7 +15,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.runtime import tiny
 
 from shallowflow.planner import serialize
 from shallowflow.planner.plan import Plan
@@ -24,6 +23,7 @@ from shallowflow.runtime.documents import read_documents
 from shallowflow.runtime.record import RunRecord, StepRecord, median_step_seconds, timed_steps
 from shallowflow.runtime.run import RunRequest, train
 from shallowflow.runtime.weights import find_weights, load_tokenizer, load_weights
+from tests.runtime import tiny
 
 MIB = 2**20
 

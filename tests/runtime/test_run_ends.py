@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.runtime import tiny
 
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime.documents import DataError
@@ -19,6 +18,7 @@ from shallowflow.runtime.meter import MeasuredPeak
 from shallowflow.runtime.record import StepRecord
 from shallowflow.runtime.run import RunError, RunRequest, Silent, train
 from shallowflow.runtime.weights import WeightsError
+from tests.runtime import tiny
 
 
 class Stopping(Silent):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tests.runtime import tiny
 
 from shallowflow.planner.strategies import Activations, WeightFormat
 from shallowflow.runtime import quantized
 from shallowflow.runtime.precision import LossScale
 from shallowflow.runtime.step import MAX_GRADIENT_NORM, MicroBatch, StepOutcome, Trainee
+from tests.runtime import tiny
 
 BATCH = tiny.random_batch([16, 9, 3, 12])
 

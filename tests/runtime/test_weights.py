@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.runtime import tiny
 
 from shallowflow.runtime import attention
 from shallowflow.runtime.weights import WeightsError, WeightsSource, find_weights, load_tokenizer, load_weights
+from tests.runtime import tiny
 
 NUM_PARAMETERS = sum(p.numel() for p in tiny.base().parameters())
 PACKAGED = "HuggingFaceTB/SmolLM2-135M-Instruct"
