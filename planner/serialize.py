@@ -31,6 +31,8 @@ def from_json(text: str | bytes, where: str = "plan") -> Plan:
         raise PlanError(f"{where} is not UTF-8 text") from None
     except msgspec.ValidationError as error:
         raise PlanError(f"{where} is not a plan: {error}") from None
+    except RecursionError:
+        raise PlanError(f"{where} is not a plan: it is nested too deeply") from None
     except msgspec.DecodeError as error:
         raise PlanError(f"{where} is not JSON: {error}") from None
     for problem in _contradictions(plan):

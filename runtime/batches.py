@@ -29,7 +29,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, sequence_length: int)
     ignored. Prompts are read and not learned; each document ends with the end-of-text token.
     """
     end = tokenizer.eos_token_id
-    start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    start = _start(tokenizer)
     found: list[Window] = []
     for document in documents:
         prompt = [*start, *_tokens(tokenizer, document.prompt)]
@@ -38,6 +38,12 @@ def windows(documents: Sequence[Document], tokenizer: Any, sequence_length: int)
         starts = range(0, len(targets), sequence_length)
         found += [_window(tokens, targets, first, sequence_length, end or 0) for first in starts]
     return [window for window in found if window.num_targets]
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer itself puts before a text, if any; its attributes do not always tell."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

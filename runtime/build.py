@@ -142,14 +142,23 @@ def apply_strategies(
             quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], double_quantization)
 
 
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a forward pass draws random numbers, by a module or by a rate that its configuration names.
+
+    A layer computed again must then drop what it dropped the first time, or its gradients are another function's.
+    """
+    config = getattr(model, "config", None)
+    rates = [v for k, v in (config.to_dict() if config else {}).items() if "drop" in k]
+    named = any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+    return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+
+
 def recompute_layers(model: torch.nn.Module, strategies: Sequence[Strategy]) -> None:
     """Make the layers whose strategy says so forget their activations and compute them again in the backward pass."""
-    has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    random = has_dropout(model)
     for layer, strategy in zip(decoder_layers(model), strategies, strict=True):
         if strategy.activations == "recompute":
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=has_dropout
-            )
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=random)
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Module:

@@ -108,6 +108,7 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     windows = _windows(batches.windows(documents, tokenizer, length), request.data)
     eval_windows = _windows(batches.windows(held_out, tokenizer, length), request.eval_data) if held_out else []
     model = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
+    _make_output(request.output)
     torch.manual_seed(request.seed)
     trainee = make_trainee(model, plan.configuration, plan.compute_dtype, device, request.learning_rate)
     progress = _Progress()
@@ -172,6 +173,14 @@ def _check_output(output: Path) -> None:
             raise RunError(f"{path} is a file; give a folder with --output")
     if output.is_dir() and any(output.iterdir()):
         raise RunError(f"{output} is not empty; give a new folder with --output")
+
+
+def _make_output(output: Path) -> None:
+    """Make the folder once nothing else can be wrong, and before hours are spent."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{output} cannot be made: {error.strerror}; give another folder with --output") from error
 
 
 def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Window]:

@@ -33,8 +33,8 @@ class WeightsSource:
     gguf_file: str | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """For transformers' ``from_pretrained``."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        """For transformers' ``from_pretrained``; without the refusal, it would ask whether to run a folder's code."""
+        return {"trust_remote_code": False, **({"gguf_file": self.gguf_file} if self.gguf_file else {})}
 
 
 def find_weights(model_name: str, given: Path | None = None) -> WeightsSource:

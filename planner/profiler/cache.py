@@ -22,6 +22,9 @@ import platformdirs
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.solver import TracedPeak
 
+_UNREADABLE = (OSError, ValueError, RecursionError)
+"""What reading a damaged entry raises; msgspec's and Unicode's errors are ValueErrors."""
+
 TRACED_WITH = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -64,7 +67,7 @@ def read_profile(name: str) -> StepProfile | None:
         content = io.BytesIO((folder() / f"{name}.npz").read_bytes())
         with np.load(content, allow_pickle=False) as arrays:
             return StepProfile.from_arrays(arrays)
-    except (OSError, KeyError, ValueError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+    except (*_UNREADABLE, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return None
 
 
@@ -82,7 +85,7 @@ def read_peak(name: str) -> TracedPeak | None:
     """The stored peak, or None."""
     try:
         return msgspec.json.decode((folder() / f"{name}.json").read_bytes(), type=TracedPeak)
-    except (OSError, msgspec.DecodeError):
+    except _UNREADABLE:
         return None
 
 
@@ -95,7 +98,7 @@ def read_number(name: str) -> int | None:
     """The stored number, or None."""
     try:
         return msgspec.json.decode((folder() / f"{name}.json").read_bytes(), type=int)
-    except (OSError, msgspec.DecodeError):
+    except _UNREADABLE:
         return None
 
 

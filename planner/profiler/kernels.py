@@ -110,13 +110,24 @@ def _attention(
     if grouped or not aligned:
         return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -math.inf)
+        attn_mask = _bias(attn_mask, query, key)
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     efficient = aten._scaled_dot_product_efficient_attention
     result: torch.Tensor = efficient(query, key, value, attn_mask, wants_gradient, dropout_p, is_causal, scale=scale)[0]
     return result
+
+
+def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """What PyTorch's attention.cpp makes of a mask for the memory-efficient kernel.
+
+    A boolean mask becomes numbers before it is expanded; one whose rows are no multiple of 8 is padded after that.
+    """
+    if mask.dtype == torch.bool:
+        masked = torch.full((), -math.inf, dtype=query.dtype, device=mask.device)
+        mask = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), masked)
+    mask = mask.expand(*query.shape[:-1], key.shape[-2])
+    length = mask.size(-1)
+    return mask if length % 8 == 0 else torch.nn.functional.pad(mask, (0, 8 - length % 8))[..., :length]
 
 
 def _math_attention(
@@ -217,7 +228,15 @@ def _gemm_4bit(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return [*constants, weight] if target.device_type in ("cuda", "cpu") else []
 
 
+def _int8_product(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """On CUDA, the product in int32, from which the result is scaled (bitsandbytes' ``int8_linear_matmul``)."""
+    activations, weight = args[0], args[1]
+    rows = math.prod(activations.shape[:-1])
+    return [rows * weight.shape[0] * 4] if target.device_type == "cuda" else []
+
+
 def register_bitsandbytes() -> None:
     """Add the rules for bitsandbytes' operators; call it once they exist, that is, after importing bitsandbytes."""
     ops = torch.ops.bitsandbytes
+    BEFORE_RESULT[ops.int8_scaled_mm.default] = _int8_product
     BEFORE_RESULT[ops.gemm_4bit.default] = _gemm_4bit

@@ -201,7 +201,13 @@ def _show(made: Plan, as_json: bool) -> None:
     "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True, help="AdamW's."
 )
 @click.option("--usd-per-hour", type=click.FloatRange(min=0), help="What the machine costs, for the meter.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the adapter and the order of the data.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the adapter and the order of the data.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record of the run as JSON.")
 def train_command(
     plan: Path,

@@ -17,7 +17,8 @@ from tests.planner import tiny
 from tests.strategies import json_values
 
 PEAK = TracedPeak(1, 2, 3, (MemoryPart(category="context", num_bytes=4),), "SDPA")
-DAMAGES = pytest.mark.parametrize("damage", [b"", b"{}", b"PK\x03\x04", b"[1, 2", b"\x93NUMPY", b"\xff" * 100])
+NESTED = [b"[" * 100_000, b'{"a":' * 100_000]
+DAMAGES = pytest.mark.parametrize("damage", [*NESTED, b"", b"{}", b"PK\x03\x04", b"[1, 2", b"\x93NUMPY", b"\xff" * 100])
 
 
 @pytest.fixture(name="folder", autouse=True)

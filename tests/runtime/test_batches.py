@@ -32,7 +32,8 @@ class Letters:
     bos_token_id: int = START
 
     def __call__(self, text: str, **_options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+        start = [self.bos_token_id] if self.add_bos_token and _options.get("add_special_tokens", True) else []
+        return {"input_ids": [*start, *(ord(letter) for letter in text)]}
 
     def tokens(self, document: Document) -> tuple[list[int], int]:
         """All tokens of *document* as they should be read, and how many of them come before what is learned."""

@@ -10,8 +10,9 @@ import torch
 
 from shallowflow.planner.strategies import Activations, WeightFormat
 from shallowflow.runtime import quantized
+from shallowflow.runtime.build import has_dropout
 from shallowflow.runtime.precision import LossScale
-from shallowflow.runtime.step import MAX_GRADIENT_NORM, MicroBatch, StepOutcome, Trainee
+from shallowflow.runtime.step import MAX_GRADIENT_NORM, MicroBatch, StepOutcome, Trainee, make_trainee
 from tests.runtime import tiny
 
 BATCH = tiny.random_batch([16, 9, 3, 12])
@@ -249,3 +250,20 @@ def test_quantized_layers_are_those_of_the_strategy() -> None:
     per_layer = [sum(map(quantized.is_quantized, layer.modules())) for layer in trainee.layers]
     assert per_layer == [7] * tiny.NUM_LAYERS
     assert sum(map(quantized.is_quantized, trainee.model.modules())) == 7 * tiny.NUM_LAYERS
+
+
+@pytest.mark.parametrize("changes", [{"attention_dropout": 0.2}, {}], ids=["a rate in the configuration", "none"])
+def test_a_layer_computed_again_drops_what_it_dropped(changes: dict[str, float]) -> None:
+    """Recomputation gives the gradients of saved activations, also where attention drops at random."""
+    found = []
+    for activations in ("save", "recompute"):
+        torch.manual_seed(3)
+        strategy = tiny.configuration("fp32", activations)  # type: ignore[arg-type]
+        trainee = make_trainee(tiny.base("float32", **changes), strategy, "float32", torch.device("cpu"))
+        for parameter in trainee.parameters:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+        torch.manual_seed(7)
+        found.append(unclipped(trainee, [BATCH])[0])
+
+    assert has_dropout(tiny.base("float32", **changes)) == bool(changes)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6 * norm(found[0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,13 +61,13 @@ def test_a_package_may_carry_weights() -> None:
     assert found.location == str(Path(spec.submodule_search_locations[0]))
     assert found.gguf_file is not None
     assert (Path(found.location) / found.gguf_file).read_bytes()[:4] == b"GGUF"
-    assert found.arguments() == {"gguf_file": found.gguf_file}
+    assert found.arguments() == {"trust_remote_code": False, "gguf_file": found.gguf_file}
 
 
 def test_any_other_model_lies_on_the_hub() -> None:
     """Without a path and without a package the model's own name says where to look."""
     assert find_weights("some/model") == WeightsSource("some/model")
-    assert find_weights("some/model").arguments() == {}
+    assert find_weights("some/model").arguments() == {"trust_remote_code": False}
 
 
 def test_what_is_given_comes_first(tmp_path: Path) -> None:
@@ -202,3 +203,16 @@ def test_a_broken_tokenizer_is_told(copy: Path, content: str | None) -> None:
     message = complaint(lambda: load_tokenizer(find_weights("tiny", copy)))
 
     assert message.startswith(f"cannot load {copy}: ")
+
+
+def test_a_folder_s_own_code_is_not_run(copy: Path) -> None:
+    """A tokenizer that comes as a program is refused without a question, and the program is not run."""
+    ran = copy / "ran"
+    (copy / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Mine: pass\n", encoding="utf-8")
+    (copy / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+    complaint(lambda: load_tokenizer(find_weights("any", copy)))
+
+    assert not ran.exists()
