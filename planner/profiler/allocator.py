@@ -1,7 +1,7 @@
 """A simulator of PyTorch's CUDA caching allocator: what it reserves for a stream of allocations and frees.
 
-The rules and constants are those of ``c10/cuda/CUDACachingAllocator`` in PyTorch 2.13 with its default settings:
-one stream, no ``max_split_size``, no garbage collection, no expandable segments.
+The rules and constants are those of ``c10/cuda/CUDACachingAllocator`` in PyTorch 2.13 for one stream, with its default
+settings and with ``expandable_segments:True``; no ``max_split_size``, no garbage collection.
 
 Among free blocks of one size the allocator takes the one at the lowest address, so it matters where segments lie. The
 driver maps each new one below those before it, as Linux's ``mmap`` does from the top of the address space down. With
@@ -11,11 +11,9 @@ falling ones it gives them to the MiB (`make accuracy`).
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from sortedcontainers import SortedList
 
 MIN_BLOCK_BYTES = 512
 """Every request is rounded up to a multiple of this."""
@@ -27,37 +25,79 @@ MIN_LARGE_BYTES = 10 << 20
 """From here on, a segment is as large as its request, rounded up."""
 ROUND_LARGE_BYTES = 2 << 20
 
+EMPTY_CACHE = 0
+"""The event of ``torch.cuda.empty_cache()``."""
+
+_ADDRESS_BITS = 47
+"""Of a process's virtual memory; a free block's key is its size above its address."""
+_SPACE = 1 << (_ADDRESS_BITS - 1)
+
 
 class OutOfMemory(Exception):
     """The allocation that did not fit.
 
     Attributes:
         requested_bytes, allocated_bytes, reserved_bytes, capacity_bytes: as CUDA's message gives them.
+        event: the position in a replayed stream; None outside of one.
+        where: the phase and module that asked, where they are known.
     """
 
-    def __init__(self, requested: int, allocated: int, reserved: int, capacity: int) -> None:
-        super().__init__(
-            f"out of memory: tried to allocate {requested} bytes with {allocated} allocated and {reserved} reserved "
-            f"of {capacity}"
-        )
+    def __init__(self, requested: int, allocated: int, reserved: int, capacity: int, event: int | None = None) -> None:
         self.requested_bytes = requested
         self.allocated_bytes = allocated
         self.reserved_bytes = reserved
         self.capacity_bytes = capacity
+        self.event = event
+        self.where = ""
+        super().__init__(requested, allocated, reserved, capacity)
+
+    def __str__(self) -> str:
+        """CUDA's message, with the place before it."""
+        return (
+            f"out of memory{self.where}: tried to allocate {_mib(self.requested_bytes)} where "
+            f"{_mib(self.capacity_bytes - self.reserved_bytes)} of {_mib(self.capacity_bytes)} were free; "
+            f"{_mib(self.allocated_bytes)} were allocated, "
+            f"{_mib(self.reserved_bytes - self.allocated_bytes)} reserved but unallocated"
+        )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.2f} MiB"
+
+
+class _NoRoom(Exception):
+    """A page that cannot be mapped before others are unmapped."""
 
 
 class _Block:
     """A stretch of a segment; neighbours are linked so that free ones can join."""
 
-    __slots__ = ("address", "free", "next", "previous", "size", "small")
+    __slots__ = ("address", "free", "mapped", "next", "previous", "size", "small")
 
-    def __init__(self, address: int, size: int, small: bool) -> None:
+    def __init__(self, address: int, size: int, small: bool, mapped: bool = True) -> None:
         self.address = address
         self.size = size
         self.small = small
         self.free = False
+        self.mapped = mapped
         self.previous: _Block | None = None
         self.next: _Block | None = None
+
+    def link(self, after: _Block) -> None:
+        """Put this block behind *after*."""
+        self.previous, self.next = after, after.next
+        if after.next is not None:
+            after.next.previous = self
+        after.next = self
+
+    def absorb_next(self) -> None:
+        """Take the next block's bytes and place."""
+        after = self.next
+        assert after is not None
+        self.size += after.size
+        self.next = after.next
+        if after.next is not None:
+            after.next.previous = self
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +108,13 @@ class Replay:
         allocated_bytes: whole blocks in use after each event.
         reserved_bytes: segments held after each event.
         block_bytes: per allocation, the block that it got.
+        num_retries: how often cached segments had to be given back before a request could be served.
     """
 
     allocated_bytes: list[int]
     reserved_bytes: list[int]
     block_bytes: list[int]
+    num_retries: int = 0
 
 
 class CachingAllocator:
@@ -85,10 +127,11 @@ class CachingAllocator:
         self.capacity_bytes = capacity_bytes
         self.allocated_bytes = 0
         self.reserved_bytes = 0
-        self._lowest_address = 0
+        self.num_retries = 0
+        self._lowest_address = (1 << _ADDRESS_BITS) - 1
         self._blocks: dict[int, _Block] = {}
-        self._free: dict[bool, SortedList] = {True: SortedList(), False: SortedList()}
-        self._by_address: dict[int, _Block] = {}
+        self._free: tuple[list[int], list[int]] = ([], [])
+        self._by_key: dict[int, _Block] = {}
 
     def malloc(self, key: int, num_bytes: int) -> int:
         """Serve a request and return the size of the block given.
@@ -96,12 +139,14 @@ class CachingAllocator:
         Raises:
             OutOfMemory: it does not fit even after giving cached segments back.
         """
-        size = max(MIN_BLOCK_BYTES, -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+        size = -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES or MIN_BLOCK_BYTES
         small = size <= SMALL_BYTES
-        block = self._take_cached(size, small) or self._new_segment(size, small)
-        remaining = block.size - size
-        if remaining >= MIN_BLOCK_BYTES if small else remaining > SMALL_BYTES:
-            self._split(block, size)
+        block = self._take_cached(size, small) or self._grow(size, small)
+        if self._worth_splitting(block.size - size, small):
+            rest = _Block(block.address + size, block.size - size, small)
+            rest.link(block)
+            block.size = size
+            self._add_free(rest)
         self._blocks[key] = block
         self.allocated_bytes += block.size
         return block.size
@@ -110,93 +155,227 @@ class CachingAllocator:
         """Return the block of *key* to its pool, joined with free neighbours."""
         block = self._blocks.pop(key)
         self.allocated_bytes -= block.size
-        before, after = block.previous, block.next
-        if before is not None and before.free:
-            self._remove_free(before)
-            before.size += block.size
-            before.next = after
-            if after is not None:
-                after.previous = before
-            block = before
-        if after is not None and after.free:
-            self._remove_free(after)
-            block.size += after.size
-            block.next = after.next
-            if after.next is not None:
-                after.next.previous = block
-        self._add_free(block)
+        self._join(block)
 
     def empty_cache(self) -> None:
         """Give back every segment that holds no block in use."""
-        for pool in self._free.values():
-            for _, address in list(pool):
-                block = self._by_address[address]
-                if block.previous is None and block.next is None:
-                    self._remove_free(block)
-                    self.reserved_bytes -= block.size
+        for block in list(self._by_key.values()):
+            if block.previous is None and block.next is None:
+                self._remove_free(block)
+                self.reserved_bytes -= block.size
+
+    def _join(self, block: _Block) -> None:
+        """Make *block* free and one with its free neighbours."""
+        before = block.previous
+        if before is not None and before.free:
+            self._remove_free(before)
+            before.absorb_next()
+            block = before
+        after = block.next
+        if after is not None and after.free:
+            self._remove_free(after)
+            block.absorb_next()
+        self._add_free(block)
 
     def _add_free(self, block: _Block) -> None:
         block.free = True
-        self._by_address[block.address] = block
-        self._free[block.small].add((block.size, block.address))
+        key = block.size << _ADDRESS_BITS | block.address
+        self._by_key[key] = block
+        insort(self._free[block.small], key)
 
     def _remove_free(self, block: _Block) -> None:
         block.free = False
-        del self._by_address[block.address]
-        self._free[block.small].remove((block.size, block.address))
+        key = block.size << _ADDRESS_BITS | block.address
+        del self._by_key[key]
+        pool = self._free[block.small]
+        del pool[bisect_left(pool, key)]
 
     def _take_cached(self, size: int, small: bool) -> _Block | None:
         pool = self._free[small]
-        index = pool.bisect_left((size, -math.inf))
+        index = bisect_left(pool, size << _ADDRESS_BITS)
         if index == len(pool):
             return None
-        block = self._by_address[pool[index][1]]
-        self._remove_free(block)
+        block = self._by_key.pop(pool.pop(index))
+        block.free = False
         return block
 
-    def _new_segment(self, size: int, small: bool) -> _Block:
+    def _worth_splitting(self, rest: int, small: bool) -> bool:
+        return rest >= MIN_BLOCK_BYTES if small else rest > SMALL_BYTES
+
+    def _grow(self, size: int, small: bool) -> _Block:
         if small:
             segment = SMALL_SEGMENT_BYTES
         elif size < MIN_LARGE_BYTES:
             segment = LARGE_SEGMENT_BYTES
         else:
             segment = -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
-        if self._exceeds(segment):
-            self.empty_cache()
-            if self._exceeds(segment):
-                raise OutOfMemory(segment, self.allocated_bytes, self.reserved_bytes, self.capacity_bytes or 0)
-        self.reserved_bytes += segment
+        self._reserve(segment)
         self._lowest_address -= segment
         return _Block(self._lowest_address, segment, small)
 
-    def _exceeds(self, segment: int) -> bool:
-        return self.capacity_bytes is not None and self.reserved_bytes + segment > self.capacity_bytes
-
-    def _split(self, block: _Block, size: int) -> None:
-        rest = _Block(block.address + size, block.size - size, block.small)
-        rest.previous, rest.next = block, block.next
-        if block.next is not None:
-            block.next.previous = rest
-        block.next = rest
-        block.size = size
-        self._add_free(rest)
+    def _reserve(self, num_bytes: int) -> None:
+        """Count *num_bytes* as reserved, after giving cached segments back if they do not fit otherwise."""
+        if self.capacity_bytes is not None and self.reserved_bytes + num_bytes > self.capacity_bytes:
+            self.num_retries += 1
+            self.empty_cache()
+            if self.reserved_bytes + num_bytes > self.capacity_bytes:
+                raise OutOfMemory(num_bytes, self.allocated_bytes, self.reserved_bytes, self.capacity_bytes)
+        self.reserved_bytes += num_bytes
 
 
-def replay(events: Sequence[int], sizes: Sequence[int], capacity_bytes: int | None = None) -> Replay:
+class ExpandableAllocator(CachingAllocator):
+    """The same with ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
+
+    Each pool is one stretch of addresses, of which pages are mapped where they are needed; so free blocks side by side
+    can always join, and a request that no free block holds extends one.
+    """
+
+    def __init__(self, capacity_bytes: int | None = None) -> None:
+        super().__init__(capacity_bytes)
+        self._first = (_Block(0, _SPACE, False, mapped=False), _Block(0, _SPACE, True, mapped=False))
+
+    def empty_cache(self) -> None:
+        """Unmap every whole page that lies inside a free block."""
+        for block in list(self._by_key.values()):
+            page = _page(block.small)
+            start = -(-block.address // page) * page
+            end = (block.address + block.size) // page * page
+            if end > start:
+                self._remove_free(block)
+                self._unmap(block, start, end)
+
+    def _unmap(self, block: _Block, start: int, end: int) -> None:
+        self.reserved_bytes -= end - start
+        before, after = start - block.address, block.address + block.size - end
+        if before:
+            head = _Block(block.address, before, block.small)
+            previous = block.previous
+            if previous is None:
+                head.next, block.previous = block, head
+                self._set_first(head)
+            else:
+                head.link(previous)
+            self._add_free(head)
+        block.address, block.size = start, end - start
+        block.mapped = False
+        if after:
+            tail = _Block(end, after, block.small)
+            tail.link(block)
+            self._add_free(tail)
+        elif block.next is not None and not block.next.mapped:
+            block.absorb_next()
+        if block.previous is not None and not block.previous.mapped:
+            block.previous.absorb_next()
+
+    def _set_first(self, block: _Block) -> None:
+        large, small = self._first
+        self._first = (large, block) if block.small else (block, small)
+
+    def _take_cached(self, size: int, small: bool) -> _Block | None:
+        """Best fit, where a block that can grow counts as large as it can become."""
+        pool = self._free[small]
+        index = bisect_left(pool, size << _ADDRESS_BITS)
+        if index == len(pool):
+            return None
+        block = self._by_key[pool[index]]
+        for key in pool[index + 1 :]:
+            following = self._by_key[key]
+            if _reach(following) >= _reach(block):
+                break
+            block = following
+        self._remove_free(block)
+        return block
+
+    def _worth_splitting(self, rest: int, small: bool) -> bool:
+        return rest >= MIN_BLOCK_BYTES
+
+    def _grow(self, size: int, small: bool) -> _Block:
+        """Map pages behind the first free or unmapped stretch that is long enough."""
+        while True:
+            block = self._stretch(size, small)
+            missing = size - (block.size if block.mapped else 0)
+            try:
+                if not block.mapped:
+                    block = self._map(block, min(block.size, size))
+                while block.size < size:
+                    following = block.next
+                    assert following is not None
+                    block = self._map(following, min(size - block.size, following.size))
+            except _NoRoom:
+                before = self.reserved_bytes
+                self.num_retries += 1
+                self.empty_cache()
+                if self.reserved_bytes == before:
+                    capacity = self.capacity_bytes or 0
+                    raise OutOfMemory(missing, self.allocated_bytes, before, capacity) from None
+                continue
+            self._remove_free(block)
+            return block
+
+    def _stretch(self, size: int, small: bool) -> _Block:
+        block: _Block | None = self._first[small]
+        while block is not None:
+            if not block.mapped:
+                start = block.previous if block.previous is not None and block.previous.free else block
+                room, last = 0, start
+                while room < size and last is not None and (last.free or not last.mapped):
+                    room += last.size
+                    last = last.next  # type: ignore[assignment]
+                if room >= size:
+                    return start
+            block = block.next
+        raise AssertionError("the address space is larger than any request")
+
+    def _map(self, block: _Block, num_bytes: int) -> _Block:
+        """Map the pages that hold the first *num_bytes* of an unmapped block, and join them with what is free."""
+        page = _page(block.small)
+        mapped = min(block.size, -(-(block.address + num_bytes) // page) * page - block.address)
+        if self.capacity_bytes is not None and self.reserved_bytes + mapped > self.capacity_bytes:
+            raise _NoRoom
+        self.reserved_bytes += mapped
+        if mapped < block.size:
+            rest = _Block(block.address + mapped, block.size - mapped, block.small, mapped=False)
+            rest.link(block)
+            block.size = mapped
+        block.mapped = True
+        previous = block.previous
+        self._join(block)
+        return previous if previous is not None and previous.free else block
+
+
+def _page(small: bool) -> int:
+    return SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+
+
+def _reach(block: _Block) -> int:
+    following = block.next
+    return block.size + (following.size if following is not None and not following.mapped else 0)
+
+
+def replay(
+    events: Sequence[int], sizes: Sequence[int], capacity_bytes: int | None = None, *, expandable_segments: bool = False
+) -> Replay:
     """Run a recorded stream (see ``Trace``) through the allocator.
 
     Raises:
         OutOfMemory: the stream does not fit in *capacity_bytes*.
     """
-    allocator = CachingAllocator(capacity_bytes)
+    allocator = (ExpandableAllocator if expandable_segments else CachingAllocator)(capacity_bytes)
+    malloc, free = allocator.malloc, allocator.free
     allocated: list[int] = []
     reserved: list[int] = []
     blocks = [0] * len(sizes)
     for event in events:
         if event > 0:
-            blocks[event - 1] = allocator.malloc(event, sizes[event - 1])
+            try:
+                blocks[event - 1] = malloc(event, sizes[event - 1])
+            except OutOfMemory as error:
+                error.event = len(allocated)
+                raise
+        elif event < 0:
+            free(-event)
         else:
-            allocator.free(-event)
+            allocator.empty_cache()
         allocated.append(allocator.allocated_bytes)
         reserved.append(allocator.reserved_bytes)
-    return Replay(allocated, reserved, blocks)
+    return Replay(allocated, reserved, blocks, allocator.num_retries)
