@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
+
+
+class OutOfDeviceMemory(Exception):
+    """A request that a device of some capacity does not serve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,32 @@ class CategoryBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LiveBytes:
+    """Blocks in use at the moment of the peak, of one category and one module; ``""`` is outside of any."""
+
+    category: str
+    module: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """The allocator over one step.
+
+    Attributes:
+        positions: allocations and frees since the step began; each point is the highest of its stretch.
+        categories: bytes of each category at every position.
+        reserved_bytes: segments held at every position.
+        phases: (position, name) of where each phase begins.
+    """
+
+    positions: tuple[int, ...]
+    categories: dict[str, tuple[int, ...]]
+    reserved_bytes: tuple[int, ...]
+    phases: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRecord:
     """A training step's memory on one device.
 
@@ -35,8 +65,11 @@ class MemoryRecord:
             allocated on a CPU, which keeps no cache.
         peak_process_bytes: reserved plus the CUDA context.
         peak_phase, peak_module: where the peak is; empty where that was not seen.
-        step_seconds: None where time was not measured.
+        step_seconds: of a simulation, what a roofline gives; None where time was not measured.
+        num_retries: how often cached memory had to be given back to the device to serve a request.
         categories: of a simulation; sum to ``peak_process_bytes``. Empty for a measurement.
+        modules: of a simulation, by category and module, largest first; sum to ``peak_allocated_bytes``.
+        timeline: of a simulation.
     """
 
     format_version: int
@@ -51,3 +84,6 @@ class MemoryRecord:
     step_seconds: float | None
     phases: tuple[PhasePeak, ...]
     categories: tuple[CategoryBytes, ...]
+    num_retries: int = 0
+    modules: tuple[LiveBytes, ...] = ()
+    timeline: Timeline | None = None

@@ -148,7 +148,8 @@ def has_dropout(model: torch.nn.Module) -> bool:
     A layer computed again must then drop what it dropped the first time, or its gradients are another function's.
     """
     config = getattr(model, "config", None)
-    rates = [v for k, v in (config.to_dict() if config else {}).items() if "drop" in k]
+    named_rates = config.to_dict() if config else {}
+    rates = [v for k, v in named_rates.items() if "drop" in k and not k.startswith(("classifier", "summary"))]
     named = any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
     return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 

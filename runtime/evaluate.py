@@ -10,7 +10,7 @@ import torch
 
 from . import quantized
 from .batches import Window, micro_batch
-from .step import Trainee
+from .step import MicroBatch, Trainee
 
 
 def perplexity(
@@ -22,21 +22,28 @@ def perplexity(
 ) -> float:
     """exp of the mean cross-entropy per target token over all *windows*."""
     total = 0.0
-    with _evaluating(trainee.model), torch.no_grad():
+    with _evaluating(trainee.model):
         for first in range(0, len(windows), micro_batch_size):
             total += float(trainee.loss(micro_batch(windows[first : first + micro_batch_size], device)))
             on_batch()
     return math.exp(total / sum(w.num_targets for w in windows))
 
 
+def loss(trainee: Trainee, batch: MicroBatch) -> torch.Tensor:
+    """The sum of cross-entropies over one batch, computed as an evaluation does."""
+    with _evaluating(trainee.model):
+        return trainee.loss(batch)
+
+
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off; quantized layers stay as they are, which on a CPU would repack their weights for inference."""
+    """No gradients, no dropout; quantized layers stay in training, or a CPU would repack their weights."""
     model.eval()
     for module in model.modules():
         if quantized.is_quantized(module):
             module.training = True
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         model.train()

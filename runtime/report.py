@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 from shallowflow.planner import render
+from shallowflow.planner.memory_record import MemoryRecord, Timeline
 from shallowflow.planner.plan import Plan
 
 from .record import Comparison, RunRecord
@@ -17,18 +18,15 @@ INK = "#7a808a"
 """A grey that reads on light and dark pages alike."""
 
 
-def html(plan: Plan, run: RunRecord) -> str:
-    """The page: did it fit and learn, predicted beside measured, loss, time, memory by category."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("shallowflow.runtime", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+ROWS_SHOWN = 40
+
+
+def html(plan: Plan, run: RunRecord, timeline: Timeline | None = None) -> str:
+    """The page: did it fit and learn, predicted beside measured, loss, time, memory by category and over the step."""
     figures = [_memory(plan), _loss(run), _seconds(plan, run)]
+    figures += [_timeline(timeline, "The step's memory, predicted")] if timeline else []
     charts = [_chart(figure, first=index == 0) for index, figure in enumerate(figures)]
-    return environment.get_template("report.html").render(
+    return _template("report.html").render(
         plan=plan,
         run=run,
         charts=charts,
@@ -36,6 +34,37 @@ def html(plan: Plan, run: RunRecord) -> str:
         render=render,
         strategies=render.strategies(plan.configuration),
     )
+
+
+def memory_html(record: MemoryRecord, name: str) -> str:
+    """A page on one simulated step: what it takes, when, and of what it consists at the peak."""
+    assert record.timeline is not None
+    peak = f"peak: {record.peak_phase} phase" + (f" of {record.peak_module}" if record.peak_module else "")
+    return _template("memory.html").render(
+        record=record,
+        name=name,
+        chart=_chart(_timeline(record.timeline, peak), first=True),
+        answers=[
+            ("resident before the step", record.resident_bytes),
+            ("peak allocated", record.peak_allocated_bytes),
+            ("peak reserved", record.peak_reserved_bytes),
+            ("peak of the process", record.peak_process_bytes),
+        ],
+        rows_shown=ROWS_SHOWN,
+        rest=sum(part.num_bytes for part in record.modules[ROWS_SHOWN:]),
+        mib=lambda num_bytes: f"{num_bytes / 2**20:,.2f} MiB",
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("shallowflow.runtime", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
 def row(comparison: Comparison) -> tuple[str, str, str, str]:
@@ -84,6 +113,43 @@ def _memory(plan: Plan) -> go.Figure:
         xaxis_title="GiB",
         yaxis_visible=False,
         legend={"orientation": "h", "y": -0.4, "traceorder": "normal"},
+    )
+    return figure
+
+
+def _timeline(timeline: Timeline, title: str) -> go.Figure:
+    """Categories stacked over the step's allocations and frees, what is reserved above them, and where phases begin."""
+    figure = go.Figure()
+    for name, levels in timeline.categories.items():
+        figure.add_scatter(
+            x=timeline.positions,
+            y=[level / 2**20 for level in levels],
+            name=name,
+            stackgroup="allocated",
+            line={"width": 0.5, "shape": "hv"},
+            hovertemplate=f"{name}: %{{y:,.1f}} MiB<extra></extra>",
+        )
+    figure.add_scatter(
+        x=timeline.positions,
+        y=[level / 2**20 for level in timeline.reserved_bytes],
+        name="reserved",
+        line={"dash": "dash", "shape": "hv", "color": INK},
+        hovertemplate="reserved: %{y:,.1f} MiB<extra></extra>",
+    )
+    for position, name in timeline.phases:
+        if not name.startswith("end"):
+            figure.add_vline(x=position, line_width=1, line_dash="dot", line_color=INK)
+            figure.add_annotation(x=position, y=1, yref="paper", yanchor="bottom", text=name, showarrow=False)
+    allocated = [sum(levels) for levels in zip(*timeline.categories.values(), strict=True)]
+    highest = max(range(len(allocated)), key=allocated.__getitem__)
+    figure.add_annotation(
+        x=timeline.positions[highest], y=allocated[highest] / 2**20, text="peak", arrowcolor=INK, ax=0, ay=-30
+    )
+    figure.update_layout(
+        title=title,
+        xaxis_title="allocations and frees",
+        yaxis_title="MiB",
+        legend={"orientation": "h", "y": -0.3, "traceorder": "normal"},
     )
     return figure
 

@@ -21,6 +21,7 @@ from .documents import read_documents
 from .evaluate import perplexity
 from .meter import MeasuredPeak
 from .record import RUN_FORMAT_VERSION, Comparison, RunRecord, StepRecord, median_step_seconds, to_json
+from .simulated import step_timeline
 from .step import LEARNING_RATE, Trainee, make_trainee
 from .train import train as training_steps
 from .weights import find_weights, load_tokenizer, load_weights
@@ -246,5 +247,5 @@ def _save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord) -> None
     model.peft_config["default"].base_model_name_or_path = plan.model_name
     model.save_pretrained(str(output / "adapter"), safe_serialization=True, save_embedding_layers=False)
     (output / "plan.json").write_text(serialize.to_json(plan), encoding="utf-8")
-    (output / "report.html").write_text(report.html(plan, record), encoding="utf-8")
+    (output / "report.html").write_text(report.html(plan, record, step_timeline(plan)), encoding="utf-8")
     (output / "run.json").write_text(to_json(record), encoding="utf-8")

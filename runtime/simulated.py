@@ -10,11 +10,18 @@ from typing import Any
 
 import torch
 
-from shallowflow.planner.profiler.kernels import register_bitsandbytes
+from shallowflow.planner.memory_record import Timeline
+from shallowflow.planner.plan import Plan
+from shallowflow.planner.profiler.kernels import Target, register_bitsandbytes
+from shallowflow.planner.profiler.simulate import traced_timeline
 from shallowflow.planner.strategies import Configuration
+from shallowflow.profiles import load_gpu
 
-from . import attention, build, quantized
+from . import attention, build, evaluate, quantized
 from .step import MicroBatch, Resident, StepOutcome, Trainee, make_trainee
+
+SHOWN_MICRO_BATCHES = 3
+"""In a timeline; those between the first and the last are alike."""
 
 
 @dataclass(slots=True)
@@ -56,6 +63,10 @@ class MetaStep:
         """One optimizer update over the first *num_micro_batches*; None for all."""
         return self.trainee.step(self.micro_batches[:num_micro_batches])
 
+    def evaluate(self) -> object:
+        """The loss of one micro-batch, without gradients."""
+        return evaluate.loss(self.trainee, self.micro_batches[0])
+
 
 def register_quantization() -> None:
     """Import bitsandbytes with ``torch.compile`` out of the way, and make its operators known to the profiler.
@@ -91,3 +102,12 @@ def make_meta_step(
         tokens = torch.empty(shape, dtype=torch.int64, device="meta")
         batches.append(MicroBatch(tokens, torch.empty_like(tokens), math.prod(shape)))
     return MetaStep(trainee, batches)
+
+
+def step_timeline(plan: Plan) -> Timeline:
+    """The allocator over one whole step of *plan*, as it is predicted."""
+    configuration = plan.configuration
+    target = Target.of(load_gpu(plan.gpu))
+    num_micro_batches = min(configuration.gradient_accumulation_steps, SHOWN_MICRO_BATCHES)
+    step = make_meta_step(plan.model_config, configuration, plan.compute_dtype, num_micro_batches)
+    return traced_timeline(step, target)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shallowflow.planner.memory_record import RECORD_VERSION, MemoryRecord
+from shallowflow.planner.profiler.allocator import OutOfMemory
 from shallowflow.planner.profiler.user_step import simulate
 from shallowflow.profiles.specs import GpuSpec
 
@@ -57,16 +58,21 @@ def load_step(reference: str) -> MakeStep:
     return function
 
 
-def simulated(reference: str, gpu: GpuSpec) -> MemoryRecord:
-    """What the step that ``FILE.py:FUNCTION`` makes takes on *gpu*.
+def simulated(
+    reference: str, gpu: GpuSpec, capacity_bytes: int | None = None, *, expandable_segments: bool = False
+) -> MemoryRecord:
+    """What the step that ``FILE.py:FUNCTION`` makes takes on *gpu*; see ``simulate``.
 
     Raises:
         StepError: it cannot be loaded, or does something that ``meta`` tensors cannot follow.
+        OutOfMemory: it does not fit in *capacity_bytes*.
     """
     make_step = load_step(reference)
     register_quantization()
     try:
-        return simulate(make_step, gpu)
+        return simulate(make_step, gpu, capacity_bytes, expandable_segments=expandable_segments)
+    except OutOfMemory:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise StepError(f"{reference} cannot be simulated{_place(error, reference)}: {reason}") from error

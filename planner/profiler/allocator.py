@@ -15,6 +15,8 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shallowflow.planner.memory_record import OutOfDeviceMemory
+
 MIN_BLOCK_BYTES = 512
 """Every request is rounded up to a multiple of this."""
 SMALL_BYTES = 1 << 20
@@ -33,7 +35,7 @@ _ADDRESS_BITS = 47
 _SPACE = 1 << (_ADDRESS_BITS - 1)
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(OutOfDeviceMemory):
     """The allocation that did not fit.
 
     Attributes:
@@ -317,10 +319,11 @@ class ExpandableAllocator(CachingAllocator):
         while block is not None:
             if not block.mapped:
                 start = block.previous if block.previous is not None and block.previous.free else block
-                room, last = 0, start
+                room = 0
+                last: _Block | None = start
                 while room < size and last is not None and (last.free or not last.mapped):
                     room += last.size
-                    last = last.next  # type: ignore[assignment]
+                    last = last.next
                 if room >= size:
                     return start
             block = block.next

@@ -120,14 +120,15 @@ def _attention(
 def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """What PyTorch's attention.cpp makes of a mask for the memory-efficient kernel.
 
-    A boolean mask becomes numbers before it is expanded; one whose rows are no multiple of 8 is padded after that.
+    A boolean mask becomes numbers, and rows that are no multiple of 8 are padded, before all heads share it.
     """
     if mask.dtype == torch.bool:
         masked = torch.full((), -math.inf, dtype=query.dtype, device=mask.device)
         mask = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), masked)
-    mask = mask.expand(*query.shape[:-1], key.shape[-2])
     length = mask.size(-1)
-    return mask if length % 8 == 0 else torch.nn.functional.pad(mask, (0, 8 - length % 8))[..., :length]
+    if length % 8:
+        mask = torch.nn.functional.pad(mask, (0, 8 - length % 8))[..., :length]
+    return mask.expand(*query.shape[:-1], key.shape[-2])
 
 
 def _math_attention(

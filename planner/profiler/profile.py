@@ -70,6 +70,9 @@ class TraceableStep(Protocol):
     def run(self, num_micro_batches: int | None = None) -> object:
         """One optimizer update over the first *num_micro_batches*; None for all."""
 
+    def evaluate(self) -> object:
+        """The loss of one micro-batch, without gradients."""
+
 
 class Misaligned(RuntimeError):
     """Two traces of the same step differ in more than sizes, so no polynomial describes them."""

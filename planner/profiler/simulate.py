@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
+from shallowflow.planner.memory_record import Timeline
 from shallowflow.planner.plan import MemoryPart
 from shallowflow.planner.solver import TracedPeak
 
 from .allocator import Replay, replay
+from .attribution import by_category, live_at, timeline
 from .kernels import Target
 from .profile import TraceableStep, mark_layers
 from .trace import Recorder, Trace, recording
 
-CATEGORIES = (
-    "base weights",
-    "quantization constants",
-    "adapter",
-    "optimizer",
-    "gradients",
-    "activations",
-    "logits and loss",
-    "temporaries",
-    "workspace",
-    "fragmentation",
-    "context",
-)
-"""In the order in which they are shown."""
-
 
 def trace_step(step: TraceableStep, target: Target) -> Trace:
-    """Everything that *step* allocates, from loading to the end of its second run.
+    """Everything that *step* allocates, from loading through two runs to an evaluation.
 
     The first run, with one micro-batch, creates the optimizer's state; the second shows the steady peak.
     """
     recorder = Recorder(target)
     for item in step.resident_tensors():
-        recorder.follow(item.tensor, item.category)
+        number = recorder.follow(item.tensor, item.category)
+        if number is not None:
+            recorder.trace.owners[number] = item.path.rpartition(".")[0]
+    recorder.name_modules(step.model)
     handles = mark_layers(step, recorder)
     try:
         with recording(recorder):
@@ -43,6 +31,9 @@ def trace_step(step: TraceableStep, target: Target) -> Trace:
                 recorder.phase = "forward"
                 recorder.mark(f"step {index}")
                 step.run(num_micro_batches)
+            recorder.phase = "forward"
+            recorder.mark("evaluation")
+            step.evaluate()
             recorder.mark("end")
     finally:
         for handle in handles:
@@ -59,19 +50,29 @@ def traced_peak(step: TraceableStep, target: Target, context_bytes: int = 0) -> 
         played = replay(trace.events[:end], trace.sizes)
     else:
         played = exact(trace.events[:end], trace.sizes)
-    peak_allocated = max(played.allocated_bytes)
-    peak_at = played.allocated_bytes.index(peak_allocated)
+    last = next(position for position, label in trace.marks if label == "evaluation")
+    peak_allocated = max(played.allocated_bytes[:last])
     peak_reserved = max(played.reserved_bytes)
-    live = _categories_at(trace, played, peak_at)
-    live["fragmentation"] = peak_reserved - peak_allocated
-    live["context"] = context_bytes
+    live = live_at(trace, played, played.allocated_bytes.index(peak_allocated))
     return TracedPeak(
         resident_bytes=played.allocated_bytes[steady - 1],
         peak_allocated_bytes=peak_allocated,
         peak_reserved_bytes=peak_reserved,
-        parts=tuple(MemoryPart(category=c, num_bytes=live[c]) for c in CATEGORIES if live[c]),
+        parts=tuple(
+            MemoryPart(category=name, num_bytes=num_bytes)
+            for name, num_bytes in by_category(live, peak_reserved, context_bytes)
+        ),
         attention=step.attention,
     )
+
+
+def traced_timeline(step: TraceableStep, target: Target) -> Timeline:
+    """The allocator over the second run of *step*."""
+    trace = trace_step(step, target)
+    end = next(position for position, label in trace.marks if label == "evaluation")
+    start = max(position for position, label in trace.marks if label.startswith("step "))
+    play = replay if target.device_type == "cuda" else exact
+    return timeline(trace, play(trace.events[:end], trace.sizes), start, end)
 
 
 def exact(events: list[int], sizes: list[int]) -> Replay:
@@ -79,40 +80,7 @@ def exact(events: list[int], sizes: list[int]) -> Replay:
     level = 0
     levels: list[int] = []
     for event in events:
-        level += sizes[event - 1] if event > 0 else -sizes[-event - 1]
+        if event:
+            level += sizes[event - 1] if event > 0 else -sizes[-event - 1]
         levels.append(level)
     return Replay(levels, levels, list(sizes))
-
-
-def _categories_at(trace: Trace, played: Replay, peak_at: int) -> Counter[str]:
-    """Block bytes of each category that are live right after event *peak_at*."""
-    live: set[int] = set()
-    for event in trace.events[: peak_at + 1]:
-        if event > 0:
-            live.add(event - 1)
-        else:
-            live.discard(-event - 1)
-    stage = _stages(trace)
-    totals: Counter[str] = Counter()
-    for number in live:
-        totals[trace.categories.get(number) or stage[number]] += played.block_bytes[number]
-    return totals
-
-
-def _stages(trace: Trace) -> dict[int, str]:
-    """For each allocation, what it is by the moment of its birth: activation, logits and loss, or temporary."""
-    names = {"head": "logits and loss", "embed": "activations", "end backward": "temporaries"}
-    bounds = [
-        (p, names.get(label, "temporaries" if label.startswith("backward ") else None)) for p, label in trace.marks
-    ]
-    changes = [(position, name) for position, name in bounds if name]
-    stage: dict[int, str] = {}
-    current = "activations"
-    pointer = 0
-    for position, event in enumerate(trace.events):
-        while pointer < len(changes) and changes[pointer][0] <= position:
-            current = changes[pointer][1] or current
-            pointer += 1
-        if event > 0:
-            stage[event - 1] = current
-    return stage

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import kernels, operators, shapes
+from .allocator import EMPTY_CACHE
 from .kernels import Target
 
 Phase = str
@@ -28,7 +29,9 @@ class Trace:
     Attributes:
         events: ``i + 1`` where allocation ``i`` was made, ``-(i + 1)`` where it was freed.
         sizes: bytes asked for, per allocation, before any rounding.
-        phases, modules: per allocation, the phase and the path of the module that made it.
+        phases, modules: per allocation, the phase and the path of the module whose forward or backward pass made it.
+        stages: per allocation, the category that its birth suggests.
+        owners: the path of the module that a parameter, its gradient or its optimizer state belongs to.
         categories: per allocation, what it turned out to be, where that is known.
         marks: (number of events before it, label).
         ops: (number of events before it, cost) of every operator that runs on the device.
@@ -38,6 +41,8 @@ class Trace:
     sizes: list[int] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    owners: dict[int, str] = field(default_factory=dict)
     categories: dict[int, str] = field(default_factory=dict)
     marks: list[tuple[int, str]] = field(default_factory=list)
     ops: list[tuple[int, operators.OpCost]] = field(default_factory=list)
@@ -60,6 +65,10 @@ class Recorder(TorchDispatchMode):
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._modules: list[str] = [""]
         self._names: dict[int, str] = {}
+        self._parameters: dict[int, str] = {}
+        self._head: int | None = None
+        self._past_head = False
+        self._backward_module = ""
         self.workspaces: dict[tuple[str, str], int] = {}
         self.needed_workspaces: set[tuple[str, str]] = set()
 
@@ -74,7 +83,9 @@ class Recorder(TorchDispatchMode):
         number = len(trace.sizes)
         trace.sizes.append(num_bytes)
         trace.phases.append(self.phase)
-        trace.modules.append(self._modules[-1])
+        backward = self.phase == "backward" and len(self._modules) == 1
+        trace.modules.append(self._backward_module if backward else self._modules[-1])
+        trace.stages.append(self._stage())
         if category:
             trace.categories[number] = category
         trace.events.append(number + 1)
@@ -101,6 +112,21 @@ class Recorder(TorchDispatchMode):
             self.trace.categories[number] = category
         return number
 
+    def _stage(self) -> str:
+        if self.phase == "load":
+            return "inputs"
+        if self.phase == "optimizer":
+            return "temporaries"
+        if len(self._modules) > 1 and self.phase == "backward":
+            return "recomputed activations"
+        if self._past_head:
+            return "logits and loss"
+        return "activations" if self.phase == "forward" else "temporaries"
+
+    def empty_cache(self) -> None:
+        """Note that cached segments are given back."""
+        self.trace.events.append(EMPTY_CACHE)
+
     def mark(self, label: str) -> None:
         """Name the present moment."""
         self.trace.marks.append((len(self.trace.events), label))
@@ -108,23 +134,48 @@ class Recorder(TorchDispatchMode):
     def name_modules(self, model: torch.nn.Module) -> None:
         """Let allocations carry the path of the module that makes them."""
         self._names.update({id(module): name for name, module in model.named_modules()})
+        self._parameters.update({id(p): name.rpartition(".")[0] for name, p in model.named_parameters()})
+        find_head = getattr(model, "get_output_embeddings", None)
+        head = find_head() if find_head else None
+        self._head = self._head if head is None else id(head)
 
-    def enter_module(self, module: torch.nn.Module, _args: object) -> None:
+    def owned(self, parameter: torch.Tensor, tensor: torch.Tensor, category: str) -> None:
+        """Say that *tensor* is *category* and belongs to the module of *parameter*."""
+        number = self.follow(tensor, category)
+        if number is not None and id(parameter) in self._parameters:
+            self.trace.owners[number] = self._parameters[id(parameter)]
+
+    def enter_module(self, module: torch.nn.Module, args: object) -> None:
         """Global forward pre-hook."""
         self._modules.append(self._names.get(id(module), self._modules[-1]))
+        if id(module) == self._head:
+            self._past_head = True
+            for tensor in _differentiable(args):
+                tensor.register_hook(self._before_head)
 
-    def leave_module(self, _module: torch.nn.Module, _args: object, _output: object) -> None:
+    def leave_module(self, module: torch.nn.Module, _args: object, output: object) -> None:
         """Global forward hook, called when the forward raised, too."""
         if len(self._modules) > 1:
             self._modules.pop()
+        if id(module) in self._names:
+            for tensor in _differentiable(output):
+                tensor.register_hook(functools.partial(self._enter_backward, self._names[id(module)]))
+
+    def _before_head(self, _gradient: torch.Tensor) -> None:
+        self._past_head = False
+
+    def _enter_backward(self, module: str, _gradient: torch.Tensor) -> None:
+        self._backward_module = module
 
     def _notice_backward(self) -> None:
         running = torch._C._current_graph_task_id() != -1
         if running and self.phase == "forward":
             self.phase = "backward"
+            self._backward_module = ""
             self.mark("backward")
         elif not running and self.phase == "backward":
             self.phase = "forward"
+            self._past_head = False
             self.mark("end backward")
 
     def _forget(self, key: int) -> None:
@@ -169,6 +220,17 @@ class Recorder(TorchDispatchMode):
                 self._follow_all(item)
 
 
+def _differentiable(values: object) -> Iterator[torch.Tensor]:
+    """The tensors among *values* that a gradient flows to."""
+    if isinstance(values, torch.Tensor):
+        if values.requires_grad:
+            yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                yield value
+
+
 @contextlib.contextmanager
 def _as_on(target: Target) -> Iterator[None]:
     """Put the target's versions of a few functions in place of PyTorch's.
@@ -187,6 +249,17 @@ def _as_on(target: Target) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _emptying(recorder: Recorder) -> Iterator[None]:
+    """Note calls of ``torch.cuda.empty_cache``, which does nothing where CUDA was never started."""
+    original = torch.cuda.empty_cache
+    torch.cuda.empty_cache = recorder.empty_cache
+    try:
+        yield
+    finally:
+        torch.cuda.empty_cache = original
+
+
+@contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
     """Record what runs inside, with modules and phases told apart by PyTorch's own global hooks.
 
@@ -199,16 +272,17 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     number = recorder.follow(parameter.grad, "gradients")
+                    recorder.owned(parameter, parameter.grad, "gradients")
                     if number is not None:
                         recorder.gradient_numbers[id(parameter)] = number
         recorder.phase = "optimizer"
         recorder.mark("optimizer")
 
     def end_optimizer(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        for state in optimizer.state.values():
+        for parameter, state in optimizer.state.items():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
-                    recorder.follow(value, "optimizer")
+                    recorder.owned(parameter, value, "optimizer")
         recorder.mark("end optimizer")
         recorder.phase = "forward"
 
@@ -222,7 +296,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
     gc.disable()
     torch.__future__.set_swap_module_params_on_conversion(True)  # or moving a model to `meta` would untie tied weights
     try:
-        with _as_on(recorder.target), recorder:
+        with _as_on(recorder.target), _emptying(recorder), recorder:
             yield recorder
     finally:
         if collecting:

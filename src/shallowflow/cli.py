@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from shallowflow import __version__
-from shallowflow.planner.memory_record import MemoryRecord
+from shallowflow.planner.memory_record import MemoryRecord, OutOfDeviceMemory
 from shallowflow.planner.plan import Objective, Plan, Quantization, Workload
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, from_json, to_json
@@ -257,8 +257,19 @@ def train_command(
 @cli.command("simulate")
 @click.argument("step", metavar="FILE.py:FUNCTION")
 @click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
+@click.option(
+    "--capacity-mib",
+    type=click.FloatRange(min=0, min_open=True),
+    help="What the allocator may reserve; what does not fit fails as on the device.  [default: no bound]",
+)
+@click.option("--expandable-segments", is_flag=True, help="As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.")
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with the step's timeline."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def simulate_command(step: str, gpu: str, as_json: bool) -> None:
+def simulate_command(
+    step: str, gpu: str, capacity_mib: float | None, expandable_segments: bool, report: Path | None, as_json: bool
+) -> None:
     """Say what any training step takes of a GPU's memory, without the GPU.
 
     FUNCTION(device) builds model, data and optimizer on the device and returns a function that runs one step.
@@ -266,14 +277,23 @@ def simulate_command(step: str, gpu: str, as_json: bool) -> None:
 
     \b
     sfplan simulate step.py:make_step --gpu t4
+    sfplan simulate step.py:make_step --gpu t4 --capacity-mib 14000 --report step.html
     """
     from shallowflow.terminal import status
 
     device = load_gpu(gpu)
+    capacity = None if capacity_mib is None else int(capacity_mib * 2**20)
     with status(f"simulating {step}"):
         from shallowflow.runtime.user_step import simulated
 
-        record = simulated(step, device)
+        record = simulated(step, device, capacity, expandable_segments=expandable_segments)
+    if report:
+        from shallowflow.runtime.report import memory_html
+
+        try:
+            report.write_text(memory_html(record, step), encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"cannot write {report}: {error.strerror}") from None
     _show_memory(record, as_json)
 
 
@@ -375,6 +395,8 @@ def main(arguments: list[str] | None = None) -> Any:
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except Infeasible as error:
+        _fail(str(error), 1)
+    except OutOfDeviceMemory as error:
         _fail(str(error), 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

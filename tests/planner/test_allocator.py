@@ -427,7 +427,7 @@ def test_expandable_segments_map_the_pages_that_are_used(
 def test_a_stream_fits_in_its_own_peak_and_in_no_less_than_it_allocates(
     stream: tuple[list[int], list[int]], expandable_segments: bool
 ) -> None:
-    """With the reserved peak as capacity nothing fails or is retried; with less than what is allocated, something does."""
+    """With the reserved peak as capacity nothing is retried; with less than what is allocated, something fails."""
     events, sizes = stream
     free = replay(events, sizes, expandable_segments=expandable_segments)
     peak = max(free.reserved_bytes, default=0)

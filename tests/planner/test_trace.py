@@ -29,8 +29,9 @@ LINEARS = ((64, 64), (64, 32), (64, 32), (64, 64), (64, 176), (64, 176), (176, 6
 
 
 def events_before(trace: Trace, label: str) -> int:
-    """The number of events before the last mark called *label*."""
-    return max(position for position, name in trace.marks if name == label)
+    """The number of events before the last mark called *label* that belongs to a training step."""
+    end = next((position for position, name in trace.marks if name == "evaluation"), len(trace.events))
+    return max(position for position, name in trace.marks if name == label and (name == "end" or position <= end))
 
 
 def live_after(trace: Trace, position: int) -> set[int]:
@@ -59,8 +60,9 @@ def test_marks_tell_a_step_in_order(family: str, chosen: Configuration) -> None:
     micro_batch = ["embed", *(f"forward {i}" for i in layers), "head", "backward"]
     micro_batch += [*(f"backward {i}" for i in reversed(layers)), "end backward"]
     update = ["optimizer", "end optimizer"]
+    evaluation = ["evaluation", "embed", *(f"forward {i}" for i in layers), "head"]
     accumulated = chosen.gradient_accumulation_steps * micro_batch
-    assert marks == ["step 0", *micro_batch, *update, "step 1", *accumulated, *update, "end"]
+    assert marks == ["step 0", *micro_batch, *update, "step 1", *accumulated, *update, *evaluation, "end"]
 
 
 @STEPS
