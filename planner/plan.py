@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from .strategies import Configuration, Positive
+from .strategies import MOST_TOKENS, Configuration, Positive
 
 FORMAT_VERSION = 1
 
@@ -32,7 +32,7 @@ class Workload:
         region: where prices are taken from.
     """
 
-    sequence_length: Annotated[int, Meta(ge=2)] = 2048
+    sequence_length: Annotated[int, Meta(ge=2, le=MOST_TOKENS)] = 2048
     total_tokens: Positive = 10_000_000
     num_sequences: Positive | None = None
     global_batch_size: Positive = 16
@@ -122,8 +122,8 @@ class SearchRecord:
 
     Attributes:
         num_candidates: uniform configurations whose prediction was computed.
-        num_fitting: those predicted to fit.
-        num_traced: those traced whole, the chosen one included.
+        num_fitting: those predicted to fit and not refused by a whole trace.
+        num_traced: those traced whole, the chosen one and the alternatives included.
         num_rejected: those that seemed to fit, and did not when traced whole.
     """
 

@@ -69,7 +69,7 @@ def plan(value: Plan) -> RenderableType:
         Text(),
         _speed(value),
         Text(),
-        _money(value.offers),
+        _money(value.offers, value.workload.num_gpus),
         Text(),
         _alternatives(value),
         Text(),
@@ -148,9 +148,10 @@ def _speed(value: Plan) -> RenderableType:
     )
 
 
-def _money(offers: tuple[Offer, ...]) -> RenderableType:
+def _money(offers: tuple[Offer, ...], num_gpus: int) -> RenderableType:
     if not offers:
-        return Text.assemble(("Money  ", "bold"), "no shipped instance has this GPU; hours are all there is")
+        number = "this GPU" if num_gpus == 1 else f"{num_gpus} of this GPU"
+        return Text.assemble(("Money  ", "bold"), f"no shipped instance has {number}; hours are all there is")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, justify in (("instance", "left"), ("hours", "right"), ("on demand", "right"), ("spot", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -201,8 +202,8 @@ def _why(value: Plan) -> RenderableType:
     search = value.search
     lines = [
         f"Best by {value.workload.objective} of {search.num_candidates} uniform configurations; "
-        f"{search.num_fitting} fit in {gib(value.budget_bytes)}, which is the memory less context and headroom.",
-        f"The plan's own step was traced whole{_rejected(search.num_rejected)}; "
+        f"{search.num_fitting} seem to fit in {gib(value.budget_bytes)}, the memory less context and headroom.",
+        f"The steps shown were traced whole{_rejected(search.num_rejected)}; "
         "the others are composed from traces of single layers.",
     ]
     lines += list(value.notes)
@@ -212,4 +213,4 @@ def _why(value: Plan) -> RenderableType:
 def _rejected(count: int) -> str:
     if not count:
         return ""
-    return f" (and {count} better-looking {'one' if count == 1 else 'ones'}, which then did not fit)"
+    return f" (and {count} {'other' if count == 1 else 'others'}, which then did not fit)"

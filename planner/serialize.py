@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 
 from shallowflow.profiles import model_facts
@@ -55,6 +57,15 @@ def _contradictions(plan: Plan) -> list[str]:
             f"micro-batch x accumulation x GPUs is {plan.configuration.global_batch_size}, "
             f"workload.global_batch_size {plan.workload.global_batch_size}"
         )
+    if plan.configuration.num_gpus != plan.workload.num_gpus:
+        found.append(
+            f"configuration.num_gpus is {plan.configuration.num_gpus}, workload.num_gpus {plan.workload.num_gpus}"
+        )
+    found += _disorder(plan)
+    plain = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[plan.compute_dtype]
+    for run in plan.configuration.layers:
+        if run.strategy.weight_format not in (plain, "int8", "nf4"):
+            found.append(f"compute_dtype is {plan.compute_dtype}, a layer's weights {run.strategy.weight_format}")
     total = sum(part.num_bytes for part in plan.memory)
     if total != plan.prediction.peak_process_bytes:
         found.append(
@@ -68,6 +79,22 @@ def _contradictions(plan: Plan) -> list[str]:
             f"configuration.layers covers {plan.configuration.num_layers} layers, model_config has {num_layers}"
         )
     return found
+
+
+def _disorder(plan: Plan) -> list[str]:
+    prediction = plan.prediction
+    rising = [
+        ("prediction.resident_bytes", prediction.resident_bytes),
+        ("prediction.peak_allocated_bytes", prediction.peak_allocated_bytes),
+        ("prediction.peak_reserved_bytes", prediction.peak_reserved_bytes),
+        ("prediction.peak_process_bytes", prediction.peak_process_bytes),
+        ("memory_bytes", plan.memory_bytes),
+    ]
+    return [
+        f"{low} is {less}, more than {high} of {more}"
+        for (low, less), (high, more) in itertools.pairwise(rising)
+        if less > more
+    ]
 
 
 def _gaps(configuration: Configuration) -> list[str]:

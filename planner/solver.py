@@ -11,6 +11,9 @@ from .problem import Problem, candidates
 from .strategies import Configuration
 
 NUM_ALTERNATIVES = 4
+MOST_TRIED = 8
+"""Candidates that are tried at most as alternatives."""
+
 
 SAME_SPEED = 0.02
 """Predicted times are put in steps of this ratio; within one, finer weights come first."""
@@ -74,35 +77,66 @@ def solve(problem: Problem, trace: Trace) -> Solution | None:
     """The best uniform configuration by the workload's objective whose own traced step fits; None when none does.
 
     A candidate that seems to fit is traced whole; if its reserved bytes exceed the budget, it and everything of its
-    strategy that needs as much is dropped, and the next is tried.
+    strategy that needs as much is dropped, and the next is tried. Alternatives are found in the same way.
     """
     everything = candidates(problem)
     fitting = sorted(
         (c for c in everything if c.prediction.peak_reserved_bytes <= problem.budget_bytes),
         key=preference(problem.workload.objective),
     )
-    rejected: list[Candidate] = []
+    verifier = _Verifier(trace, problem.budget_bytes)
     for index, candidate in enumerate(fitting):
-        if any(_needs_as_much(candidate, other) for other in rejected):
+        best = verifier.verify(candidate)
+        if best is None:
             continue
-        peak = trace(candidate.configuration)
-        if peak.peak_reserved_bytes > problem.budget_bytes:
-            rejected.append(candidate)
-            continue
-        ratio = peak.peak_reserved_bytes / max(1, peak.peak_allocated_bytes)
-        rest = [c for c in fitting[index + 1 :] if not any(_needs_as_much(c, other) for other in rejected)]
-        rest = [_with_ratio(c, ratio) for c in rest]
-        rest = [c for c in rest if c.prediction.peak_reserved_bytes <= problem.budget_bytes]
+        peak = verifier.peak
+        alternatives: list[Candidate] = []
+        for other in _different(candidate, fitting[index + 1 :])[:MOST_TRIED]:
+            verified = verifier.verify(other)
+            alternatives += [verified] if verified else []
+            if len(alternatives) == NUM_ALTERNATIVES:
+                break
         return Solution(
-            best=_traced(candidate, peak),
+            best=best,
             peak=peak,
-            alternatives=_different(candidate, rest),
+            alternatives=tuple(sorted(alternatives, key=preference(problem.workload.objective))),
             num_candidates=len(everything),
-            num_fitting=1 + len(rest),
-            num_traced=len(rejected) + 1,
-            num_rejected=len(rejected),
+            num_fitting=1 + sum(not verifier.is_refused(c) for c in fitting[index + 1 :]),
+            num_traced=verifier.num_traced,
+            num_rejected=len(verifier.rejected),
         )
     return None
+
+
+class _Verifier:
+    """Traces candidates whole and remembers what did not fit.
+
+    Attributes:
+        peak: of the candidate that was found to fit last.
+    """
+
+    def __init__(self, trace: Trace, budget_bytes: int) -> None:
+        self.trace = trace
+        self.budget_bytes = budget_bytes
+        self.rejected: list[Candidate] = []
+        self.num_traced = 0
+        self.peak: TracedPeak
+
+    def is_refused(self, candidate: Candidate) -> bool:
+        """Whether it, or one of its strategy that needs no more, did not fit."""
+        return any(_needs_as_much(candidate, other) for other in self.rejected)
+
+    def verify(self, candidate: Candidate) -> Candidate | None:
+        """*candidate* with its traced prediction; None if it does not fit."""
+        if self.is_refused(candidate):
+            return None
+        self.num_traced += 1
+        peak = self.trace(candidate.configuration)
+        if peak.peak_reserved_bytes > self.budget_bytes:
+            self.rejected.append(candidate)
+            return None
+        self.peak = peak
+        return _traced(candidate, peak)
 
 
 def smallest(problem: Problem) -> Candidate | None:
@@ -120,11 +154,6 @@ def _with_reserved(prediction: Prediction, reserved_bytes: int) -> Prediction:
     return replace(prediction, peak_reserved_bytes=reserved_bytes, peak_process_bytes=reserved_bytes + context)
 
 
-def _with_ratio(candidate: Candidate, ratio: float) -> Candidate:
-    reserved = int(candidate.prediction.peak_allocated_bytes * ratio)
-    return replace(candidate, prediction=_with_reserved(candidate.prediction, reserved))
-
-
 def _traced(candidate: Candidate, peak: TracedPeak) -> Candidate:
     prediction = replace(
         _with_reserved(candidate.prediction, peak.peak_reserved_bytes),
@@ -135,14 +164,12 @@ def _traced(candidate: Candidate, peak: TracedPeak) -> Candidate:
     return replace(candidate, prediction=prediction)
 
 
-def _different(best: Candidate, rest: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The best of each other strategy first, then other ranks and micro-batches of any, in order of preference."""
+def _different(best: Candidate, rest: Sequence[Candidate]) -> list[Candidate]:
+    """The best of each other strategy first, then other ranks and micro-batches of any."""
     chosen: list[Candidate] = []
     seen = {best.configuration.layers}
     for candidate in rest:
         if candidate.configuration.layers not in seen:
             seen.add(candidate.configuration.layers)
             chosen.append(candidate)
-    chosen += [c for c in rest if c not in chosen]
-    kept = chosen[:NUM_ALTERNATIVES]
-    return tuple(c for c in rest if c in kept)
+    return [*chosen, *(c for c in rest if c not in chosen)]

@@ -10,6 +10,9 @@ from msgspec import Meta
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Activations = Literal["save", "recompute"]
 Positive = Annotated[int, Meta(ge=1)]
+MOST_LAYERS = 10_000
+MOST_TOKENS = 2**24
+"""Bounds of what a request or a plan file may say; far beyond any model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +27,8 @@ class Strategy:
 class StrategyRun:
     """The same strategy for consecutive layers: from *first* up to and including *last*."""
 
-    first: Annotated[int, Meta(ge=0)]
-    last: Annotated[int, Meta(ge=0)]
+    first: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
+    last: Annotated[int, Meta(ge=0, le=MOST_LAYERS)]
     strategy: Strategy
 
 
@@ -44,7 +47,7 @@ class Configuration:
     layers: tuple[StrategyRun, ...]
     rank: Positive
     alpha: Positive
-    sequence_length: Annotated[int, Meta(ge=2)]
+    sequence_length: Annotated[int, Meta(ge=2, le=MOST_TOKENS)]
     micro_batch_size: Positive
     gradient_accumulation_steps: Positive
     num_gpus: Positive = 1

@@ -12,7 +12,10 @@ _SPELLINGS = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
 }
 
-OVERFLOWS_FP16 = frozenset({"gemma3", "gemma3_text", "gpt_oss", "qwen3_5", "qwen3_5_text", "qwen3_moe", "glm4_moe"})
+OVERFLOWS_FP16 = frozenset(
+    {"gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"}
+    | {"gemma4_unified_text", "gpt_oss", "qwen3_5", "qwen3_5_text", "qwen3_moe", "glm4_moe"}
+)
 """Kinds of model whose activations leave fp16's range: made for bf16, with residual streams beyond 65504."""
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")

@@ -175,7 +175,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Modu
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted: torch.nn.Module = get_peft_model(model, config)
+        on_meta = next(model.parameters()).is_meta  # or PEFT fills real memory with zeros and random numbers
+        adapted: torch.nn.Module = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
+import math
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +22,15 @@ from shallowflow.planner.profiler import cache
 from . import batches, report
 from .documents import read_documents
 from .evaluate import perplexity
+from .files import write_text
 from .meter import MeasuredPeak
 from .record import RUN_FORMAT_VERSION, Comparison, RunRecord, StepRecord, median_step_seconds, to_json
 from .simulated import step_timeline
 from .step import LEARNING_RATE, Trainee, make_trainee
 from .train import train as training_steps
 from .weights import find_weights, load_tokenizer, load_weights
+
+MOST_STEPS = 10**9
 
 
 class RunError(ValueError):
@@ -90,14 +96,15 @@ class _Progress:
 def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> RunRecord:
     """Fine-tune as *plan* says and write adapter, ``run.json``, ``plan.json`` and ``report.html`` to the output folder.
 
-    Ctrl-C ends training after the present step; what was learned is saved and recorded as interrupted.
+    Ctrl-C ends training at once; what was learned is saved and recorded as interrupted, without the step it cut short.
 
     Raises:
-        RunError: this machine is not the plan's, or the output folder holds a run already.
+        RunError: the plan is for a GPU and this machine has none, or the output folder cannot be had.
         DataError, WeightsError: see there.
     """
     watcher = watcher or Silent()
     device = _device(plan)
+    _check_numbers(request)
     _check_output(request.output)
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     documents = read_documents(request.data)
@@ -109,14 +116,14 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     windows = _windows(batches.windows(documents, tokenizer, length), request.data)
     eval_windows = _windows(batches.windows(held_out, tokenizer, length), request.eval_data) if held_out else []
     model = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
-    _make_output(request.output)
-    torch.manual_seed(request.seed)
-    trainee = make_trainee(model, plan.configuration, plan.compute_dtype, device, request.learning_rate)
-    progress = _Progress()
-    _learn(plan, request, watcher, trainee, windows, eval_windows, device, progress)
-    record = _record(plan, request, progress, windows, started, time.perf_counter() - clock)
-    watcher.stage("saving")
-    _save(plan, request.output, trainee, record)
+    with _claimed(request.output):
+        torch.manual_seed(request.seed)
+        trainee = make_trainee(model, plan.configuration, plan.compute_dtype, device, request.learning_rate)
+        progress = _Progress()
+        _learn(plan, request, watcher, trainee, windows, eval_windows, device, progress)
+        record = _record(plan, request, progress, windows, started, time.perf_counter() - clock)
+        watcher.stage("saving")
+        _save(plan, request.output, trainee, record)
     return record
 
 
@@ -168,6 +175,15 @@ def _device(plan: Plan) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def _check_numbers(request: RunRequest) -> None:
+    if not 0 <= request.seed < 2**32:
+        raise RunError(f"the seed is {request.seed}; give one from 0 to {2**32 - 1}")
+    if not (math.isfinite(request.learning_rate) and request.learning_rate > 0):
+        raise RunError(f"the learning rate is {request.learning_rate}; give a positive number, such as {LEARNING_RATE}")
+    if request.num_steps is not None and not 1 <= request.num_steps <= MOST_STEPS:
+        raise RunError(f"the number of steps is {request.num_steps}; give one from 1 to {MOST_STEPS:,}")
+
+
 def _check_output(output: Path) -> None:
     for path in (output, *output.parents):
         if path.is_file():
@@ -176,12 +192,23 @@ def _check_output(output: Path) -> None:
         raise RunError(f"{output} is not empty; give a new folder with --output")
 
 
-def _make_output(output: Path) -> None:
-    """Make the folder once nothing else can be wrong, and before hours are spent."""
+@contextlib.contextmanager
+def _claimed(output: Path) -> Iterator[None]:
+    """Make the folder and hold it by a file of its own: once nothing else can be wrong, and before hours are spent."""
+    held = output / ".running"
     try:
         output.mkdir(parents=True, exist_ok=True)
+        held.open("x").close()
+    except FileExistsError as error:
+        raise RunError(f"{output} is being written by another run; give a new folder with --output") from error
     except OSError as error:
-        raise RunError(f"{output} cannot be made: {error.strerror}; give another folder with --output") from error
+        raise RunError(f"{output} cannot be written: {error.strerror}; give another folder with --output") from error
+    try:
+        yield
+    finally:
+        held.unlink(missing_ok=True)
+        if not any(output.iterdir()):
+            output.rmdir()
 
 
 def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Window]:
@@ -246,6 +273,6 @@ def _save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord) -> None
     model: Any = trainee.model
     model.peft_config["default"].base_model_name_or_path = plan.model_name
     model.save_pretrained(str(output / "adapter"), safe_serialization=True, save_embedding_layers=False)
-    (output / "plan.json").write_text(serialize.to_json(plan), encoding="utf-8")
-    (output / "report.html").write_text(report.html(plan, record, step_timeline(plan)), encoding="utf-8")
-    (output / "run.json").write_text(to_json(record), encoding="utf-8")
+    write_text(output / "plan.json", serialize.to_json(plan))
+    write_text(output / "report.html", report.html(plan, record, step_timeline(plan)))
+    write_text(output / "run.json", to_json(record))

@@ -48,8 +48,8 @@ def load_step(reference: str) -> MakeStep:
     sys.modules.setdefault(path.stem, module)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise StepError(f"{path} fails when imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise StepError(f"{path} fails when imported: {_reason(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -73,9 +73,28 @@ def simulated(
         return simulate(make_step, gpu, capacity_bytes, expandable_segments=expandable_segments)
     except OutOfMemory:
         raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise StepError(f"{reference} cannot be simulated{_place(error, reference)}: {reason}") from error
+    except (Exception, SystemExit) as error:
+        raise StepError(f"{reference} cannot be simulated{_place(error, reference)}: {_reason(error)}") from error
+
+
+def measured(reference: str, device_name: str) -> MemoryRecord:
+    """What the step that ``FILE.py:FUNCTION`` makes really takes; see ``measure``.
+
+    Raises:
+        StepError: it cannot be loaded, it fails, or the device is not there.
+    """
+    make_step = load_step(reference)
+    try:
+        return measure(make_step, device_name)
+    except StepError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise StepError(f"{reference} fails on {device_name}{_place(error, reference)}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _place(error: BaseException, reference: str) -> str:

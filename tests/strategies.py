@@ -186,19 +186,27 @@ def plans(draw: st.DrawFn) -> Plan:
     )
     best = draw(candidate)
     process = sum(part.num_bytes for part in memory)
+    resident, allocated, reserved = sorted(draw(st.tuples(*3 * [st.integers(0, process)])))
+    plain = any(run.strategy.weight_format == "fp16" for run in best.configuration.layers)
     return Plan(
         format_version=FORMAT_VERSION,
         model_name=draw(words),
         model_config={**draw(st.dictionaries(words, json_values, max_size=4)), "model_type": draw(words)},
         num_parameters=draw(counts),
         gpu=draw(words),
-        compute_dtype=draw(st.sampled_from(["float16", "bfloat16", "float32"])),
+        compute_dtype="float16" if plain else draw(st.sampled_from(["float16", "bfloat16", "float32"])),
         attention=draw(st.sampled_from(["SDPA", "eager"])),
-        memory_bytes=draw(byte_counts),
+        memory_bytes=process + draw(st.integers(0, 2**30)),
         budget_bytes=draw(byte_counts),
         workload=workload,
         configuration=best.configuration,
-        prediction=replace(best.prediction, peak_process_bytes=process),
+        prediction=replace(
+            best.prediction,
+            resident_bytes=resident,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            peak_process_bytes=process,
+        ),
         weight_error=best.weight_error,
         memory=tuple(memory),
         offers=tuple(draw(st.lists(offers, max_size=2))),

@@ -48,9 +48,9 @@ def versions() -> dict[str, str]:
 @cache
 def _own_code() -> str:
     """A digest of the code that makes profiles, so that a changed rule never meets an old answer."""
-    here = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
-    for source in sorted([*here.glob("*.py"), *(here.parents[1] / "runtime").glob("*.py")]):
+    for source in sorted(p for name in ("planner", "profiles", "runtime") for p in (root / name).rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -35,12 +35,14 @@ class Target:
         compute_capability: None for a CPU.
         cublas_workspace_bytes: per thread that multiplies matrices.
         alignment_bytes: what the allocator rounds every request to.
+        affine: take a bound that is affine in the micro-batch where a kernel's buffer is not, as a profile needs it.
     """
 
     device_type: str
     compute_capability: tuple[int, int] | None = None
     cublas_workspace_bytes: int = 0
     alignment_bytes: int = 1
+    affine: bool = False
 
     @classmethod
     def of(cls, gpu: GpuSpec) -> Target:
@@ -181,13 +183,75 @@ def _softmax_backward(target: Target, args: tuple[Any, ...], _kwargs: dict[str, 
 
 
 def _efficient_backward(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
-    """The memory-efficient kernel keeps one fp32 number, ``delta``, per query and head."""
-    grad = args[0]
-    return [grad.numel() // grad.size(-1) * 4] if target.device_type == "cuda" else []
+    """``delta``, one fp32 number per query and head, and where the kernel adds gradients up.
+
+    Sizes as in mem_eff_attention/kernel_backward.h, splits as in attention_backward.cu. Blocks are 64 x 64 where shared
+    memory is small (sm_75, sm_86, sm_89), larger for long heads on sm_80 and sm_90. An fp32 kernel gets its ``delta``
+    from a product as large as the output instead.
+    """
+    if target.device_type != "cuda":
+        return []
+    grad, query, key, value = args[:4]
+    batch, heads, queries, head_size = query.shape
+    value_size, half = value.size(-1), query.element_size() == 2
+    longest = max(head_size, value_size)
+    large = longest > 64 and target.compute_capability in ((8, 0), (9, 0))
+    rows = 128 if large else 64
+    columns = 128 if large and half and longest <= 128 else 64
+    in_registers = not half or (longest <= rows and longest <= 128)
+    sums = -(-queries // rows) * -(-head_size // columns) * (4 + rows * columns)
+    workspace = batch * heads * sums * 4
+    if not in_registers:
+        splits = -(-key.size(2) // columns)
+        if batch * heads >= 256 and key.size(2) <= 2 * columns:
+            splits = 1
+        total = batch * heads * max(1, min(splits, 200 // (batch * heads)))
+        per_split = columns * sum(-(-size // rows) * rows for size in (head_size, value_size))
+        workspace += (200 + batch * heads if target.affine else total) * per_split * 4
+    product = 0 if half else grad.numel() * 4
+    return [batch * heads * queries * 4, max(workspace, product)]
+
+
+def _flash_backward(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """fp32 sums of the queries' gradients, one number per query and head, and gradients of expanded KV heads.
+
+    As in flash_attn/flash_api.cpp, where sequences are rounded up to 128 and heads to 32.
+    """
+    if target.device_type != "cuda":
+        return []
+    query, key = args[1], args[2]
+    batch, heads, queries, head_size = query.shape
+    rounded = -(-queries // 128) * 128
+    expanded = 2 * [batch * heads * key.size(2) * head_size * query.element_size()] if key.size(1) != heads else []
+    return [batch * heads * rounded * 4, batch * rounded * heads * (-(-head_size // 32) * 32) * 4, *expanded]
+
+
+def _matrix_copies(_target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """Factors that are neither rows nor columns one after the other are copied, such as a sum's expanded gradient."""
+    factors = [value for value in args if isinstance(value, torch.Tensor)][-2:]
+    return [_bytes(f) for f in factors if not _is_matrix(f)]
+
+
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    """What BLAS takes as it is, transposed or not (ATen's ``prepare_matrix_for_cublas``)."""
+    rows, columns = tensor.shape[-2:]
+    down, across = tensor.stride()[-2:]
+    return (across == 1 and down >= max(1, columns)) or (down == 1 and across >= max(1, rows)) or tensor.numel() == 0
+
+
+def _reduced_loss(_target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """The loss per element, twice: the structured operator makes room for it before and again inside (Loss.cpp)."""
+    reduction = _argument(args, kwargs, 2, "reduction")
+    return [] if reduction == 0 else 2 * [_bytes(torch.broadcast_tensors(args[0], args[1])[0])]
+
+
+def _contiguous_gradient(_target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """A gradient that is not contiguous is copied (``expect_contiguous`` in ATen's layer norms)."""
+    return [] if args[0].is_contiguous() else [_bytes(args[0])]
 
 
 CUBLASLT_WORKSPACE_BYTES = 1024 * 1024
-"""PyTorch's default for cuBLASLt (CUDABlas.cpp), per handle and stream; a Hopper shares cuBLAS's."""
+"""PyTorch's default for cuBLASLt (CUDABlas.cpp), per handle and stream."""
 
 
 def library_workspaces(target: Target, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
@@ -210,9 +274,18 @@ def all_workspaces(target: Target) -> dict[str, int]:
 AFTER_RESULT: dict[Any, Workspace] = {
     aten._softmax_backward_data.default: _softmax_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten.mm.default: _matrix_copies,
+    aten.addmm.default: _matrix_copies,
+    aten.bmm.default: _matrix_copies,
+    aten.baddbmm.default: _matrix_copies,
+    aten.native_layer_norm_backward.default: _contiguous_gradient,
 }
 
-BEFORE_RESULT: dict[Any, Workspace] = {}
+BEFORE_RESULT: dict[Any, Workspace] = {
+    aten.mse_loss.default: _reduced_loss,
+    aten.smooth_l1_loss.default: _reduced_loss,
+}
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,6 +98,7 @@ def profile_step(make: Callable[[int, int], TraceableStep], target: Target) -> S
     Raises:
         Misaligned: the step does other things at another micro-batch or rank.
     """
+    target = replace(target, affine=True)
     corners = [_trace_corner(make(micro_batch, rank), target) for micro_batch, rank in CORNERS]
     first = corners[0]
     for other in corners[1:]:

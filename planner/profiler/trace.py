@@ -259,6 +259,19 @@ def _emptying(recorder: Recorder) -> Iterator[None]:
         torch.cuda.empty_cache = original
 
 
+@functools.cache
+def _warm_up() -> None:
+    """Make PyTorch load its shape functions now.
+
+    The first call of some operators on ``meta`` imports them, past an exception whose traceback keeps the caller's
+    tensors alive in a cycle, which nothing would collect while a step is recorded.
+    """
+    matrix = torch.empty((2, 2), device="meta", requires_grad=True)
+    bias = torch.empty(2, device="meta")
+    torch.nn.functional.linear(matrix, matrix, bias).sum().backward()
+    gc.collect()
+
+
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[Recorder]:
     """Record what runs inside, with modules and phases told apart by PyTorch's own global hooks.
@@ -292,6 +305,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
         register_optimizer_step_pre_hook(start_optimizer),
         register_optimizer_step_post_hook(end_optimizer),
     ]
+    _warm_up()
     collecting, swapping = gc.isenabled(), torch.__future__.get_swap_module_params_on_conversion()
     gc.disable()
     torch.__future__.set_swap_module_params_on_conversion(True)  # or moving a model to `meta` would untie tied weights

@@ -20,6 +20,7 @@ from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, from_json, to_json
 from shallowflow.planning import RequestError, make_plan
 from shallowflow.profiles import FactsError, gpu_names, load_gpu, load_model, model_names, validate_config
+from shallowflow.runtime.files import write_text
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 DEFAULTS = Workload()
@@ -154,7 +155,7 @@ def plan_command(
         raise
     if output:
         try:
-            output.write_text(to_json(made), encoding="utf-8")
+            write_text(output, to_json(made))
         except OSError as error:
             raise RequestError(f"cannot write {output}: {error.strerror}") from None
     _show(made, as_json)
@@ -196,7 +197,7 @@ def _show(made: Plan, as_json: bool) -> None:
 @click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out text for the perplexity.")
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder with weights, or a .gguf file.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the results.")
-@click.option("--steps", type=click.IntRange(min=1), help="Optimizer updates.  [default: one pass over the data]")
+@click.option("--steps", type=click.IntRange(1, 10**9), help="Optimizer updates.  [default: one pass over the data]")
 @click.option(
     "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True, help="AdamW's."
 )
@@ -291,7 +292,7 @@ def simulate_command(
         from shallowflow.runtime.report import memory_html
 
         try:
-            report.write_text(memory_html(record, step), encoding="utf-8")
+            write_text(report, memory_html(record, step))
         except OSError as error:
             raise RequestError(f"cannot write {report}: {error.strerror}") from None
     _show_memory(record, as_json)
@@ -312,9 +313,9 @@ def measure_command(step: str, device: str, as_json: bool) -> None:
     from shallowflow.terminal import status
 
     with status(f"measuring {step}"):
-        from shallowflow.runtime.user_step import load_step, measure
+        from shallowflow.runtime.user_step import measured
 
-        record = measure(load_step(step), device)
+        record = measured(step, device)
     _show_memory(record, as_json)
 
 
@@ -335,7 +336,9 @@ def _interrupt(_number: int, _frame: object) -> NoReturn:
 def _read_plan(path: Path) -> Plan:
     try:
         loaded = from_json(path.read_bytes(), str(path))
-        load_gpu(loaded.gpu)
+        computes = load_gpu(loaded.gpu).compute_dtype
+        if loaded.compute_dtype != computes:
+            raise PlanError(f"{path}: compute_dtype is {loaded.compute_dtype}, a {loaded.gpu} computes in {computes}")
         validate_config(loaded.model_config, f"{path}: model_config")
         return loaded
     except FileNotFoundError:
@@ -402,7 +405,7 @@ def main(arguments: list[str] | None = None) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        _fail(f"{error.filename or 'output'}: {error.strerror}", 2)
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except Exception as error:
         if isinstance(error, _bad_input()):
             _fail(str(error), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -25,7 +26,13 @@ def find_model(name: str) -> ModelSpec:
 
 def _from_hub(name: str, unknown: UnknownName) -> ModelSpec:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
     if not _reachable():
         raise UnknownName(f"{unknown} The Hub could not be reached to look further.")
@@ -37,7 +44,11 @@ def _from_hub(name: str, unknown: UnknownName) -> ModelSpec:
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise unknown from None
-    except (HfHubHTTPError, OSError, RuntimeError):
+    except EntryNotFoundError:
+        raise FactsError(
+            f"{name} has no config.json on the Hub; try the repository that it was converted from"
+        ) from None
+    except (HfHubHTTPError, OSError, RuntimeError, ValueError):
         raise UnknownName(f"{unknown} The Hub could not be asked.") from None
     found = load_model(path)
     return ModelSpec(name=name, config=found.config)
@@ -54,5 +65,5 @@ def _reachable() -> bool:
             return True
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):
         return False

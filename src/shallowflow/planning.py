@@ -293,6 +293,10 @@ def _infeasible(session: Session, workload: Workload) -> Infeasible:
 
 def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy]:
     for change in group:
+        try:
+            _check(change.workload, session.model, change.gpu)
+        except RequestError:
+            continue
         session.progress(f"trying {change.option}")
         changed = replace(session, gpu=change.gpu)
         peak = _smallest_process_bytes(changed, change.workload)

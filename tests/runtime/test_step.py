@@ -258,7 +258,7 @@ def test_a_layer_computed_again_drops_what_it_dropped(changes: dict[str, float])
     found = []
     for activations in ("save", "recompute"):
         torch.manual_seed(3)
-        strategy = tiny.configuration("fp32", activations)  # type: ignore[arg-type]
+        strategy = tiny.configuration("fp32", activations)
         trainee = make_trainee(tiny.base("float32", **changes), strategy, "float32", torch.device("cpu"))
         for parameter in trainee.parameters:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))

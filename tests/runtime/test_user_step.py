@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from shallowflow.planner.profiler.allocator import OutOfMemory
 from shallowflow.planner.profiler.user_step import simulate
 from shallowflow.profiles import load_gpu
-from shallowflow.runtime.user_step import StepError, load_step, measure, simulated
+from shallowflow.runtime.user_step import StepError, load_step, measure, measured, simulated
 
 MakeStep = Callable[[str], Callable[[], None]]
 
@@ -151,3 +153,44 @@ def test_a_step_that_depends_on_data_names_the_users_line(tmp_path: Path) -> Non
 
     with pytest.raises(StepError, match=r"cannot be simulated \(line 5\)"):
         simulated(f"{path}:make_step", load_gpu("t4"))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('raise RuntimeError("boom\\nsecond")', r"fails on cpu \(line 3\): RuntimeError: boom$"),
+        ('raise OSError("cannot find dataset")', "OSError: cannot find dataset$"),
+        ('raise SystemExit("bye")', "SystemExit: bye$"),
+    ],
+)
+def test_a_step_that_fails_is_one_line(body: str, said: str, tmp_path: Path) -> None:
+    """Whatever a user's step raises while it is measured is told with its line."""
+    path = tmp_path / "fails.py"
+    path.write_text(f"def make_step(device):\n    def step():\n        {body}\n    return step\n")
+
+    with pytest.raises(StepError, match=said):
+        measured(f"{path}:make_step", "cpu")
+
+
+def test_the_first_simulation_of_a_process_is_like_the_second(tmp_path: Path) -> None:
+    """What PyTorch loads while it traces for the first time leaves nothing behind that counts."""
+    program = """
+import torch
+from shallowflow.planner.profiler.user_step import simulate
+
+def make_step(device):
+    model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 512)).to(device)
+    inputs = torch.zeros(256, 512, device=device)
+
+    def step():
+        torch.nn.functional.mse_loss(model(inputs), inputs).backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return step
+
+first, second = (simulate(make_step, "cpu") for _ in range(2))
+assert (first.resident_bytes, first.peak_allocated_bytes) == (second.resident_bytes, second.peak_allocated_bytes)
+"""
+
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, cwd=tmp_path)
