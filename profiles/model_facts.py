@@ -12,11 +12,8 @@ _SPELLINGS = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"),
 }
 
-OVERFLOWS_FP16 = frozenset(
-    {"gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified"}
-    | {"gemma4_unified_text", "gpt_oss", "qwen3_5", "qwen3_5_text", "qwen3_moe", "glm4_moe"}
-)
-"""Kinds of model whose activations leave fp16's range: made for bf16, with residual streams beyond 65504."""
+_OVERFLOWING = ("gemma3", "gemma4", "qwen3_5", "qwen3_moe", "gpt_oss", "glm4_moe")
+"""How the names of kinds of model begin whose residual streams leave fp16's range (65504): they were made for bf16."""
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 
@@ -24,6 +21,11 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 def is_mixture_of_experts(config: Mapping[str, Any]) -> bool:
     """Whether tokens choose among experts, so that memory and time depend on the data."""
     return any(isinstance(config.get(key), int) and config[key] > 1 for key in _EXPERTS)
+
+
+def overflows_fp16(config: Mapping[str, Any]) -> bool:
+    """Whether the model's activations leave the range of fp16."""
+    return str(config.get("model_type")).startswith(_OVERFLOWING)
 
 
 def size(config: Mapping[str, Any], name: str) -> int | None:

@@ -143,7 +143,7 @@ def _timeline(timeline: Timeline, title: str) -> go.Figure:
     allocated = [sum(levels) for levels in zip(*timeline.categories.values(), strict=True)]
     highest = max(range(len(allocated)), key=allocated.__getitem__)
     figure.add_annotation(
-        x=timeline.positions[highest], y=allocated[highest] / 2**20, text="peak", arrowcolor=INK, ax=0, ay=-30
+        x=timeline.positions[highest], y=allocated[highest] / 2**20, text="peak", arrowcolor=INK, ax=50, ay=-10
     )
     figure.update_layout(
         title=title,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -283,6 +284,8 @@ def simulate_command(
     from shallowflow.terminal import status
 
     device = load_gpu(gpu)
+    if capacity_mib is not None and not math.isfinite(capacity_mib):
+        raise RequestError(f"a capacity of {capacity_mib} MiB is none; give a number of MiB, or leave it out")
     capacity = None if capacity_mib is None else int(capacity_mib * 2**20)
     with status(f"simulating {step}"):
         from shallowflow.runtime.user_step import simulated

@@ -198,7 +198,7 @@ def _check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
             f"no prices of {gpu.title} instances in region {workload.region!r}; known: {', '.join(sorted(offered))}"
         )
     kind = str(model.config.get("model_type"))
-    if gpu.compute_dtype == "float16" and kind in model_facts.OVERFLOWS_FP16:
+    if gpu.compute_dtype == "float16" and model_facts.overflows_fp16(model.config):
         raise RequestError(
             f"{model.name} overflows in fp16 (model_type {kind}) and {gpu.title} has no bf16; "
             "try a GPU that has, such as --gpu l4"

@@ -32,7 +32,7 @@ def test_help_names_every_command(words: list[str]) -> None:
     assert all(name in done.output for name in cli.cli.commands)
 
 
-@pytest.mark.parametrize("command", ["plan", "model", "train", "models", "gpus"])
+@pytest.mark.parametrize("command", ["plan", "model", "train", "simulate", "measure", "models", "gpus"])
 def test_every_command_has_help(command: str) -> None:
     """Each command explains each of its options, for both spellings of help."""
     done = sfplan(command, "--help")
