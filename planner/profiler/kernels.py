@@ -20,6 +20,7 @@ import torch
 
 from shallowflow.profiles.specs import GpuSpec
 
+from . import autocast, optimizers
 from .allocator import MIN_BLOCK_BYTES
 
 aten = torch.ops.aten
@@ -97,6 +98,7 @@ def _attention(
     """
     grouped = key.size(-3) != query.size(-3)
     if target.device_type == "cpu":
+        attn_mask = attn_mask if attn_mask is None else _numbers(attn_mask, query.dtype)
         if (grouped and not enable_gqa) or dropout_p:
             return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         flash = aten._scaled_dot_product_flash_attention_for_cpu
@@ -124,13 +126,19 @@ def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.T
 
     A boolean mask becomes numbers, and rows that are no multiple of 8 are padded, before all heads share it.
     """
-    if mask.dtype == torch.bool:
-        masked = torch.full((), -math.inf, dtype=query.dtype, device=mask.device)
-        mask = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), masked)
+    mask = _numbers(mask, query.dtype)
     length = mask.size(-1)
     if length % 8:
         mask = torch.nn.functional.pad(mask, (0, 8 - length % 8))[..., :length]
     return mask.expand(*query.shape[:-1], key.shape[-2])
+
+
+def _numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as what is added to the scores (attention.cpp's ``convert_boolean_attn_mask``)."""
+    if mask.dtype != torch.bool:
+        return mask
+    masked = torch.full((), -math.inf, dtype=dtype, device=mask.device)
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), masked)
 
 
 def _math_attention(
@@ -167,12 +175,46 @@ def _softmax(
     return original(input, dim, *rest, dtype=dtype, **kwargs)
 
 
+def _dropout(
+    target: Target,
+    original: Callable[..., torch.Tensor],
+    input: torch.Tensor,  # noqa: A002  # callers may pass it by this name
+    p: float = 0.5,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """CUDA's fused kernel keeps a byte per element, where a CPU keeps the scaled mask (ATen's Dropout.cpp)."""
+    trains = args[0] if args else kwargs.get("training", kwargs.get("train", True))
+    inplace = args[1] if len(args) > 1 else kwargs.get("inplace", False)
+    if target.device_type == "cuda" and input.is_meta and trains and not inplace and 0 < p < 1 and input.numel():
+        out: torch.Tensor = torch.native_dropout(input, p, True)[0]
+        return out
+    return original(input, p, *args, **kwargs)
+
+
+def _random_state(_target: Target, original: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The CPU generator's state, kept per recomputed layer; a copy, because the original is made out of sight."""
+    return original().clone()
+
+
+def _recomputed_on(_target: Target, original: Callable[..., str], *args: Any) -> str:
+    """What PyTorch's checkpoint takes for the device: also where all is on a CPU it looks after CUDA's autocast."""
+    kind = original(*args)
+    return "cuda" if kind == "meta" else kind
+
+
 CALLS: dict[tuple[Any, str], Callable[..., Any]] = {
-    (torch.nn.functional, "scaled_dot_product_attention"): _attention,
+    (torch.utils.checkpoint, "_infer_device_type"): _recomputed_on,
+    (torch, "get_rng_state"): _random_state,
+    (torch, "dropout"): _dropout,
+    (torch.nn.functional, "dropout"): _dropout,
+    (torch.nn.functional, "scaled_dot_product_attention"): autocast.as_cast(_attention),
     (torch.nn.functional, "softmax"): _softmax,
     (torch.nn.functional, "log_softmax"): _softmax,
     (torch, "softmax"): _softmax,
     (torch, "log_softmax"): _softmax,
+    **autocast.CALLS,
+    **optimizers.CALLS,
 }
 
 
@@ -226,6 +268,29 @@ def _flash_backward(target: Target, args: tuple[Any, ...], _kwargs: dict[str, An
     return [batch * heads * rounded * 4, batch * rounded * heads * (-(-head_size // 32) * 32) * 4, *expanded]
 
 
+def _cpu_tile(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """Queries and keys that a thread of the CPU's flash kernel takes at once (ATen's FlashAttentionKernel.cpp)."""
+    length = query.size(2)
+    rows = 256 if length >= 768 else 64 if length >= 192 else 32
+    return min(rows, length), min(512, key.size(2))
+
+
+def _cpu_flash(_target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """Per thread a tile of scores, the rows' sums, maxima and outputs, and the tile again in half precision."""
+    query, threads = args[0], torch.get_num_threads()
+    rows, columns = _cpu_tile(query, args[1])
+    half = [threads * rows * columns * 2] if query.element_size() == 2 else []
+    return [threads * rows * (columns + 2 + query.size(-1)) * 4, *half]
+
+
+def _cpu_flash_backward(_target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """Per thread two tiles, of scores and their gradients, again in half precision, and the rows' sums."""
+    query, threads = args[1], torch.get_num_threads()
+    rows, columns = _cpu_tile(query, args[2])
+    half = [threads * 2 * rows * columns * 2] if query.element_size() == 2 else []
+    return [threads * 2 * rows * columns * 4, threads * rows * 4, *half]
+
+
 def _matrix_copies(_target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
     """Factors that are neither rows nor columns one after the other are copied, such as a sum's expanded gradient."""
     factors = [value for value in args if isinstance(value, torch.Tensor)][-2:]
@@ -275,6 +340,9 @@ AFTER_RESULT: dict[Any, Workspace] = {
     aten._softmax_backward_data.default: _softmax_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: _cpu_flash,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _cpu_flash_backward,
+    aten._foreach_norm.Scalar: optimizers.many_norms,
     aten.mm.default: _matrix_copies,
     aten.addmm.default: _matrix_copies,
     aten.bmm.default: _matrix_copies,
@@ -314,3 +382,6 @@ def register_bitsandbytes() -> None:
     ops = torch.ops.bitsandbytes
     BEFORE_RESULT[ops.int8_scaled_mm.default] = _int8_product
     BEFORE_RESULT[ops.gemm_4bit.default] = _gemm_4bit
+    BEFORE_RESULT[ops.optimizer_update_8bit_blockwise.default] = optimizers.update_8bit
+    BEFORE_RESULT[ops.optimizer_update_32bit.default] = optimizers.update_32bit
+    CALLS.update(optimizers.bitsandbytes_calls())

@@ -62,7 +62,8 @@ def call(
         out = implementation(*args, **kwargs)
         return out, operators.costs(func, args, kwargs, out)
     try:
-        key = (func, _describe(args), tuple([(k, _describe(v)) for k, v in kwargs.items()]))
+        described = tuple([(k, _describe(v)) for k, v in kwargs.items()])
+        key = (func, torch.get_default_dtype(), _describe(args), described)  # factories take the default without a word
         known = _known.get(key)
     except (_Unknown, TypeError):
         out = implementation(*args, **kwargs)

@@ -14,10 +14,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import kernels, operators, shapes
+from . import autocast, kernels, operators, shapes
 from .allocator import EMPTY_CACHE
 from .kernels import Target
 
+aten = torch.ops.aten
 Phase = str
 """``load``, ``forward``, ``backward``, ``optimizer`` or ``other``."""
 
@@ -62,6 +63,7 @@ class Recorder(TorchDispatchMode):
         self.phase: Phase = "load"
         self.gradient_numbers: dict[int, int] = {}
         self._live: dict[int, int] = {}
+        self._sharers: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._modules: list[str] = [""]
         self._names: dict[int, str] = {}
@@ -71,6 +73,7 @@ class Recorder(TorchDispatchMode):
         self._backward_module = ""
         self.workspaces: dict[tuple[str, str], int] = {}
         self.needed_workspaces: set[tuple[str, str]] = set()
+        _owned_by_autograd_alone()  # seen now, because a mode that is on would record it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -104,13 +107,30 @@ class Recorder(TorchDispatchMode):
         key = storage._cdata
         number = self._live.get(key)
         if number is None:
-            if tensor.device.type != "meta" or not (num_bytes := storage.nbytes()):
+            if not self._on_device(tensor) or not (num_bytes := storage.nbytes()):
                 return None
-            number = self._live[key] = self.allocate(num_bytes)
-            self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
+            number = self.allocate(num_bytes)
+            self._watch(storage, number)
         if category:
             self.trace.categories[number] = category
         return number
+
+    def _on_device(self, tensor: torch.Tensor) -> bool:
+        """Whether *tensor* takes the device's memory: a CPU target's own tensors may be real; pages are the host's."""
+        real = self.target.device_type == "cpu" and tensor.device.type == "cpu"
+        return (tensor.is_meta or real) and not getattr(tensor, "is_paged", False)
+
+    def _watch(self, storage: torch.UntypedStorage, number: int) -> None:
+        key = storage._cdata
+        self._live[key] = number
+        self._sharers[number] = self._sharers.get(number, 0) + 1
+        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
+
+    def _share(self, moved: torch.Tensor, original: torch.Tensor) -> None:
+        """Let *moved* be the memory of *original*: what goes from the CPU to the CPU stays where it is."""
+        number = self.follow(original)
+        if number is not None and moved.untyped_storage()._cdata not in self._live:
+            self._watch(moved.untyped_storage(), number)
 
     def _stage(self) -> str:
         if self.phase == "load":
@@ -180,7 +200,11 @@ class Recorder(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         del self._watched[key]
-        self.free(self._live.pop(key))
+        number = self._live.pop(key)
+        self._sharers[number] -= 1
+        if not self._sharers[number]:
+            del self._sharers[number]
+            self.free(number)
 
     def reserve_workspaces(self, thread: str, num_bytes: Mapping[str, int]) -> None:
         """Note a library's workspaces for *thread* when it first needs them; they stay for the life of the process."""
@@ -191,14 +215,21 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if autocast.is_on():  # what is recorded is below autocast, but would be dispatched from the top once more
+            with autocast.off():
+                return self.__torch_dispatch__(func, types, args, kwargs)
         kwargs = kwargs or {}
         self._notice_backward()
         answer = kernels.ANSWERS.get(func)
         if answer is not None:
             return answer(*args, **kwargs)
+        if func is aten.add.Tensor and not kwargs and _accumulates(*args):
+            func = aten.add_.Tensor
         rule = kernels.BEFORE_RESULT.get(func)
         temporaries = [self.allocate(n, "temporaries") for n in rule(self.target, args, kwargs)] if rule else []
         out, launches = shapes.call(func, kernels.REPLACEMENTS.get(func, func), args, kwargs)
+        if func is aten._to_copy.default and self.target.device_type == "cpu" and _moves(args[0], out):
+            self._share(out, args[0])
         self._follow_all(out)
         if operators.is_matrix_product(func):
             thread = "autograd" if self.phase == "backward" else "main"
@@ -220,6 +251,49 @@ class Recorder(TorchDispatchMode):
                 self._follow_all(item)
 
 
+def _moves(original: torch.Tensor, copy: torch.Tensor) -> bool:
+    """Whether *copy* is on another device and else the same."""
+    return original.device != copy.device and original.dtype == copy.dtype
+
+
+_Owned = tuple[int, int]
+"""How many references there are to a tensor and to its storage."""
+
+
+def _owned(tensor: torch.Tensor) -> _Owned:
+    storage = tensor.untyped_storage()
+    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _owned_by_autograd_alone() -> _Owned:
+    """What ``_owned`` says, in a dispatch mode, of a gradient that waits for another to be added to it."""
+    seen: list[_Owned] = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is aten.add.Tensor and not torch.is_grad_enabled():
+                seen.append(_owned(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Look():  # type: ignore[no-untyped-call]
+        x = torch.empty(2, device="meta", requires_grad=True)
+        (x.exp() * x.sin()).sum().backward()
+    return seen[0]
+
+
+def _accumulates(gradient: Any, other: Any, *_rest: Any) -> bool:
+    """Whether this sum is autograd's of two gradients of one tensor, which is done in place where nobody sees it.
+
+    So says ``can_accumulate_inplace`` in PyTorch's input_buffer.cpp, but never while a dispatch mode is on.
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(other, torch.Tensor):
+        return False
+    alike = gradient.shape == other.shape and gradient.dtype == other.dtype
+    dense = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.itemsize
+    return alike and dense and _owned(gradient) == _owned_by_autograd_alone()
+
+
 def _differentiable(values: object) -> Iterator[torch.Tensor]:
     """The tensors among *values* that a gradient flows to."""
     if isinstance(values, torch.Tensor):
@@ -231,6 +305,13 @@ def _differentiable(values: object) -> Iterator[torch.Tensor]:
                 yield value
 
 
+def _substituted(substitute: Callable[..., Any], target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:  # a function and no partial, so that it can be a method
+        return substitute(target, original, *args, **kwargs)
+
+    return call
+
+
 @contextlib.contextmanager
 def _as_on(target: Target) -> Iterator[None]:
     """Put the target's versions of a few functions in place of PyTorch's.
@@ -240,7 +321,7 @@ def _as_on(target: Target) -> Iterator[None]:
     """
     replaced = [(home, name, getattr(home, name)) for home, name in kernels.CALLS]
     for (home, name), substitute in kernels.CALLS.items():
-        setattr(home, name, functools.partial(substitute, target, getattr(home, name)))
+        setattr(home, name, _substituted(substitute, target, getattr(home, name)))
     try:
         yield
     finally:

@@ -293,7 +293,6 @@ def test_a_boolean_mask_costs_what_the_kernel_makes_of_it(length: int) -> None:
         ("t4", torch.float16, 128, 32, [2 * 32 * 1024 * 4, 64 * (32 * (4 * 4096 + 16) + 2 * 3 * 64 * 128 * 4)]),
         ("l4", torch.float16, 64, 32, [2 * 32 * 1024 * 4, 2 * 32 * 1024 * 64 * 4]),
         ("l4", torch.float16, 64, 8, [2 * 32 * 1024 * 4, 2 * 32 * 1024 * 64 * 4, *2 * [2 * 32 * 1024 * 64 * 2]]),
-        ("cpu", torch.float32, 64, 32, []),
     ],
 )
 def test_attention_adds_gradients_up_in_single_precision(
@@ -309,3 +308,107 @@ def test_attention_adds_gradients_up_in_single_precision(
         out.backward(upstream)
 
     assert temporaries(recorded(gpu, work)) == expected
+
+
+@pytest.mark.parametrize(("gpu", "kept"), [("t4", 1), ("l4", 1), ("cpu", 4)])
+@pytest.mark.parametrize("home", [functional, torch])
+def test_dropout_keeps_a_mask(gpu: str, kept: int, home: ModuleType) -> None:
+    """CUDA's fused kernel keeps a byte per element for the backward pass, a CPU the scaled mask in fp32."""
+    values = empty(64, 64, dtype=torch.float32)
+
+    trace = recorded(gpu, lambda: home.dropout(values, 0.1, True))
+
+    live = {event for event in trace.events if event > 0 and -event not in trace.events[: trace.marks[0][0]]}
+    assert sorted(trace.sizes[event - 1] for event in live) == sorted([4 * 64 * 64, kept * 64 * 64])
+
+
+@pytest.mark.parametrize("gpu", ["t4", "cpu"])
+@pytest.mark.parametrize(
+    ("work", "in_place"),
+    [
+        (lambda x: x.sin().sum() + x.exp().sum(), 1),
+        (lambda x: x.sin().sum() + x.exp().sum() + x.cos().sum(), 2),
+        (lambda x: x.exp().sum() + x.view(-1).sin().sum(), 0),
+        (lambda x: x.cos().sum() + x.exp().sum() + x.view(-1).sin().sum(), 1),
+    ],
+)
+def test_gradients_add_up_in_place_where_nobody_sees_it(
+    gpu: str, work: Callable[[torch.Tensor], torch.Tensor], in_place: int, called: list[str]
+) -> None:
+    """Autograd adds to a gradient of its own, and makes a third where the first is a view of another."""
+    leaf = empty(64, 64, dtype=torch.float32)
+
+    recorded(gpu, lambda: work(leaf * 1.0).backward())
+
+    assert called.count("add_") == in_place
+
+
+def test_gradients_added_by_a_users_own_function_are_new() -> None:
+    """A sum that Python code makes in a backward pass is no accumulation of autograd's."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            half = gradient * 0.5
+            whole = half + gradient
+            assert whole is not half
+            return whole + half
+
+    leaf = empty(8, dtype=torch.float32)
+
+    recorded("t4", lambda: Twice.apply(leaf).sum().backward())  # type: ignore[no-untyped-call]
+
+    assert leaf.grad is not None
+
+
+def test_remembered_shapes_know_the_default_dtype() -> None:
+    """Factories that name no dtype follow the default, whatever they returned before."""
+    sizes: list[int] = []
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float16, torch.float32):
+            torch.set_default_dtype(dtype)
+            sizes += recorded("t4", lambda: torch.empty(77, device="meta")).sizes
+    finally:
+        torch.set_default_dtype(before)
+
+    assert sizes == [4 * 77, 2 * 77, 4 * 77]
+
+
+@pytest.mark.parametrize(("gpu", "expected"), [("cpu", [4 * 32]), ("t4", [4 * 32])])
+def test_what_goes_from_the_cpu_to_the_cpu_stays_where_it_is(gpu: str, expected: list[int]) -> None:
+    """A tensor made on the CPU is a CPU target's memory once, and a GPU's from the moment that it is sent there."""
+    trace = recorded(gpu, lambda: torch.zeros(32, device="cpu").to("meta"))
+
+    assert trace.sizes == expected
+    assert trace.events[: trace.marks[0][0]] == [1]
+
+
+def test_recomputation_keeps_the_random_state() -> None:
+    """A CPU's generator has a state of some kilobytes, kept from the forward pass and saved in the backward pass."""
+    state = torch.get_rng_state().numel()
+
+    def work() -> None:
+        values = empty(8, dtype=torch.float32)
+        torch.utils.checkpoint.checkpoint(torch.sin, values, use_reentrant=False).sum().backward()
+
+    assert recorded("cpu", work).sizes.count(state) == 2
+    assert recorded("t4", work).sizes.count(state) == 0
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(16, 16), (64, 32), (200, 64), (800, 256)])
+def test_a_cpus_attention_works_in_tiles(tokens: int, rows: int) -> None:
+    """Per thread, a tile of scores with two numbers and an output for each row; the backward pass has two tiles."""
+    query = empty(1, HEADS, tokens, HEAD_SIZE, dtype=torch.float32)
+    columns, threads = min(512, tokens), torch.get_num_threads()
+
+    def work() -> None:
+        functional.scaled_dot_product_attention(query, query, query).sum().backward()
+
+    forward, scores, sums, *_ = temporaries(recorded("cpu", work))
+    assert forward == threads * rows * (columns + 2 + HEAD_SIZE) * 4
+    assert (scores, sums) == (threads * 2 * rows * columns * 4, threads * rows * 4)
