@@ -12,6 +12,7 @@ Activations = Literal["save", "recompute"]
 Positive = Annotated[int, Meta(ge=1)]
 MOST_LAYERS = 10_000
 MOST_TOKENS = 2**24
+MOST_RANK = 2**16
 """Bounds of what a request or a plan file may say; far beyond any model."""
 
 
@@ -45,7 +46,7 @@ class Configuration:
     """
 
     layers: tuple[StrategyRun, ...]
-    rank: Positive
+    rank: Annotated[int, Meta(ge=1, le=MOST_RANK)]
     alpha: Positive
     sequence_length: Annotated[int, Meta(ge=2, le=MOST_TOKENS)]
     micro_batch_size: Positive

@@ -8,15 +8,15 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shallowflow.planner.strategies import Strategy, WeightFormat
-from shallowflow.profiles import BadFacts
+from shallowflow.planner.strategies import Strategy
+from shallowflow.profiles import BadFacts, FactsError
 from shallowflow.profiles import load_model as load_model_spec
 
 from . import attention, quantized
@@ -56,7 +56,7 @@ def _set_depth(config: PreTrainedConfig, depth: int) -> None:
 
 def load_model(
     name_or_config: str | Path | Mapping[str, Any] | PreTrainedConfig,
-    quantization: WeightFormat | None = None,
+    quantization: Literal["int8", "nf4"] | None = None,
     *,
     double_quantization: bool = False,
     compute_dtype: str = "float16",
@@ -74,8 +74,12 @@ def load_model(
         attn_implementation: ``eager``, ``sdpa``, or None for SDPA with expanded KV heads.
 
     Raises:
-        FactsError: the name is unknown or the configuration is broken.
+        FactsError: the name is unknown, the configuration is broken, or there is no such format or dtype.
     """
+    if quantization not in (None, "int8", "nf4"):
+        raise FactsError(f"quantization is {quantization!r}; give 'int8', 'nf4', or None for none")
+    if compute_dtype not in DTYPES:
+        raise FactsError(f"compute_dtype is {compute_dtype!r}; give one of {', '.join(DTYPES)}")
     if isinstance(name_or_config, (str, Path)):
         config = transformers_config(load_model_spec(str(name_or_config)).config)
     elif isinstance(name_or_config, Mapping):

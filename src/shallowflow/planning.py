@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -137,7 +138,7 @@ class Session:
         return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches)
 
 
-def plan(model: str, gpu: str = "t4", *, progress: Progress = lambda _message: None, **workload: Any) -> Plan:
+def plan(model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _message: None, **workload: Any) -> Plan:
     """The best plan for fine-tuning *model* on *gpu*.
 
     Args:
@@ -158,7 +159,7 @@ def plan(model: str, gpu: str = "t4", *, progress: Progress = lambda _message: N
     unknown = sorted(set(workload) - set(Workload.__dataclass_fields__))
     if unknown:
         raise RequestError(f"unknown workload {unknown[0]!r}; there are {', '.join(Workload.__dataclass_fields__)}")
-    return make_plan(load_model(model), load_gpu(gpu), wanted, progress=progress)
+    return make_plan(load_model(str(model)), load_gpu(gpu), wanted, progress=progress)
 
 
 def make_plan(

@@ -145,3 +145,10 @@ def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="no linear layers to adapt"):
         build.adapter_targets(torch.nn.ModuleList([torch.nn.LayerNorm(2)]))
     assert not quantized.is_quantized(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int3"}, {"quantization": "fp16"}, {"compute_dtype": "half"}])
+def test_a_format_that_is_none_is_refused(options: dict[str, Any]) -> None:
+    """What is asked for is never silently left out."""
+    with pytest.raises(FactsError, match=next(iter(options.values()))):
+        build.load_model("SmolLM2-135M", **options)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_the_folder_holds_everything(plans: dict[str, Plan], request_for: Callab
     written = json.loads((request.output / "run.json").read_text(encoding="utf-8"))
     assert [step["loss"] for step in written["steps"]] == [step.loss for step in record.steps]
     assert (written["outcome"], written["model_name"]) == ("completed", "tiny")
-    assert written["versions"]["torch"] == torch.__version__
+    assert written["versions"]["torch"] == version("torch")
     card = json.loads((request.output / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (card["r"], card["lora_alpha"]) == (plan.configuration.rank, plan.configuration.alpha)
     assert card["base_model_name_or_path"] == plan.model_name
