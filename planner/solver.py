@@ -165,11 +165,11 @@ def _traced(candidate: Candidate, peak: TracedPeak) -> Candidate:
 
 
 def _different(best: Candidate, rest: Sequence[Candidate]) -> list[Candidate]:
-    """The best of each other strategy first, then other ranks and micro-batches of any."""
+    """The best of each other strategy, then the best other rank or micro-batch of any."""
     chosen: list[Candidate] = []
     seen = {best.configuration.layers}
     for candidate in rest:
         if candidate.configuration.layers not in seen:
             seen.add(candidate.configuration.layers)
             chosen.append(candidate)
-    return [*chosen, *(c for c in rest if c not in chosen)]
+    return [*chosen, *[c for c in rest if c not in chosen][:1]]

@@ -215,7 +215,9 @@ def test_alternatives_fit_and_differ(search: Search) -> None:
     found = solution.alternatives
     configurations = [solution.best.configuration, *(c.configuration for c in found)]
     assert len(found) <= min(NUM_ALTERNATIVES, solution.num_fitting - 1)
-    if len(found) < NUM_ALTERNATIVES and solution.num_candidates <= MOST_TRIED:
+    assert sum(c.configuration.layers == solution.best.configuration.layers for c in found) <= 1
+    layers = {c.configuration.layers for c in search.candidates}
+    if len(layers) == len(search.candidates) <= MOST_TRIED and len(found) < NUM_ALTERNATIVES:
         assert len(found) == solution.num_fitting - 1
     assert len(set(configurations)) == len(configurations)
     assert all(c.prediction.peak_reserved_bytes <= search.problem.budget_bytes for c in found)
