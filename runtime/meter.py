@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -50,10 +50,11 @@ def measure_peak(
             peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
             peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
         )
-    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in resident}.values())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in resident}
+    before = sum(storages.values())
     with _silent_stderr(), profile(profile_memory=True) as recorded:
         result = run()
-    peak = before + _highest(recorded)
+    peak = before + _highest(recorded, storages)
     return result, MeasuredPeak(resident_bytes=before, peak_allocated_bytes=peak, peak_reserved_bytes=peak)
 
 
@@ -68,9 +69,10 @@ def allocator_levels(parts: Iterable[Callable[[], Any]]) -> list[list[int]]:
             with record_function(f"{_MARK}{index}"):
                 part()
             marks.append(index)
-    events: list[Any] = recorded.kineto_results.events() if recorded.kineto_results else []
+    assert recorded.kineto_results is not None
+    events: list[Any] = recorded.kineto_results.events()
     ends = sorted(e.start_ns() + e.duration_ns() for e in events if e.name().startswith(_MARK))
-    reports = sorted(((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"), key=lambda r: r[0])
+    reports = _reports(recorded)
     levels: list[list[int]] = []
     level, position = 0, 0
     for end in ends:
@@ -102,15 +104,39 @@ def _silent_stderr() -> Iterator[None]:
         os.close(nothing)
 
 
-def _highest(recorded: profile) -> int:
-    """The highest running total of the CPU allocator's reports."""
+def _reports(recorded: profile, resident: Collection[int] = ()) -> list[tuple[int, int]]:
+    """When (ns) and by how many bytes the CPU allocator's total changed, in order; *resident* are addresses.
+
+    What was allocated under an earlier profile and is freed under this one is reported too, but counts only where it
+    is resident.
+    """
     results = recorded.kineto_results
     assert results is not None
-    events: list[Any] = results.events()
-    reports = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    reports.sort(key=lambda report: report[0])
+    found: list[tuple[int, int, int]] = []
+    pending: list[Any] = list(reversed(results.experimental_event_tree()))
+    while pending:
+        event = pending.pop()
+        pending.extend(reversed(event.children))
+        if event.name == "[memory]":
+            found.append((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size))
+    found.sort(key=lambda report: report[0])
+    reports: list[tuple[int, int]] = []
+    live = set(resident)
+    for when, address, num_bytes in found:
+        if num_bytes > 0:
+            live.add(address)
+        elif address not in live:
+            continue
+        else:
+            live.remove(address)
+        reports.append((when, num_bytes))
+    return reports
+
+
+def _highest(recorded: profile, resident: Collection[int]) -> int:
+    """The highest running total of the CPU allocator's reports."""
     level = highest = 0
-    for _, num_bytes in reports:
+    for _, num_bytes in _reports(recorded, resident):
         level += num_bytes
         highest = max(highest, level)
     return highest

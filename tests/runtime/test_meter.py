@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shallowflow.runtime.meter import MeasuredPeak, Stopwatch, measure_peak
+from shallowflow.runtime.meter import MeasuredPeak, Stopwatch, allocator_levels, measure_peak
 from tests.runtime import tiny
 
 KB = 1000
@@ -78,6 +78,25 @@ def test_a_shared_storage_counts_once() -> None:
     _, peak = measure_peak(lambda: None, [whole, whole[3:], whole.T, torch.empty(0)], tiny.CPU)
 
     assert peak.resident_bytes == peak.peak_allocated_bytes == 4000
+
+
+def test_what_lived_before_counts_only_where_it_is_resident() -> None:
+    """A block of an earlier profile, freed now, lowers no level but its own."""
+    held: list[torch.Tensor] = []
+    for _ in range(2):
+        measure_peak(lambda: held.append(allocate(1000 * KB)), [], tiny.CPU)
+
+    def run() -> torch.Tensor:
+        held.clear()
+        return allocate(700 * KB)
+
+    _, peak = measure_peak(run, iter(held[:1]), tiny.CPU)
+    measure_peak(lambda: held.append(allocate(1000 * KB)), [], tiny.CPU)
+    levels = allocator_levels([run])
+
+    assert peak.resident_bytes == 1000 * KB
+    assert peak.peak_allocated_bytes == 1000 * KB
+    assert levels == [[0, 700 * KB, 0]]
 
 
 @pytest.mark.parametrize("fails", [False, True])
