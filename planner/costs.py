@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,13 @@ Ints = npt.NDArray[np.int64]
 PROFILED_LAYERS = 3
 """A profile is traced on a first, an inner and a last layer; the inner one stands for all others."""
 
-SEGMENTS = ("embed", "first", "inner", "last", "head", "last_back", "inner_back", "first_back", "update")
-"""The step in order: forward through the layers, loss, backward through the layers, optimizer."""
+SEGMENTS = ("embed", "first", "inner", "last", "release", "head", "last_back", "inner_back", "first_back", "update")
+"""The step in order: forward through the layers, loss, backward through the layers, optimizer.
 
-OP_KINDS = ("float16", "bfloat16", "float32", "memory")
+``release`` is what the model lets go of once it is through its layers, unless the first of them saved it.
+"""
+
+OP_KINDS = ("float16", "bfloat16", "float32", "memory", "host")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +35,9 @@ class StepProfile:
         op_kind, op_segment: (operators,) indices into OP_KINDS and SEGMENTS, of the second micro-batch and the update.
         op_flops, op_bytes: (operators, 4).
         fixed, layer: rows of the tensors resident outside the layers, and of those in one layer.
+        workspaces: bytes of each library's workspace in each thread, 0 where nothing asks for it.
         gradients: rows of one layer's adapter gradients.
+        recomputed: (allocations,) 1 for an activation that is computed again in the backward pass, else 0.
         alignment_bytes: what the device's allocator rounds to.
     """
 
@@ -45,8 +50,10 @@ class StepProfile:
     op_flops: Ints
     op_bytes: Ints
     fixed: Ints
+    workspaces: Ints
     layer: Ints
     gradients: Ints
+    recomputed: Ints
     alignment_bytes: int
 
     def to_arrays(self) -> dict[str, npt.NDArray[np.int64]]:
@@ -79,42 +86,78 @@ def _rounded(rows: Ints, micro_batch_size: int, rank: int, alignment: int) -> In
     return -(-values // alignment) * alignment
 
 
-def _repeats(num_layers: int) -> dict[str, int]:
-    inner, last = max(0, num_layers - 2), min(1, num_layers - 1)
-    return {"inner": inner, "inner_back": inner, "last": last, "last_back": last}
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Allocated bytes over a stretch of a step, against its start: at most, and at its end."""
+
+    high: int
+    change: int
 
 
-def footprint(
-    profile: StepProfile, num_layers: int, micro_batch_size: int, rank: int, *, accumulates: bool
-) -> Footprint:
-    """Compose *profile* to a model of *num_layers* layers, each like the inner one.
+LayerRuns = Sequence[tuple[StepProfile, int]]
+"""Profiles of consecutive layers, each with how many layers have it, in the model's order."""
+
+
+def curves(profile: StepProfile, micro_batch_size: int, rank: int, *, accumulates: bool) -> dict[str, Curve]:
+    """The curve of every segment of *profile*'s second micro-batch, or, if it does not accumulate, its first."""
+    sizes = _rounded(profile.sizes, micro_batch_size, rank, profile.alignment_bytes)
+    steps = np.sign(profile.events) * sizes[np.abs(profile.events) - 1]
+    found: dict[str, Curve] = {}
+    for index, name in enumerate(SEGMENTS):
+        wanted = profile.event_pass == (1 if accumulates or name == "update" else 0)
+        levels = np.cumsum(steps[(profile.event_segment == index) & wanted])
+        found[name] = Curve(max(0, int(levels.max())), int(levels[-1])) if levels.size else Curve(0, 0)
+    return found
+
+
+def _stretches(runs: LayerRuns, curve: Sequence[Mapping[str, Curve]], num_layers: int) -> Iterator[tuple[Curve, int]]:
+    """The curves of a whole step in order, with how often each comes in a row."""
+    places = [(i, "inner", count) for i, (_, count) in enumerate(runs)]
+    places[0] = (0, "inner", places[0][2] - 1)
+    layers = [(0, "first", 1), *places]
+    if num_layers > 1:
+        index, _, count = layers[-1]
+        layers[-1:] = [(index, "inner", count - 1), (index, "last", 1)]
+    yield curve[0]["embed"], 1
+    yield from ((curve[i][place], count) for i, place, count in layers)
+    yield curve[0]["release"], 1
+    yield curve[-1]["head"], 1
+    yield from ((curve[i][f"{place}_back"], count) for i, place, count in reversed(layers))
+    update = curve[0]["update"]
+    yield Curve(*(value * num_layers // PROFILED_LAYERS for value in (update.high, update.change))), 1
+
+
+def footprint(runs: LayerRuns, micro_batch_size: int, rank: int, *, accumulates: bool) -> Footprint:
+    """Compose a model from its layers' profiles, each standing for layers like its inner one.
 
     A step of several micro-batches peaks in a later one, when all gradients are there from the start; in a step of
-    one they grow during the backward pass. The peak is the largest of the segments' own peaks; where a segment
+    one they grow during the backward pass. The peak is the largest of the stretches' own peaks; where a stretch
     repeats, its first or last repetition holds it.
     """
-    align = profile.alignment_bytes
-    fixed = int(_rounded(profile.fixed, micro_batch_size, rank, align).sum())
-    per_layer = int(_rounded(profile.layer, micro_batch_size, rank, align).sum())
-    gradients = gradient_bytes(profile, num_layers, rank)
-    resident = fixed + num_layers * per_layer
-    sizes = _rounded(profile.sizes, micro_batch_size, rank, align)
-    steps = np.sign(profile.events) * sizes[np.abs(profile.events) - 1]
-    repeats = _repeats(num_layers)
+    num_layers = sum(count for _, count in runs)
+    resident = resident_bytes(runs, micro_batch_size, rank)
+    gradients = sum(gradient_bytes(profile, count, rank) for profile, count in runs)
+    curve = [curves(profile, micro_batch_size, rank, accumulates=accumulates) for profile, _ in runs]
     level = peak = resident + (gradients if accumulates else 0)
-    for index, name in enumerate(SEGMENTS):
-        update = name == "update"
-        wanted_pass = 1 if accumulates or update else 0
-        curve = np.cumsum(steps[(profile.event_segment == index) & (profile.event_pass == wanted_pass)])
-        times = repeats.get(name, 1)
-        if not curve.size or not times:
-            continue
-        high, change = max(0, int(curve.max())), int(curve[-1])
-        if update:
-            high, change = (value * num_layers // PROFILED_LAYERS for value in (high, change))
-        peak = max(peak, level + high + max(0, (times - 1) * change))
-        level += times * change
+    for stretch, count in _stretches(runs, curve, num_layers):
+        if count:
+            peak = max(peak, level + stretch.high + max(0, (count - 1) * stretch.change))
+            level += count * stretch.change
     return Footprint(resident, peak)
+
+
+def resident_bytes(runs: LayerRuns, micro_batch_size: int, rank: int) -> int:
+    """What lives between steps: what lies outside the layers, the layers, and every workspace that any of them needs."""
+    first = runs[0][0]
+    fixed = int(_rounded(first.fixed, micro_batch_size, rank, first.alignment_bytes).sum())
+    workspaces = int(np.max([profile.workspaces for profile, _ in runs], axis=0).sum())
+    layers = sum(count * resident_layer_bytes(profile, micro_batch_size, rank) for profile, count in runs)
+    return fixed + workspaces + layers
+
+
+def resident_layer_bytes(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
+    """What one layer holds between steps, in the device's blocks."""
+    return int(_rounded(profile.layer, micro_batch_size, rank, profile.alignment_bytes).sum())
 
 
 def gradient_bytes(profile: StepProfile, num_layers: int, rank: int) -> int:
@@ -122,14 +165,23 @@ def gradient_bytes(profile: StepProfile, num_layers: int, rank: int) -> int:
     return num_layers * int(_rounded(profile.gradients, 1, rank, profile.alignment_bytes).sum())
 
 
-def segment_seconds(profile: StepProfile, num_layers: int, seconds: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """(one micro-batch, one update) of a model of *num_layers* layers, from each operator's *seconds*."""
+def segment_seconds(profile: StepProfile, seconds: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Each segment's time, from each operator's *seconds*."""
     by_segment = np.bincount(profile.op_segment, weights=seconds, minlength=len(SEGMENTS))
-    times = _repeats(num_layers)
-    repeats = np.array([times.get(name, 1) for name in SEGMENTS])
-    update = SEGMENTS.index("update")
-    micro = float(np.delete(by_segment * repeats, update).sum())
-    return micro, float(by_segment[update] * num_layers / PROFILED_LAYERS)
+    return dict(zip(SEGMENTS, by_segment.tolist(), strict=True))
+
+
+def total_seconds(runs: LayerRuns, segments: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """(one micro-batch, one update) of the model of *runs*, from the *segments* of each run's profile."""
+    num_layers = sum(count for _, count in runs)
+    micro = segments[0]["embed"] + segments[-1]["head"]
+    for place, count in (("first", 1), ("last", min(1, num_layers - 1))):
+        at = segments[0 if place == "first" else -1]
+        micro += count * (at[place] + at[f"{place}_back"])
+    for index, (_, count) in enumerate(runs):
+        inner = count - (index == 0) - (index == len(runs) - 1 and num_layers > 1)
+        micro += inner * (segments[index]["inner"] + segments[index]["inner_back"])
+    return micro, segments[0]["update"] * num_layers / PROFILED_LAYERS
 
 
 def operator_costs(profile: StepProfile, micro_batch_size: int, rank: int) -> tuple[Ints, Ints]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shallowflow.profiles.specs import GpuSpec
 
 from . import communication, costs, latency, quality
-from .costs import StepProfile
+from .costs import LayerRuns
 from .plan import Candidate, Prediction, Workload
 from .strategies import Activations, Configuration, Strategy, WeightFormat, uniform
 
@@ -27,16 +27,17 @@ BYTES_PER_WEIGHT: dict[WeightFormat, float] = {"fp32": 4, "bf16": 2, "fp16": 2, 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A model, a device and a workload, with a profile of every strategy that is worth considering.
+    """A model, a device and a workload, with profiles of every strategy that is worth considering.
 
     Attributes:
+        profiles: of each strategy, the layers' profiles in the model's order.
         reserved_per_allocated: what the caching allocator reserves per allocated byte, for whoever was not traced.
     """
 
     workload: Workload
     num_layers: int
     gpu: GpuSpec
-    profiles: Mapping[Strategy, StepProfile]
+    profiles: Mapping[Strategy, LayerRuns]
     reserved_per_allocated: float = 1.0
 
     @property
@@ -111,16 +112,16 @@ def candidates(problem: Problem) -> list[Candidate]:
 
 def predict(problem: Problem, strategy: Strategy, configuration: Configuration) -> Prediction:
     """The prediction for one uniform *configuration*."""
-    profile = problem.profiles[strategy]
+    runs = problem.profiles[strategy]
     micro_batch_size, rank = configuration.micro_batch_size, configuration.rank
     gpu, num_gpus = problem.gpu, configuration.num_gpus
     accumulation = configuration.gradient_accumulation_steps
-    footprint = costs.footprint(profile, problem.num_layers, micro_batch_size, rank, accumulates=accumulation > 1)
-    gradient_bytes = costs.gradient_bytes(profile, problem.num_layers, rank)
+    footprint = costs.footprint(runs, micro_batch_size, rank, accumulates=accumulation > 1)
+    gradient_bytes = sum(costs.gradient_bytes(profile, count, rank) for profile, count in runs)
     buckets = gradient_bytes if num_gpus > 1 else 0
     allocated = footprint.peak_allocated_bytes + buckets
     reserved = int(allocated * problem.reserved_per_allocated)
-    compute = latency.step_seconds(profile, problem.num_layers, micro_batch_size, rank, gpu).step(accumulation)
+    compute = latency.step_seconds(runs, micro_batch_size, rank, gpu).step(accumulation)
     waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, gpu.pcie_bytes_per_second)
     tokens = configuration.global_batch_size * configuration.sequence_length
     return Prediction(

@@ -50,7 +50,7 @@ def usd(amount: float | None) -> str:
 
 def strategy(run: StrategyRun) -> str:
     """One run of layers in words."""
-    return f"{run.strategy.weight_format}, {run.strategy.activations} activations"
+    return str(run.strategy)
 
 
 def strategies(configuration: Configuration) -> str:

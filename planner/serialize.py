@@ -66,6 +66,8 @@ def _contradictions(plan: Plan) -> list[str]:
     for run in plan.configuration.layers:
         if run.strategy.weight_format not in (plain, "int8", "nf4"):
             found.append(f"compute_dtype is {plan.compute_dtype}, a layer's weights {run.strategy.weight_format}")
+        if run.strategy.double_quantization and run.strategy.weight_format != "nf4":
+            found.append(f"double_quantization of a layer whose weights are {run.strategy.weight_format}, not nf4")
     total = sum(part.num_bytes for part in plan.memory)
     if total != plan.prediction.peak_process_bytes:
         found.append(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
-Activations = Literal["save", "recompute"]
+Activations = Literal["save", "recompute attention", "recompute mlp", "recompute", "offload"]
 Positive = Annotated[int, Meta(ge=1)]
 MOST_LAYERS = 10_000
 MOST_TOKENS = 2**24
@@ -18,10 +18,22 @@ MOST_RANK = 2**16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
-    """What is done to one layer: how its weights are stored and what becomes of its activations."""
+    """What is done to one layer: how its weights are stored and what becomes of its activations.
+
+    Attributes:
+        activations: ``recompute`` means the whole layer's, ``recompute attention`` and ``recompute mlp`` those inside
+            that module; ``offload`` means held in host memory from the forward to the backward pass.
+        double_quantization: nf4's constants are quantized, too (the QLoRA paper's section 3).
+    """
 
     weight_format: WeightFormat
     activations: Activations
+    double_quantization: bool = False
+
+    def __str__(self) -> str:
+        twice = " with double quantization" if self.double_quantization else ""
+        what = self.activations if " " in self.activations else f"{self.activations} activations"
+        return f"{self.weight_format}{twice}, {what}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from shallowflow.planner.strategies import Strategy
@@ -24,8 +22,13 @@ from . import attention, quantized
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def transformers_config(config: Mapping[str, Any], num_hidden_layers: int | None = None) -> PreTrainedConfig:
-    """The transformers object for a configuration's facts, with another depth if *num_hidden_layers* is given."""
+def transformers_config(
+    config: Mapping[str, Any], num_hidden_layers: int | None = None, like_layer: int | None = None
+) -> PreTrainedConfig:
+    """The transformers object for a configuration's facts, with another depth if *num_hidden_layers* is given.
+
+    Its layers are then like the first ones, or all like number *like_layer*.
+    """
     kept = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
     facts = copy.deepcopy(kept)  # transformers completes nested facts in place
     try:
@@ -33,8 +36,21 @@ def transformers_config(config: Mapping[str, Any], num_hidden_layers: int | None
     except Exception as error:  # whatever a model's own checks raise on a broken configuration
         raise BadFacts(_unbuildable(config, error)) from error
     if num_hidden_layers is not None:
-        _set_depth(made, num_hidden_layers)
+        _set_depth(made, num_hidden_layers, like_layer)
     return made
+
+
+def layer_kinds(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """For each decoder layer, the first layer that is like it, by all that the configuration lists layer by layer."""
+    made = transformers_config(config)
+    rows = list(zip(*_listed(made).values(), strict=True)) or [()] * made.num_hidden_layers
+    return tuple(rows.index(row) for row in rows)
+
+
+def _listed(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """What *config* says of each layer, such as ``layer_types``."""
+    depth = config.num_hidden_layers
+    return {key: value for key, value in vars(config).items() if isinstance(value, list) and len(value) == depth}
 
 
 def _unbuildable(config: Mapping[str, Any], error: Exception) -> str:
@@ -44,13 +60,12 @@ def _unbuildable(config: Mapping[str, Any], error: Exception) -> str:
     return f"cannot build a causal language model of model_type {config['model_type']!r}: {reason}"
 
 
-def _set_depth(config: PreTrainedConfig, depth: int) -> None:
+def _set_depth(config: PreTrainedConfig, depth: int, like_layer: int | None) -> None:
     """Cut or repeat what is listed per layer along with the number of layers."""
-    for key in ("layer_types", "mlp_layer_types"):
-        listed = getattr(config, key, None)
-        if isinstance(listed, list) and listed:
-            with contextlib.suppress(AttributeError):  # some configurations derive the list from the depth
-                setattr(config, key, [listed[i % len(listed)] for i in range(depth)])
+    for key, listed in _listed(config).items():
+        chosen = [listed[i % len(listed)] if like_layer is None else listed[like_layer] for i in range(depth)]
+        with contextlib.suppress(AttributeError):  # some configurations derive the list from the depth
+            setattr(config, key, chosen)
     config.num_hidden_layers = depth
 
 
@@ -130,10 +145,8 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(outermost)
 
 
-def apply_strategies(
-    model: torch.nn.Module, strategies: Sequence[Strategy], compute_dtype: str, double_quantization: bool = False
-) -> None:
-    """Give each decoder layer its weight format and activation policy.
+def apply_formats(model: torch.nn.Module, strategies: Sequence[Strategy], compute_dtype: str) -> None:
+    """Give each decoder layer its weight format.
 
     Raises:
         ValueError: the model has another number of layers.
@@ -143,27 +156,8 @@ def apply_strategies(
         raise ValueError(f"the plan has {len(strategies)} layers, the model {len(layers)}")
     for layer, strategy in zip(layers, strategies, strict=True):
         if strategy.weight_format in ("int8", "nf4"):
-            quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], double_quantization)
-
-
-def has_dropout(model: torch.nn.Module) -> bool:
-    """Whether a forward pass draws random numbers, by a module or by a rate that its configuration names.
-
-    A layer computed again must then drop what it dropped the first time, or its gradients are another function's.
-    """
-    config = getattr(model, "config", None)
-    named_rates = config.to_dict() if config else {}
-    rates = [v for k, v in named_rates.items() if "drop" in k and not k.startswith(("classifier", "summary"))]
-    named = any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
-    return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-
-
-def recompute_layers(model: torch.nn.Module, strategies: Sequence[Strategy]) -> None:
-    """Make the layers whose strategy says so forget their activations and compute them again in the backward pass."""
-    random = has_dropout(model)
-    for layer, strategy in zip(decoder_layers(model), strategies, strict=True):
-        if strategy.activations == "recompute":
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=random)
+            twice = strategy.double_quantization
+            quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], twice)
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Module:

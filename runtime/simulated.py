@@ -89,11 +89,18 @@ def _no_compiler(*_args: Any, **_kwargs: Any) -> Any:
 
 
 def make_meta_step(
-    model_config: Mapping[str, Any], configuration: Configuration, compute_dtype: str, num_micro_batches: int
+    model_config: Mapping[str, Any],
+    configuration: Configuration,
+    compute_dtype: str,
+    num_micro_batches: int,
+    like_layer: int | None = None,
 ) -> MetaStep:
-    """The training step of *configuration* on ``meta``, with as many layers as the configuration has."""
+    """The training step of *configuration* on ``meta``, with as many layers as the configuration has.
+
+    They are those of the model, or all like its layer *like_layer*.
+    """
     register_quantization()
-    config = build.transformers_config(model_config, configuration.num_layers)
+    config = build.transformers_config(model_config, configuration.num_layers, like_layer)
     model = build.empty_model(config, compute_dtype, "meta")
     trainee = make_trainee(model, configuration, compute_dtype)
     shape = (configuration.micro_batch_size, configuration.sequence_length)

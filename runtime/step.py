@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from shallowflow.planner.strategies import Configuration
 
-from . import build, quantized
+from . import activations, build, quantized
 from .precision import LossScale
 
 LEARNING_RATE = 2e-4
@@ -133,9 +133,9 @@ def make_trainee(
         ValueError: the configuration does not match the model.
     """
     strategies = configuration.strategies()
-    build.apply_strategies(model, strategies, compute_dtype)
-    build.recompute_layers(model, strategies)
+    build.apply_formats(model, strategies, compute_dtype)
     layers = build.decoder_layers(model)
+    activations.apply_policies(model, layers, strategies)
     adapted = build.add_adapters(model, configuration.rank, configuration.alpha)
     if device is not None:
         adapted.to(device)

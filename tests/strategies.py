@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from hypothesis import strategies as st
 
-from shallowflow.planner.costs import OP_KINDS, SEGMENTS, StepProfile
+from shallowflow.planner.costs import OP_KINDS, SEGMENTS, LayerRuns, StepProfile
 from shallowflow.planner.plan import (
     FORMAT_VERSION,
     Candidate,
@@ -25,7 +25,7 @@ from shallowflow.profiles import load_gpu
 
 T4 = load_gpu("t4")
 FORMATS: tuple[WeightFormat, ...] = ("fp16", "int8", "nf4")
-POLICIES: tuple[Activations, ...] = ("save", "recompute")
+POLICIES: tuple[Activations, ...] = get_args(Activations)
 STRATEGIES = [Strategy(weight_format=f, activations=p) for f in FORMATS for p in POLICIES]
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -83,10 +83,20 @@ def step_profiles(draw: st.DrawFn) -> StepProfile:
         op_flops=np.array([flops for (flops, _), _, _ in operators]),
         op_bytes=np.array([num_bytes for (_, num_bytes), _, _ in operators]) + 1,
         fixed=np.array([draw(rows(10**8, 0, 0, 0))]),
+        workspaces=np.array(draw(rows(10**7, 10**7))),
         layer=np.array([draw(rows(10**7, 0, 10**5, 0))]),
         gradients=np.array(gradients, dtype=np.int64).reshape(-1, 4),
+        recomputed=np.array([draw(st.integers(0, 1)) for _ in sizes]),
         alignment_bytes=draw(st.sampled_from([1, 512])),
     )
+
+
+@st.composite
+def layer_runs(draw: st.DrawFn, num_layers: int) -> LayerRuns:
+    """Layers all alike, or of two kinds."""
+    split = draw(st.integers(1, num_layers))
+    runs = [(draw(step_profiles()), split)]
+    return runs if split == num_layers else [*runs, (draw(step_profiles()), num_layers - split)]
 
 
 @st.composite
@@ -111,10 +121,9 @@ def workloads(draw: st.DrawFn, most_sequences: int = 48) -> Workload:
 def problems(draw: st.DrawFn) -> Problem:
     """Problems in which nothing, something or everything fits."""
     chosen = draw(st.lists(st.sampled_from(STRATEGIES), unique=True, min_size=1, max_size=3))
-    profiles = {strategy: draw(step_profiles()) for strategy in chosen}
-    roomy = Problem(
-        draw(workloads(most_sequences=12)), draw(st.integers(1, 40)), replace(T4, memory_bytes=2**62), profiles
-    )
+    num_layers = draw(st.integers(1, 40))
+    profiles = {strategy: draw(layer_runs(num_layers)) for strategy in chosen}
+    roomy = Problem(draw(workloads(most_sequences=12)), num_layers, replace(T4, memory_bytes=2**62), profiles)
     needs = sorted(candidate.prediction.peak_reserved_bytes for candidate in candidates(roomy))
     budget = draw(st.sampled_from(needs)) + draw(st.sampled_from([-1, 0, 10**6]))
     return replace(roomy, gpu=replace(T4, memory_bytes=int((budget + T4.context_bytes) / (1 - HEADROOM)) + 1))

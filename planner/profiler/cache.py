@@ -94,17 +94,17 @@ def write_peak(name: str, peak: TracedPeak) -> None:
     _write(f"{name}.json", lambda path: path.write_bytes(msgspec.json.encode(peak)))
 
 
-def read_number(name: str) -> int | None:
-    """The stored number, or None."""
+def read_numbers(name: str) -> tuple[int, ...] | None:
+    """The stored numbers, or None."""
     try:
-        return msgspec.json.decode((folder() / f"{name}.json").read_bytes(), type=int)
+        return msgspec.json.decode((folder() / f"{name}.json").read_bytes(), type=tuple[int, ...])
     except _UNREADABLE:
         return None
 
 
-def write_number(name: str, number: int) -> None:
-    """Store *number*."""
-    _write(f"{name}.json", lambda path: path.write_bytes(msgspec.json.encode(number)))
+def write_numbers(name: str, numbers: tuple[int, ...]) -> None:
+    """Store *numbers*."""
+    _write(f"{name}.json", lambda path: path.write_bytes(msgspec.json.encode(numbers)))
 
 
 def _write(name: str, save: Any) -> None:

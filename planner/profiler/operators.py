@@ -17,7 +17,8 @@ class OpCost:
     """One launch.
 
     Attributes:
-        kind: ``float16``, ``bfloat16`` or ``float32`` for matrix products in that dtype, else ``memory``.
+        kind: ``float16``, ``bfloat16`` or ``float32`` for matrix products in that dtype, ``host`` for what goes to
+            host memory or comes from it, else ``memory``.
         flops: of matrix products and attention; element-wise arithmetic hides behind its bytes.
         num_bytes: inputs read once plus outputs written once.
     """
@@ -56,6 +57,16 @@ def is_matrix_product(func: Any) -> bool:
     return known
 
 
+def is_transfer(func: Any) -> bool:
+    """Whether *func* copies between host and device, as offloaded activations are."""
+    return bool(func.namespace == "shallowflow")
+
+
+def leaves_device(func: Any) -> bool:
+    """Whether what *func* returns lies in host memory."""
+    return is_transfer(func) and func._overloadpacket.__name__ == "to_host"
+
+
 def tensors(values: Any) -> list[torch.Tensor]:
     """Every tensor in nested lists and tuples."""
     found: list[torch.Tensor] = []
@@ -90,6 +101,8 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     name = func._overloadpacket.__name__
     if name in ("embedding", "index_select", "embedding_dense_backward"):
         num_bytes = 2 * sum(math.prod(t.shape) * t.itemsize for t in outputs)
+    if is_transfer(func):
+        return (OpCost("host", 0, num_bytes // 2),)
     kind = _KINDS.get(outputs[0].dtype, "float32") if flops and outputs else "memory"
     if name != "gemm_4bit":
         return (OpCost(kind, flops, num_bytes),)

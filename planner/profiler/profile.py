@@ -13,7 +13,7 @@ from shallowflow.planner.costs import OP_KINDS, SEGMENTS, Ints, StepProfile
 
 from . import kernels
 from .kernels import Target
-from .trace import Recorder, Trace, recording
+from .trace import RECOMPUTED, Recorder, Trace, recording
 
 CORNERS = ((2, 8), (3, 8), (2, 16), (3, 16))
 """(micro-batch, rank) of the traces from which a profile's coefficients follow.
@@ -83,6 +83,7 @@ class _Corner:
     trace: Trace
     residents: list[tuple[int, int | None]]
     gradients: list[int]
+    workspaces: list[int]
     start: int
     segments: list[int]
     passes: list[int]
@@ -118,8 +119,10 @@ def profile_step(make: Callable[[int, int], TraceableStep], target: Target) -> S
         op_flops=_coefficients([[op.flops for op in corner] for corner in costs]),
         op_bytes=_coefficients([[op.num_bytes for op in corner] for corner in costs]),
         fixed=sizes[by_layer[None]],
+        workspaces=np.array(first.workspaces, dtype=np.int64),
         layer=sizes[by_layer[1]],
         gradients=sizes[first.gradients],
+        recomputed=np.array([stage == RECOMPUTED for stage in first.trace.stages], dtype=np.int64),
         alignment_bytes=target.alignment_bytes,
     )
 
@@ -159,14 +162,17 @@ def _trace_corner(step: TraceableStep, target: Target) -> _Corner:
         recorder.mark("end")
         for handle in handles:
             handle.remove()
-    residents += [(recorder.workspaces[name], None) for name in sorted(recorder.needed_workspaces)]
     trace = recorder.trace
+    workspaces = [
+        trace.sizes[number] if name in recorder.needed_workspaces else 0
+        for name, number in sorted(recorder.workspaces.items())
+    ]
     gradients = [n for n, c in trace.categories.items() if c == "gradients" and n >= 0]
     inner = {id(p) for p in step.layers[1].parameters() if p.requires_grad}
     wanted = [recorder.gradient_numbers[p] for p in recorder.gradient_numbers if p in inner]
     assert set(wanted) <= set(gradients)
     segments, passes = _label(trace, start, len(step.layers))
-    return _Corner(trace, _unique(residents), wanted, start, segments, passes)
+    return _Corner(trace, _unique(residents), wanted, workspaces, start, segments, passes)
 
 
 def _unique(residents: list[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
@@ -214,7 +220,11 @@ def _label(trace: Trace, start: int, num_layers: int) -> tuple[list[int], list[i
     for index, place in enumerate(places):
         names[f"forward {index}"] = place
         names[f"backward {index}"] = f"{place}_back"
-    bounds = [(position, names[label]) for position, label in trace.marks if position >= start and label in names]
+    bounds = [
+        (_past_frees(trace, position) if label.startswith(("backward", "head")) else position, names[label])
+        for position, label in trace.marks
+        if position >= start and label in names
+    ]
     segments = [SEGMENTS.index("embed")] * (len(trace.events) - start)
     passes = [0] * len(segments)
     micro_batch = -1
@@ -223,7 +233,24 @@ def _label(trace: Trace, start: int, num_layers: int) -> tuple[list[int], list[i
         for i in range(position - start, end - start):
             segments[i] = SEGMENTS.index(name)
             passes[i] = min(1, max(0, micro_batch))
+    _release(trace.events[start:], segments)
     return segments, passes
+
+
+def _release(events: Sequence[int], segments: list[int]) -> None:
+    """Put frees in the head of what the embeddings made into a segment of their own."""
+    embed, release, head = (SEGMENTS.index(name) for name in ("embed", "release", "head"))
+    births = {event: segments[i] for i, event in enumerate(events) if event > 0}
+    for i, event in enumerate(events):
+        if event < 0 and segments[i] == head and births.get(-event) == embed:
+            segments[i] = release
+
+
+def _past_frees(trace: Trace, position: int) -> int:
+    """Where the frees from *position* on end: a layer's gradient is out before its last node lets go of its tensors."""
+    while position < len(trace.events) and trace.events[position] < 0:
+        position += 1
+    return position
 
 
 def _event_at(corner: _Corner, position: int) -> int:

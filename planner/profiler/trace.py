@@ -19,6 +19,7 @@ from .allocator import EMPTY_CACHE
 from .kernels import Target
 
 aten = torch.ops.aten
+RECOMPUTED = "recomputed activations"
 Phase = str
 """``load``, ``forward``, ``backward``, ``optimizer`` or ``other``."""
 
@@ -137,8 +138,8 @@ class Recorder(TorchDispatchMode):
             return "inputs"
         if self.phase == "optimizer":
             return "temporaries"
-        if len(self._modules) > 1 and self.phase == "backward":
-            return "recomputed activations"
+        if self.phase == "backward" and (len(self._modules) > 1 or torch.is_grad_enabled()):
+            return RECOMPUTED
         if self._past_head:
             return "logits and loss"
         return "activations" if self.phase == "forward" else "temporaries"
@@ -230,7 +231,8 @@ class Recorder(TorchDispatchMode):
         out, launches = shapes.call(func, kernels.REPLACEMENTS.get(func, func), args, kwargs)
         if func is aten._to_copy.default and self.target.device_type == "cpu" and _moves(args[0], out):
             self._share(out, args[0])
-        self._follow_all(out)
+        if self.target.device_type == "cpu" or not operators.leaves_device(func):
+            self._follow_all(out)
         if operators.is_matrix_product(func):
             thread = "autograd" if self.phase == "backward" else "main"
             wanted = kernels.library_workspaces(self.target, func, args, kwargs)

@@ -6,13 +6,14 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from shallowflow.planner import money, problem, solver
-from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
+from shallowflow.planner.costs import PROFILED_LAYERS, LayerRuns, StepProfile
 from shallowflow.planner.plan import FORMAT_VERSION, MemoryPart, Plan, SearchRecord, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
@@ -53,22 +54,40 @@ class Session:
         if self.model.num_parameters is not None:
             return self.model.num_parameters
         name = cache.key("parameters", {"config": self.model.config})
-        count = cache.read_number(name)
-        if count is None:
+        known = cache.read_numbers(name)
+        if known is None:
             from shallowflow.runtime.build import count_parameters
 
-            count = count_parameters(self.model.config)
-            cache.write_number(name, count)
-        return count
+            known = (count_parameters(self.model.config),)
+            cache.write_numbers(name, known)
+        return known[0]
 
-    def profile(self, strategy: Strategy, sequence_length: int) -> StepProfile:
-        """The profile of *strategy*, from the cache or traced now."""
-        facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length}
+    def layer_kinds(self) -> tuple[int, ...]:
+        """For each layer, the first one that is like it."""
+        name = cache.key("kinds", {"config": self.model.config})
+        known = cache.read_numbers(name)
+        if known is None:
+            from shallowflow.runtime.build import layer_kinds
+
+            known = layer_kinds(self.model.config)
+            cache.write_numbers(name, known)
+        return known
+
+    def profiles(self, strategy: Strategy, sequence_length: int) -> LayerRuns:
+        """The profiles of all layers under *strategy*, in order."""
+        return [
+            (self.profile(strategy, sequence_length, kind), len(list(alike)))
+            for kind, alike in groupby(self.layer_kinds())
+        ]
+
+    def profile(self, strategy: Strategy, sequence_length: int, like_layer: int = 0) -> StepProfile:
+        """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
+        facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length, "like": like_layer}
         name = cache.key("profile", facts)
         known = cache.read_profile(name)
         if known is not None:
             return known
-        self.progress(f"tracing {strategy.weight_format} layers, activations {strategy.activations}d")
+        self.progress(f"tracing layers: {strategy}")
         from shallowflow.planner.profiler.kernels import Target
         from shallowflow.planner.profiler.profile import profile_step
 
@@ -81,7 +100,8 @@ class Session:
                     sequence_length=sequence_length,
                     micro_batch_size=micro_batch_size,
                     gradient_accumulation_steps=2,
-                )
+                ),
+                like_layer,
             )
 
         with self._tracing():
@@ -108,7 +128,7 @@ class Session:
         """The search problem of *workload*."""
         outside = model_facts.least_outside_weights(self.model.config)
         strategies = problem.strategies(workload, self.gpu, self.num_parameters(), outside)
-        profiles = {s: self.profile(s, workload.sequence_length) for s in strategies}
+        profiles = {s: self.profiles(s, workload.sequence_length) for s in strategies}
         return problem.Problem(workload, self.num_layers, self.gpu, profiles)
 
     @contextlib.contextmanager
@@ -131,11 +151,11 @@ class Session:
             "context_bytes": self.gpu.context_bytes,
         }
 
-    def _meta_step(self, configuration: Configuration) -> Any:
+    def _meta_step(self, configuration: Configuration, like_layer: int | None = None) -> Any:
         from shallowflow.runtime.simulated import make_meta_step
 
         micro_batches = min(2, configuration.gradient_accumulation_steps)
-        return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches)
+        return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches, like_layer)
 
 
 def plan(model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _message: None, **workload: Any) -> Plan:
@@ -310,7 +330,7 @@ def _smallest_process_bytes(session: Session, workload: Workload) -> int:
     """The lowest process peak over all strategies, weights too large for the GPU included, traced whole."""
     roomy = replace(session.gpu, memory_bytes=2**62)
     strategies = [s for s in problem.strategies(workload, roomy, 0, 0) if s.activations == "recompute"]
-    profiles = {s: session.profile(s, workload.sequence_length) for s in strategies}
+    profiles = {s: session.profiles(s, workload.sequence_length) for s in strategies}
     candidate = solver.smallest(problem.Problem(workload, session.num_layers, session.gpu, profiles))
     assert candidate is not None
     return session.trace(candidate.configuration).peak_reserved_bytes + session.gpu.context_bytes

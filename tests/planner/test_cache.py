@@ -36,7 +36,7 @@ def test_what_is_written_is_read() -> None:
     """Profiles, peaks and numbers come back as they were, and under no other name."""
     cache.write_profile("a", profile())
     cache.write_peak("b", PEAK)
-    cache.write_number("c", 12)
+    cache.write_numbers("c", (12, 3))
 
     read = cache.read_profile("a")
 
@@ -44,8 +44,8 @@ def test_what_is_written_is_read() -> None:
     assert {n: v.tolist() for n, v in read.to_arrays().items()} == {
         n: v.tolist() for n, v in profile().to_arrays().items()
     }
-    assert (cache.read_peak("b"), cache.read_number("c")) == (PEAK, 12)
-    assert (cache.read_profile("b"), cache.read_peak("a"), cache.read_number("a")) == (None, None, None)
+    assert (cache.read_peak("b"), cache.read_numbers("c")) == (PEAK, (12, 3))
+    assert (cache.read_profile("b"), cache.read_peak("a"), cache.read_numbers("a")) == (None, None, None)
 
 
 @DAMAGES
@@ -55,7 +55,7 @@ def test_a_damaged_entry_counts_as_none(damage: bytes, folder: Path) -> None:
     for name in ("a.npz", "b.json"):
         (folder / name).write_bytes(damage)
 
-    found = (cache.read_profile("a"), cache.read_peak("b"), cache.read_number("b"))
+    found = (cache.read_profile("a"), cache.read_peak("b"), cache.read_numbers("b"))
 
     assert found == (None, None, None)
     cache.write_profile("a", profile())
@@ -90,16 +90,16 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SHALLOWFLOW_CACHE", str(tmp_path / "file"))
 
-    cache.write_number("a", 1)
+    cache.write_numbers("a", (1,))
     cache.write_profile("a", profile())
 
-    assert (cache.read_number("a"), cache.read_profile("a")) == (None, None)
+    assert (cache.read_numbers("a"), cache.read_profile("a")) == (None, None)
 
 
 def test_nothing_half_written_is_left(folder: Path) -> None:
     """Entries appear whole: no temporary file stays beside them."""
-    cache.write_number("a", 1)
-    cache.write_number("a", 2)
+    cache.write_numbers("a", (1,))
+    cache.write_numbers("a", (2,))
     cache.write_peak("b", PEAK)
 
     assert sorted(path.name for path in folder.iterdir()) == ["a.json", "b.json"]

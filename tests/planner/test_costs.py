@@ -63,7 +63,7 @@ def test_composition_is_the_full_trace(
     )
     profile = tiny.profiled(family, "t4", Strategy(weight_format=weight_format, activations=activations))
 
-    composed = costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulation > 1)
+    composed = costs.footprint([(profile, num_layers)], micro_batch_size, rank, accumulates=accumulation > 1)
 
     trace = tiny.traced(family, "t4", chosen)
     levels = block_levels(trace, 512)
@@ -86,11 +86,11 @@ def unrolled(profile: StepProfile, num_layers: int, micro_batch_size: int, rank:
         size: int = constant + per_sample * micro_batch_size + per_rank * rank + mixed * micro_batch_size * rank
         return -(-size // align) * align
 
-    resident = sum(map(blocks, profile.fixed)) + num_layers * sum(map(blocks, profile.layer))
+    resident = sum(map(blocks, profile.fixed)) + int(profile.workspaces.sum()) + num_layers * sum(map(blocks, profile.layer))
     gradients = num_layers * sum(map(blocks, profile.gradients))
     inner = ["inner"] * (num_layers - 2)
     layers = ["first", *inner, "last"] if num_layers > 1 else ["first"]
-    order = ["embed", *layers, "head", *(f"{place}_back" for place in reversed(layers))]
+    order = ["embed", *layers, "release", "head", *(f"{place}_back" for place in reversed(layers))]
     levels = [resident + (gradients if accumulates else 0)]
     for segment in order:
         for event, index, micro_batch in zip(profile.events, profile.event_segment, profile.event_pass, strict=True):
@@ -113,7 +113,7 @@ def test_repeated_layers_are_as_good_as_written_out(
     """The peak is the highest level of the whole step with every layer's events in a row."""
     levels = unrolled(profile, num_layers, micro_batch_size, rank, accumulates)
 
-    found = costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+    found = costs.footprint([(profile, num_layers)], micro_batch_size, rank, accumulates=accumulates)
 
     assert found.peak_allocated_bytes == max(levels)
 
@@ -129,7 +129,7 @@ def test_a_peak_in_the_optimizer_is_composed_too(sequence_length: int, num_layer
     trace = tiny.traced("llama", "t4", chosen)
 
     composed = costs.footprint(
-        tiny.profiled("llama", "t4", strategy, sequence_length), num_layers, 1, 64, accumulates=False
+        [(tiny.profiled("llama", "t4", strategy, sequence_length), num_layers)], 1, 64, accumulates=False
     )
 
     levels = block_levels(trace, 512)
@@ -148,7 +148,7 @@ def test_longer_sequences_never_shrink_the_footprint(weight_format: WeightFormat
 
     for micro_batch_size, rank, num_layers, accumulates in ((1, 8, 3, False), (4, 64, 9, True), (7, 16, 2, False)):
         prints = [
-            costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+            costs.footprint([(profile, num_layers)], micro_batch_size, rank, accumulates=accumulates)
             for profile in profiles
         ]
         peaks = [found.peak_allocated_bytes for found in prints]
@@ -173,10 +173,10 @@ def test_more_layers_samples_or_ranks_never_shrink_the_footprint(
     more: tuple[int, int, int],
 ) -> None:
     """A footprint grows with each of its arguments, and its peak covers what is resident."""
-    small = costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+    small = costs.footprint([(profile, num_layers)], micro_batch_size, rank, accumulates=accumulates)
 
     large = costs.footprint(
-        profile, num_layers + more[0], micro_batch_size + more[1], rank + more[2], accumulates=accumulates
+        [(profile, num_layers + more[0])], micro_batch_size + more[1], rank + more[2], accumulates=accumulates
     )
 
     assert small.resident_bytes <= small.peak_allocated_bytes
@@ -188,7 +188,7 @@ def test_more_layers_samples_or_ranks_never_shrink_the_footprint(
 def test_accumulation_never_needs_less(profile: StepProfile, num_layers: int, micro_batch_size: int, rank: int) -> None:
     """Gradients that are there from the start leave less room than gradients that grow."""
     once, twice = (
-        costs.footprint(profile, num_layers, micro_batch_size, rank, accumulates=accumulates)
+        costs.footprint([(profile, num_layers)], micro_batch_size, rank, accumulates=accumulates)
         for accumulates in (False, True)
     )
 
@@ -237,7 +237,8 @@ def test_flops_are_those_of_the_real_step(family: str, activations: Activations)
     profile = tiny.profiled(family, "cpu", Strategy(weight_format="fp32", activations=activations))
 
     flops, _ = costs.operator_costs(profile, chosen.micro_batch_size, chosen.rank)
-    micro_batch, update = costs.segment_seconds(profile, chosen.num_layers, flops.astype(np.float64))
+    segments = costs.segment_seconds(profile, flops.astype(np.float64))
+    micro_batch, update = costs.total_seconds([(profile, chosen.num_layers)], [segments])
 
     assert (micro_batch, update) == (real_flops(family, chosen), 0)
 
@@ -250,7 +251,8 @@ def test_storing_weights_otherwise_changes_no_arithmetic(family: str, weight_for
     for stored in (weight_format, "fp32"):
         profile = tiny.profiled(family, "cpu", Strategy(weight_format=stored, activations="save"))
         flops, _ = costs.operator_costs(profile, 3, 8)
-        counts.append(costs.segment_seconds(profile, 4, flops.astype(np.float64))[0])
+        segments = costs.segment_seconds(profile, flops.astype(np.float64))
+        counts.append(costs.total_seconds([(profile, 4)], [segments])[0])
 
     assert counts[0] == counts[1] > 0
 
@@ -332,7 +334,7 @@ def test_a_toy_is_counted_by_hand() -> None:
     """Weights, adapters and moments of a toy are resident; its gradients are its adapters once more."""
     profile = profile_step(lambda b, r: Toy(b, r, lambda x, _rank: x), tiny.target("t4"))
 
-    found = costs.footprint(profile, 10, 4, 8, accumulates=True)
+    found = costs.footprint([(profile, 10)], 4, 8, accumulates=True)
 
     weights, adapter = 4 * 256 * 256, 2 * 4 * 256 * 8
     workspaces = 2 * 8_519_680

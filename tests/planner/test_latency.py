@@ -15,14 +15,19 @@ from shallowflow.profiles import GpuSpec, gpu_names, load_gpu
 from tests.strategies import T4, step_profiles
 
 BOUNDLESS = replace(
-    T4, fp16_flops_per_second=1e30, bf16_flops_per_second=1e30, fp32_flops_per_second=1e30, dram_bytes_per_second=1e30
+    T4,
+    fp16_flops_per_second=1e30,
+    bf16_flops_per_second=1e30,
+    fp32_flops_per_second=1e30,
+    dram_bytes_per_second=1e30,
+    pcie_bytes_per_second=1e30,
 )
 INSTANT = replace(T4, kernel_launch_seconds=0.0)
 
 
 def seconds(profile: StepProfile, gpu: GpuSpec, num_layers: int = 3, micro_batch_size: int = 2) -> tuple[float, float]:
     """(micro-batch, update)."""
-    found = latency.step_seconds(profile, num_layers, micro_batch_size, 8, gpu)
+    found = latency.step_seconds([(profile, num_layers)], micro_batch_size, 8, gpu)
     return found.micro_batch_seconds, found.update_seconds
 
 
@@ -43,7 +48,8 @@ def test_an_operator_takes_the_longer_of_arithmetic_and_bytes(
     ).item()
 
     arithmetic = flops / rates[kind] if kind in rates else 0.0
-    assert found == pytest.approx(max(arithmetic, num_bytes / gpu.dram_bytes_per_second))
+    bandwidth = gpu.pcie_bytes_per_second if kind == "host" else gpu.dram_bytes_per_second
+    assert found == pytest.approx(max(arithmetic, num_bytes / bandwidth))
 
 
 @given(step_profiles(), st.integers(1, 60))
@@ -93,6 +99,7 @@ def test_a_faster_gpu_takes_no_more_time(profile: StepProfile, num_layers: int, 
         bf16_flops_per_second=T4.bf16_flops_per_second * ratio,
         fp32_flops_per_second=T4.fp32_flops_per_second * ratio,
         dram_bytes_per_second=T4.dram_bytes_per_second * ratio,
+        pcie_bytes_per_second=T4.pcie_bytes_per_second * ratio,
         kernel_launch_seconds=T4.kernel_launch_seconds / ratio,
     )
 
@@ -108,7 +115,7 @@ def test_time_is_linear_in_the_layers(profile: StepProfile, num_layers: int, mor
     work = flops.astype(np.float64)
 
     def total(depth: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        return np.array(costs.segment_seconds(profile, depth, work))
+        return np.array(costs.total_seconds([(profile, depth)], [costs.segment_seconds(profile, work)]))
 
     one_more = total(3) - total(2)
     assert total(num_layers + more) == pytest.approx(total(num_layers) + more * one_more, rel=1e-9, abs=1.0)

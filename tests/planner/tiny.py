@@ -94,11 +94,10 @@ def profiled(family: str, gpu: str, strategy: Strategy, sequence_length: int = 6
     """The profile of a tiny model."""
 
     def make(micro_batch_size: int, rank: int) -> MetaStep:
-        chosen = configuration(
-            strategy.weight_format,
-            strategy.activations,
-            num_layers=PROFILED_LAYERS,
+        chosen = Configuration(
+            layers=uniform(strategy, PROFILED_LAYERS),
             rank=rank,
+            alpha=2 * rank,
             sequence_length=sequence_length,
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=2,

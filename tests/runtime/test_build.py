@@ -68,7 +68,7 @@ def test_a_plan_of_another_depth_is_refused(num_layers: int) -> None:
     strategies = tiny.configuration(num_layers=num_layers).strategies()
 
     with pytest.raises(ValueError, match=f"the plan has {num_layers} layers, the model {tiny.NUM_LAYERS}"):
-        build.apply_strategies(tiny.base(), strategies, "float32")
+        build.apply_formats(tiny.base(), strategies, "float32")
 
 
 def test_each_layer_gets_its_own_strategy() -> None:
@@ -80,7 +80,7 @@ def test_each_layer_gets_its_own_strategy() -> None:
     ]
     model = tiny.base()
 
-    build.apply_strategies(model, [run.strategy for run in runs], "float32")
+    build.apply_formats(model, [run.strategy for run in runs], "float32")
 
     weights = [layer.get_submodule("mlp.up_proj").weight for layer in build.decoder_layers(model)]
     assert [w.dtype for w in weights] == [torch.uint8, torch.float32, torch.int8]

@@ -44,7 +44,7 @@ class Sources(HTMLParser):
 def trained_model(plan: Plan, folder: Path, adapter: Path) -> Any:
     """The base model in the plan's format with a saved adapter, put together by PEFT alone."""
     base = load_weights(find_weights("tiny", folder), plan.model_config, plan.compute_dtype, plan.num_parameters)
-    build.apply_strategies(base, plan.configuration.strategies(), plan.compute_dtype)
+    build.apply_formats(base, plan.configuration.strategies(), plan.compute_dtype)
     return PeftModel.from_pretrained(base, str(adapter))
 
 

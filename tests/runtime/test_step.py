@@ -10,7 +10,7 @@ import torch
 
 from shallowflow.planner.strategies import Activations, WeightFormat
 from shallowflow.runtime import quantized
-from shallowflow.runtime.build import has_dropout
+from shallowflow.runtime.activations import has_dropout
 from shallowflow.runtime.precision import LossScale
 from shallowflow.runtime.step import MAX_GRADIENT_NORM, MicroBatch, StepOutcome, Trainee, make_trainee
 from tests.runtime import tiny
