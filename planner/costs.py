@@ -98,10 +98,16 @@ LayerRuns = Sequence[tuple[StepProfile, int]]
 """Profiles of consecutive layers, each with how many layers have it, in the model's order."""
 
 
+def level_changes(profile: StepProfile, micro_batch_size: int, rank: int) -> Ints:
+    """By how many bytes each event of *profile* changes what is allocated."""
+    sizes = _rounded(profile.sizes, micro_batch_size, rank, profile.alignment_bytes)
+    changes: Ints = np.sign(profile.events) * sizes[np.abs(profile.events) - 1]
+    return changes
+
+
 def curves(profile: StepProfile, micro_batch_size: int, rank: int, *, accumulates: bool) -> dict[str, Curve]:
     """The curve of every segment of *profile*'s second micro-batch, or, if it does not accumulate, its first."""
-    sizes = _rounded(profile.sizes, micro_batch_size, rank, profile.alignment_bytes)
-    steps = np.sign(profile.events) * sizes[np.abs(profile.events) - 1]
+    steps = level_changes(profile, micro_batch_size, rank)
     found: dict[str, Curve] = {}
     for index, name in enumerate(SEGMENTS):
         wanted = profile.event_pass == (1 if accumulates or name == "update" else 0)
@@ -147,7 +153,7 @@ def footprint(runs: LayerRuns, micro_batch_size: int, rank: int, *, accumulates:
 
 
 def resident_bytes(runs: LayerRuns, micro_batch_size: int, rank: int) -> int:
-    """What lives between steps: what lies outside the layers, the layers, and every workspace that any of them needs."""
+    """What lives between steps: what is outside the layers, the layers, and every workspace that any of them needs."""
     first = runs[0][0]
     fixed = int(_rounded(first.fixed, micro_batch_size, rank, first.alignment_bytes).sum())
     workspaces = int(np.max([profile.workspaces for profile, _ in runs], axis=0).sum())

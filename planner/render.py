@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction
 from .strategies import Configuration, StrategyRun
@@ -75,6 +76,41 @@ def plan(value: Plan) -> RenderableType:
         Text(),
         _why(value),
     )
+
+
+def model_profile(profile: ModelProfile) -> RenderableType:
+    """What one layer of each kind takes under every strategy."""
+    title = Text(f"{profile.model_name} on {profile.gpu.upper()}, one layer", style="bold")
+    facts = (
+        f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, LoRA rank {profile.rank}. MiB "
+        "held between steps, saved from the forward to the backward pass, needed beyond those while either runs, "
+        "recomputed at once, and sent to the host; milliseconds by the roofline."
+    )
+    parts: list[RenderableType] = [title, Text(facts, style="dim")]
+    for kind in profile.kinds:
+        names = f"layers {', '.join(map(str, kind.layers))}" if len(profile.kinds) > 1 else "every layer"
+        parts += [Text(), Text(names, style="bold"), _layer_costs(kind)]
+    reasons = dict.fromkeys(reason for _, reason in profile.refused)
+    return Group(*parts, *(Text(reason, style="dim") for reason in reasons))
+
+
+def _layer_costs(kind: LayerKind) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("strategy", no_wrap=True)
+    for name in ("held", "saved", "forward", "backward", "recomp.", "host", "ms", "ms back"):
+        table.add_column(name, justify="right")
+    for strategy, cost in kind.costs:
+        sizes = (
+            cost.resident_bytes,
+            cost.saved_bytes,
+            cost.forward_transient_bytes,
+            cost.backward_transient_bytes,
+            cost.recomputed_bytes,
+            cost.host_bytes,
+        )
+        seconds = (cost.forward_seconds, cost.backward_seconds)
+        table.add_row(str(strategy), *(f"{n / 2**20:,.1f}" for n in sizes), *(f"{1000 * s:.1f}" for s in seconds))
+    return table
 
 
 def memory_record(record: MemoryRecord) -> RenderableType:

@@ -31,7 +31,7 @@ class Strategy:
     double_quantization: bool = False
 
     def __str__(self) -> str:
-        twice = " with double quantization" if self.double_quantization else ""
+        twice = " double-quantized" if self.double_quantization else ""
         what = self.activations if " " in self.activations else f"{self.activations} activations"
         return f"{self.weight_format}{twice}, {what}"
 

@@ -69,22 +69,23 @@ class Offload:
         self.kept.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """*forward* of a layer, with everything that it saves and that is as large as its input offloaded.
+        """*forward* of a layer, with everything that it saves and that has as many elements as its input offloaded.
 
-        Smaller things are left: each transfer costs a launch, and together they hold little.
+        Smaller things are left, such as what lies between an adapter's two matrices: each transfer costs a launch, and
+        together they hold little.
         """
 
         def run(*args: Any, **kwargs: Any) -> Any:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-            least = inputs[0].untyped_storage().nbytes() if inputs else 0
+            least = inputs[0].numel() if inputs else 0
             with saved_tensors_hooks(lambda tensor: self._pack(tensor, least), self._unpack):
                 return forward(*args, **kwargs)
 
         return run
 
-    def _pack(self, tensor: torch.Tensor, least_bytes: int) -> torch.Tensor | _View:
+    def _pack(self, tensor: torch.Tensor, least_elements: int) -> torch.Tensor | _View:
         storage = tensor.untyped_storage()
-        if storage._cdata in self.kept or storage.nbytes() < least_bytes:
+        if storage._cdata in self.kept or storage.nbytes() < least_elements * tensor.itemsize:
             return tensor
         name = (storage._cdata, tensor._version)
         whole = self.known.get(name)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from shallowflow.planner.serialize import PlanError
     from shallowflow.planning import RequestError, plan
     from shallowflow.profiles import FactsError
+    from shallowflow.profiling import profile
     from shallowflow.runtime.build import load_model
     from shallowflow.runtime.run import train
     from shallowflow.runtime.user_step import measure
@@ -28,6 +29,7 @@ _HOMES = {
     "load_model": "runtime.build",
     "measure": "runtime.user_step",
     "plan": "planning",
+    "profile": "profiling",
     "simulate": "planner.profiler.user_step",
     "train": "runtime.run",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "load_model",
     "measure",
     "plan",
+    "profile",
     "simulate",
     "train",
 ]

@@ -19,6 +19,7 @@ from shallowflow.planner.memory_record import MemoryRecord, OutOfDeviceMemory
 from shallowflow.planner.plan import Objective, Plan, Quantization, Workload
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, from_json, to_json
+from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS
 from shallowflow.planning import RequestError, make_plan
 from shallowflow.profiles import FactsError, gpu_names, load_gpu, load_model, model_names, validate_config
 from shallowflow.runtime.files import write_text
@@ -50,6 +51,7 @@ def cli() -> None:
     \b
     sfplan MODEL --gpu t4               how to train it, its memory, speed and price
     sfplan train PLAN --data FILE       the run: exactly that plan
+    sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
     """
 
@@ -254,6 +256,44 @@ def train_command(
         console().print(results(record, output))
     if record.outcome == "interrupted":
         sys.exit(130)
+
+
+@cli.command("profile")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(2, MOST_TOKENS),
+    default=DEFAULTS.sequence_length,
+    show_default=True,
+    help="Tokens per sequence.",
+)
+@click.option("--micro-batch-size", type=click.IntRange(1, 65_536), default=1, show_default=True, help="Sequences.")
+@click.option("--rank", type=click.IntRange(1, MOST_RANK), default=16, show_default=True, help="LoRA's rank.")
+@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
+def profile_command(
+    model: str, gpu: str, sequence_length: int, micro_batch_size: int, rank: int, as_json: bool
+) -> None:
+    """Say what one layer of MODEL takes under every strategy: weight formats, and what becomes of activations.
+
+    \b
+    sfplan profile SmolLM2-135M --gpu t4
+    """
+    from shallowflow.hub import find_model
+    from shallowflow.planning import Session
+    from shallowflow.profiling import model_profile
+    from shallowflow.terminal import status
+
+    spec, device = find_model(model), load_gpu(gpu)
+    with status(f"profiling {spec.name}") as tell:
+        made = model_profile(Session(spec, device, tell), sequence_length, micro_batch_size, rank)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        return
+    from shallowflow.planner import render
+    from shallowflow.terminal import console
+
+    console().print(render.model_profile(made))
 
 
 @cli.command("simulate")

@@ -224,14 +224,18 @@ def _check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
             f"{model.name} overflows in fp16 (model_type {kind}) and {gpu.title} has no bf16; "
             "try a GPU that has, such as --gpu l4"
         )
+    check_sizes(model, workload.sequence_length, workload.rank or workload.min_rank)
+
+
+def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:
+    """RequestError where *model* was not built for sequences so long, or a rank is so large that it saves nothing."""
     longest = model_facts.size(model.config, "max_position_embeddings")
-    if longest is not None and workload.sequence_length > longest:
+    if longest is not None and sequence_length > longest:
         raise RequestError(
-            f"sequence length {workload.sequence_length} is more than the {longest} that {model.name} was built for; "
+            f"sequence length {sequence_length} is more than the {longest} that {model.name} was built for; "
             f"try --sequence-length {longest}"
         )
     width = model_facts.size(model.config, "hidden_size")
-    rank = workload.rank or workload.min_rank
     if width is not None and rank > width:
         raise RequestError(
             f"rank {rank} is more than the hidden size {width} of {model.name}; try a rank up to {width}"

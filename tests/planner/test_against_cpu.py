@@ -15,6 +15,7 @@ from shallowflow.runtime.meter import MeasuredPeak, measure_peak
 from shallowflow.runtime.step import MicroBatch, make_trainee
 from tests.planner import tiny
 from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
+from tests.strategies import POLICIES
 
 CPU = torch.device("cpu")
 SCALAR_BYTES = 16
@@ -45,8 +46,7 @@ def combinations() -> Iterator[tuple[str, WeightFormat, Activations, int, int]]:
     """Every family, format and policy, with batch sizes that go round."""
     batches = [(1, 1), (2, 2), (1, 2), (2, 1), (3, 2)]
     formats: tuple[WeightFormat, ...] = ("fp32", "int8", "nf4")
-    policies: tuple[Activations, ...] = ("save", "recompute")
-    for index, (family, weight_format, activations) in enumerate(product(FAMILIES, formats, policies)):
+    for index, (family, weight_format, activations) in enumerate(product(FAMILIES, formats, POLICIES)):
         yield family, weight_format, activations, *batches[index % len(batches)]
 
 

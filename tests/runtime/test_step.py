@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shallowflow.planner.strategies import Activations, WeightFormat
 from shallowflow.runtime import quantized
-from shallowflow.runtime.activations import has_dropout
+from shallowflow.runtime.activations import has_dropout, part
 from shallowflow.runtime.precision import LossScale
 from shallowflow.runtime.step import MAX_GRADIENT_NORM, MicroBatch, StepOutcome, Trainee, make_trainee
 from tests.runtime import tiny
@@ -95,26 +97,75 @@ def test_an_update_lowers_the_loss() -> None:
 
 
 @pytest.mark.parametrize("weight_format", ["fp32", "int8", "nf4"])
-def test_recomputation_changes_no_gradient(weight_format: WeightFormat) -> None:
-    """Forgetting activations and computing them again gives bit for bit the gradients of keeping them."""
+@pytest.mark.parametrize("activations", [policy for policy in get_args(Activations) if policy != "save"])
+def test_no_policy_changes_a_gradient(weight_format: WeightFormat, activations: Activations) -> None:
+    """Computing activations again, or fetching them from the host, gives bit for bit the gradients of keeping them."""
     saved, _ = unclipped(tiny.trainee(weight_format, "save"), [BATCH])
-    recomputed, _ = unclipped(tiny.trainee(weight_format, "recompute"), [BATCH])
+    otherwise, _ = unclipped(tiny.trainee(weight_format, activations), [BATCH])
 
     assert norm(saved) > 0
-    torch.testing.assert_close(recomputed, saved, rtol=0, atol=0)
+    torch.testing.assert_close(otherwise, saved, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("activations", "passes"), [("save", 1), ("recompute", 2)])
-def test_recomputation_runs_each_layer_again(activations: Activations, passes: int) -> None:
-    """A layer's attention runs once where its activations are kept and twice where they are forgotten."""
+@pytest.mark.parametrize(
+    ("activations", "again"),
+    [
+        ("save", ()),
+        ("recompute", ("self_attn.q_proj", "mlp.up_proj")),
+        ("recompute attention", ("self_attn.q_proj",)),
+        ("recompute mlp", ("mlp.up_proj",)),
+        ("offload", ()),
+    ],
+)
+def test_recomputation_runs_what_it_forgot_again(activations: Activations, again: tuple[str, ...]) -> None:
+    """A module runs once where its activations are kept and twice where they are forgotten."""
     trainee = tiny.trainee(activations=activations)
-    calls: list[int] = []
+    calls: list[tuple[int, str]] = []
+    names = ("self_attn.q_proj", "mlp.up_proj")
     for index, layer in enumerate(trainee.layers):
-        layer.get_submodule("self_attn").register_forward_hook(lambda *_, number=index: calls.append(number))
+        for name in names:
+            layer.get_submodule(name).register_forward_hook(lambda *_, which=(index, name): calls.append(which))
 
     trainee.step([BATCH])
 
-    assert sorted(calls) == sorted([0, 1, 2] * passes)
+    assert sorted(calls) == sorted([(i, n) for i in range(3) for n in (*names, *again)])
+
+
+def test_what_a_layer_saves_goes_to_the_host_once() -> None:
+    """Every storage is sent once however often it is saved, comes back once, and no weight ever leaves."""
+    trainee = tiny.trainee("nf4", "offload")
+    weights = {t.untyped_storage().nbytes() for t in trainee.resident()}
+    sent: list[torch.Tensor] = []
+    counts = dict.fromkeys(("to_host", "to_device"), 0)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "shallowflow":
+                name = func._overloadpacket.__name__
+                counts[name] += 1
+                if name == "to_host":
+                    sent.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():  # type: ignore[no-untyped-call]
+        trainee.step([BATCH])
+
+    assert counts["to_host"] == counts["to_device"] > len(trainee.layers)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in sent}) == len(sent)
+    assert not weights & {tensor.numel() for tensor in sent}
+
+
+def test_a_layer_without_the_module_is_refused() -> None:
+    """Where the code has no MLP module, recomputing it is an error that says what would work."""
+    layer = torch.nn.Module()
+    layer.self_attn_norm = torch.nn.LayerNorm(4)
+    layer.fc1 = torch.nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match="cannot recompute mlp: Module has no such module of its own; recompute whole"):
+        part(layer, "recompute mlp")
+    with pytest.raises(ValueError, match="cannot recompute attention"):
+        part(layer, "recompute attention")
+    assert part(layer, "recompute") is layer
 
 
 # The loss scale

@@ -1,0 +1,121 @@
+"""What each layer of a model costs under every strategy: traced once, then a function of batch, rank and length."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+from shallowflow.planner.costs import StepProfile
+from shallowflow.planner.layer_cost import LENGTH_STRIDE, LayerKind, LengthProfile, ModelProfile, layer_cost
+from shallowflow.planner.problem import unquantized_format
+from shallowflow.planner.strategies import Activations, Strategy, WeightFormat
+from shallowflow.planning import Progress, RequestError, Session, check_sizes
+from shallowflow.profiles.load import load_gpu, load_model
+from shallowflow.profiles.specs import GpuSpec
+
+
+def profile(
+    model: str | Path,
+    gpu: str = "t4",
+    *,
+    sequence_length: int = 2048,
+    micro_batch_size: int = 1,
+    rank: int = 16,
+    progress: Progress = lambda _message: None,
+) -> ModelProfile:
+    """What one layer of each kind of *model* costs on *gpu* under every strategy.
+
+    Args:
+        model: a shipped name, or a path of a folder or ``config.json``.
+        gpu: a shipped name.
+        progress: told what is being worked on.
+
+    Raises:
+        FactsError: model or GPU is unknown, or the configuration is broken.
+        RequestError: the sizes are none, or contradict the model.
+    """
+    session = Session(load_model(str(model)), load_gpu(gpu), progress)
+    return model_profile(session, sequence_length, micro_batch_size, rank)
+
+
+def model_profile(session: Session, sequence_length: int, micro_batch_size: int, rank: int) -> ModelProfile:
+    """``profile`` of a model that is found already."""
+    if min(sequence_length - 1, micro_batch_size, rank) < 1:
+        raise RequestError(
+            f"a micro-batch of {micro_batch_size} sequences of {sequence_length} tokens at rank {rank} is none"
+        )
+    check_sizes(session.model, sequence_length, rank)
+    refused: dict[Strategy, str] = {}
+    kinds: list[LayerKind] = []
+    numbers = session.layer_kinds()
+    for kind in sorted(set(numbers)):
+        traced: dict[Strategy, StepProfile] = {}
+        for strategy in every_strategy(session.gpu):
+            try:
+                traced[strategy] = session.profile(strategy, sequence_length, kind)
+            except RequestError as error:
+                if strategy.activations not in PARTIAL:
+                    raise
+                refused[strategy] = str(error.__cause__ or error)
+        found = tuple((s, layer_cost(p, micro_batch_size, rank, session.gpu)) for s, p in traced.items())
+        layers = tuple(number for number, like in enumerate(numbers) if like == kind)
+        same = next((index for index, other in enumerate(kinds) if other.costs == found), None)
+        if same is None:
+            kinds.append(LayerKind(layers=layers, costs=found))
+        else:  # as where a sliding window is longer than the sequence
+            kinds[same] = replace(kinds[same], layers=tuple(sorted((*kinds[same].layers, *layers))))
+    return ModelProfile(
+        model_name=session.model.name,
+        gpu=session.gpu.name,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        kinds=tuple(kinds),
+        refused=tuple(refused.items()),
+    )
+
+
+PARTIAL = ("recompute attention", "recompute mlp")
+"""Policies that need a module of their own in each layer, which some architectures lack."""
+
+
+def every_strategy(gpu: GpuSpec) -> tuple[Strategy, ...]:
+    """All that can be done to a layer on *gpu*; where host and device are one, nothing is offloaded."""
+    formats: tuple[tuple[WeightFormat, bool], ...] = (
+        (unquantized_format(gpu), False),
+        ("int8", False),
+        ("nf4", False),
+        ("nf4", True),
+    )
+    policies: list[Activations] = [p for p in get_args(Activations) if p != "offload" or gpu.device_type == "cuda"]
+    return tuple(
+        Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
+        for (weight_format, twice), policy in product(formats, policies)
+    )
+
+
+def length_profile(
+    session: Session,
+    strategy: Strategy,
+    shortest: int,
+    longest: int,
+    like_layer: int = 0,
+) -> LengthProfile:
+    """Profiles of layers like *like_layer* at every length from *shortest* to *longest* in steps of LENGTH_STRIDE.
+
+    Four lengths are traced: three fix the polynomials, one between them tells whether they hold.
+
+    Raises:
+        Unlike: they do not, as where a sliding window begins.
+        RequestError: there are fewer than four such lengths.
+    """
+    steps = (longest - shortest) // LENGTH_STRIDE
+    if shortest < 2 or steps < 3:
+        raise RequestError(
+            f"lengths from {shortest} to {longest} have fewer than four steps of {LENGTH_STRIDE} tokens; "
+            f"try {shortest + 3 * LENGTH_STRIDE} as the longest"
+        )
+    lengths = [shortest + LENGTH_STRIDE * step for step in (0, steps // 3, 2 * steps // 3, steps)]
+    return LengthProfile.fitted({n: session.profile(strategy, n, like_layer) for n in lengths})
