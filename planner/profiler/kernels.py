@@ -20,7 +20,7 @@ import torch
 
 from shallowflow.profiles.specs import GpuSpec
 
-from . import autocast, optimizers
+from . import autocast, data_dependent, optimizers
 from .allocator import MIN_BLOCK_BYTES
 
 aten = torch.ops.aten
@@ -214,6 +214,7 @@ CALLS: dict[tuple[Any, str], Callable[..., Any]] = {
     (torch, "softmax"): _softmax,
     (torch, "log_softmax"): _softmax,
     **autocast.CALLS,
+    **data_dependent.CALLS,
     **optimizers.CALLS,
 }
 
@@ -348,14 +349,16 @@ AFTER_RESULT: dict[Any, Workspace] = {
     aten.bmm.default: _matrix_copies,
     aten.baddbmm.default: _matrix_copies,
     aten.native_layer_norm_backward.default: _contiguous_gradient,
+    **data_dependent.AFTER_RESULT,
 }
 
 BEFORE_RESULT: dict[Any, Workspace] = {
     aten.mse_loss.default: _reduced_loss,
     aten.smooth_l1_loss.default: _reduced_loss,
+    **data_dependent.BEFORE_RESULT,
 }
 
-REPLACEMENTS: dict[Any, Callable[..., Any]] = {}
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {**data_dependent.REPLACEMENTS}
 
 
 def _gemm_4bit(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
