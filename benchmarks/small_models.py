@@ -18,7 +18,7 @@ WIDTH, HEADS, HEAD_SIZE = 64, 4, 16
 MAX_LAYERS = 4
 
 SIZES: dict[str, int] = {
-    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "shape_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "lru_width"), WIDTH),
     **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "embedding_dim", "dim_model_base"), WIDTH),
     **dict.fromkeys(("input_embedding_size", "output_embedding_size", "backbone_hidden_size"), WIDTH),
@@ -95,7 +95,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "dots3_note": {
         "vision_config": {"adapter_in_dim": WIDTH},
-        "audio_config": {"adapter_in_dim": WIDTH},
+        "audio_config": {"adapter_input_size": WIDTH},
         "text_config": {
             "swa_num_attention_heads": HEADS,
             "swa_num_key_value_heads": HEADS,

@@ -1,7 +1,7 @@
 """What code asks of data that ``meta`` does not have: which entries are true, how many tokens an expert gets.
 
-Tables as in ``kernels``. A router's choices are spread evenly over its experts; of anything else, as much is taken to
-be true, or different, as there can be.
+Tables as in ``kernels``. A router's choices are spread evenly over its experts, and the shares add up to all choices.
+Of anything else, as much is taken to be true, or different, as there can be. Tensors with data answer for themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,24 @@ MAX_ASKED_ELEMENTS = 65_536
 _choices: dict[int, int] = {}
 """How many choices the last ``topk`` over so many candidates made, for all its rows."""
 
+_shares: dict[tuple[int, int], int] = {}
+"""How many of so many choices' classes were asked for, so that the next gets the next one's share."""
+
+
+def forget() -> None:
+    """Start anew: what one recording saw says nothing of the next."""
+    _choices.clear()
+    _shares.clear()
+
+
+def _of_meta(operator: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """*answer* where the first tensor has no data, and *operator* itself where it has."""
+
+    def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (answer if tensor.is_meta else operator)(tensor, *args, **kwargs)
+
+    return call
+
 
 def _note_choices(_target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
     scores, chosen = args[0], args[1]
@@ -38,7 +56,7 @@ def _evenly(total: int, parts: int) -> list[int]:
 def _to_copy(tensor: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """A small tensor that goes to the CPU is asked for its values, as by ``tolist``: those that ``item`` would say."""
     device = kwargs.get("device")
-    leaves = tensor.is_meta and device is not None and torch.device(device).type == "cpu"
+    leaves = device is not None and torch.device(device).type == "cpu"
     if not leaves or tensor.numel() > MAX_ASKED_ELEMENTS:
         out: torch.Tensor = aten._to_copy.default(tensor, **kwargs)
         return out
@@ -49,8 +67,12 @@ def _to_copy(tensor: torch.Tensor, **kwargs: Any) -> torch.Tensor:
 
 
 def _is_number(tensor: torch.Tensor, number: float) -> torch.Tensor:
-    """A count or an index is not that number, or a loop over experts would end at the first."""
-    if tensor.is_meta and tensor.dim() == 0 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+    """An entry of a list of indices is not that number, or a loop over experts would end at the first.
+
+    Nothing is said of a number that stands alone, such as a count of what is true.
+    """
+    entry = tensor.dim() == 0 and tensor.untyped_storage().nbytes() > tensor.itemsize
+    if entry and not tensor.is_floating_point() and tensor.dtype != torch.bool:
         return torch.full((), False, dtype=torch.bool, device="cpu")
     out: torch.Tensor = aten.eq.Scalar(tensor, number)
     return out
@@ -65,7 +87,10 @@ def _num_true(tensor: torch.Tensor) -> int:
     classes = min(steps, default=1)
     if tensor.is_floating_point() or tensor.dtype == torch.bool or classes <= 1:
         return tensor.numel()
-    return -(-tensor.numel() // (classes - 1 if classes - 1 in _choices else classes))
+    classes -= classes - 1 in _choices
+    asked = _shares.get((tensor.numel(), classes), 0)
+    _shares[tensor.numel(), classes] = asked + 1
+    return _evenly(tensor.numel(), classes)[asked % classes]
 
 
 def _nonzero(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,13 +111,15 @@ def _is_mask(index: Any) -> bool:
 
 
 def _index(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor:
-    """A mask picks all that there is."""
+    """A mask picks all that there is, or what it says where it has data."""
     positions: list[torch.Tensor | None] = []
     for index in indices:
-        if index is not None and _is_mask(index):
+        if index is None or not _is_mask(index):
+            positions.append(index)
+        elif index.is_meta:
             positions += index.dim() * [index.new_empty(index.numel(), dtype=torch.int64)]
         else:
-            positions.append(index)
+            positions += index.to(torch.bool).nonzero().unbind(1)
     out: torch.Tensor = aten.index.Tensor(tensor, positions)
     return out
 
@@ -165,14 +192,17 @@ CALLS: dict[tuple[Any, str], Callable[..., Any]] = {
 }
 
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
-    aten._to_copy.default: _to_copy,
-    aten.eq.Scalar: _is_number,
-    aten.nonzero.default: _nonzero,
-    aten.index.Tensor: _index,
-    aten.masked_select.default: _masked_select,
-    aten._unique2.default: _unique,
-    aten.bincount.default: _bincount,
-    aten._grouped_mm.default: _grouped_product,
+    operator: _of_meta(operator, answer)
+    for operator, answer in (
+        (aten._to_copy.default, _to_copy),
+        (aten.eq.Scalar, _is_number),
+        (aten.nonzero.default, _nonzero),
+        (aten.index.Tensor, _index),
+        (aten.masked_select.default, _masked_select),
+        (aten._unique2.default, _unique),
+        (aten.bincount.default, _bincount),
+        (aten._grouped_mm.default, _grouped_product),
+    )
 }
 
 BEFORE_RESULT: dict[Any, Callable[..., list[int]]] = {

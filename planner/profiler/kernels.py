@@ -94,12 +94,14 @@ def _attention(
     """The kernel that PyTorch's ``sdp_utils`` picks for the target.
 
     A GPU below sm_80 has the memory-efficient kernel only, which refuses grouped KV heads and head sizes that
-    do not align to 16 bytes; the flash kernel of newer GPUs takes no mask. The math path is what remains.
+    do not align to 16 bytes; the flash kernel of newer GPUs takes no mask. A CPU's refuses dropout, values of another
+    size than keys and a mask that learns. The math path is what remains.
     """
     grouped = key.size(-3) != query.size(-3)
     if target.device_type == "cpu":
         attn_mask = attn_mask if attn_mask is None else _numbers(attn_mask, query.dtype)
-        if (grouped and not enable_gqa) or dropout_p:
+        uneven = query.size(-1) != value.size(-1) or (attn_mask is not None and attn_mask.requires_grad)
+        if (grouped and not enable_gqa) or dropout_p or uneven:
             return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         flash = aten._scaled_dot_product_flash_attention_for_cpu
         out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]

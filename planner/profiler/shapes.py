@@ -17,7 +17,8 @@ _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _Known = tuple[list[_Layout | None], bool, tuple[operators.OpCost, ...]]
 
 _known: dict[Any, _Known] = {}
-_fresh: dict[Any, bool] = {}
+_fresh: dict[Any, bool] = {torch.ops.aten.nonzero.default: False}
+"""What is not remembered: among the rest ``nonzero``, whose length is another class's share at each call."""
 
 
 def _returns_fresh(func: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import autocast, kernels, operators, shapes
+from . import autocast, data_dependent, kernels, operators, shapes
 from .allocator import EMPTY_CACHE
 from .kernels import Target
 
@@ -387,6 +387,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
         register_optimizer_step_post_hook(end_optimizer),
     ]
     _warm_up()
+    data_dependent.forget()
     collecting, swapping = gc.isenabled(), torch.__future__.get_swap_module_params_on_conversion()
     gc.disable()
     torch.__future__.set_swap_module_params_on_conversion(True)  # or moving a model to `meta` would untie tied weights
