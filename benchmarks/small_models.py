@@ -38,6 +38,7 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "router_hidden_size", "adapter_rank"), HEAD_SIZE),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_dt_rank", "time_step_rank"), HEAD_SIZE),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 8),
+    "zero_expert_num": 2,
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("n_group", "num_expert_group", "topk_group", "num_shared_experts", "n_shared_experts"), 1),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 16),

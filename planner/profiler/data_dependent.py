@@ -79,18 +79,25 @@ def _is_number(tensor: torch.Tensor, number: float) -> torch.Tensor:
 
 
 def _num_true(tensor: torch.Tensor) -> int:
-    """All, but for one class of a table of ``one_hot`` choices, recognised by its strides: its even share.
-
-    transformers adds a class that no token has, for experts that another process keeps.
-    """
+    """All there is, but for what became of a router's choices: which experts have any, and what one of them has."""
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        classes = _num_classes(len(tensor)) if tensor.dim() == 1 else 0
+        return min(classes, _choices[classes]) if classes in _choices else tensor.numel()
     steps = [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    classes = min(steps, default=1)
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or classes <= 1:
-        return tensor.numel()
-    classes -= classes - 1 in _choices
-    asked = _shares.get((tensor.numel(), classes), 0)
-    _shares[tensor.numel(), classes] = asked + 1
-    return _evenly(tensor.numel(), classes)[asked % classes]
+    spacing = min(steps, default=1)
+    return _next_share(tensor.numel(), _num_classes(spacing)) if spacing > 1 else tensor.numel()
+
+
+def _num_classes(length: int) -> int:
+    """transformers adds a class that no token has, for experts that another process keeps."""
+    return length - 1 if length - 1 in _choices else length
+
+
+def _next_share(total: int, classes: int) -> int:
+    """What one class of a table of ``one_hot`` choices, recognised by its strides, has of them."""
+    asked = _shares.get((total, classes), 0)
+    _shares[total, classes] = asked + 1
+    return _evenly(total, classes)[asked % classes]
 
 
 def _nonzero(tensor: torch.Tensor) -> torch.Tensor:
