@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ MAX_LAYERS = 4
 
 SIZES: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input", "shape_vocab_size"), VOCABULARY),
+    "pronunciation_vocab_size": VOCABULARY,
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "lru_width"), WIDTH),
     **dict.fromkeys(("embedding_size", "word_embed_proj_dim", "embedding_dim", "dim_model_base"), WIDTH),
     **dict.fromkeys(("input_embedding_size", "output_embedding_size", "backbone_hidden_size"), WIDTH),
@@ -80,6 +80,23 @@ DEPTHS = (
 WHERE_NONE = ("head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
 """Fields that some configurations leave open though their models need them."""
 
+DOTS3 = {
+    "swa_num_attention_heads": HEADS,
+    "swa_num_key_value_heads": HEADS,
+    "swa_head_dim": 2 * HEAD_SIZE,
+    "swa_qk_nope_head_dim": HEAD_SIZE,
+    "swa_qk_rope_head_dim": HEAD_SIZE,
+    "swa_v_head_dim": HEAD_SIZE,
+    "swa_q_lora_rank": HEAD_SIZE,
+    "swa_kv_lora_rank": HEAD_SIZE,
+}
+INDEXER = {
+    "indexer_n_heads": HEADS,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_SIZE,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
+}
 HYBRIDS = {"layers_block_type": 2 * ["linear_attention", "hybrid"], "num_hidden_layers": 4}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "blt": {
@@ -95,19 +112,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "dots3_note": {
-        "vision_config": {"adapter_in_dim": WIDTH},
-        "audio_config": {"adapter_input_size": WIDTH},
-        "text_config": {
-            "swa_num_attention_heads": HEADS,
-            "swa_num_key_value_heads": HEADS,
-            "swa_head_dim": 2 * HEAD_SIZE,
-            "swa_qk_nope_head_dim": HEAD_SIZE,
-            "swa_qk_rope_head_dim": HEAD_SIZE,
-            "swa_v_head_dim": HEAD_SIZE,
-            "swa_q_lora_rank": HEAD_SIZE,
-            "swa_kv_lora_rank": HEAD_SIZE,
-        },
+        "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
+        "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+        "text_config": DOTS3,
     },
+    "dots3_note_text": DOTS3,
     "gemma3n_text": {
         "layer_types": 2 * ["sliding_attention", "full_attention"],
         "num_hidden_layers": 4,
@@ -118,15 +127,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "got_ocr2": {"vision_config": {"mlp_dim": 32, "output_channels": 32}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8, "head_dim": HEAD_SIZE},
-    "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": HEADS,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": HEAD_SIZE,
-            "indexer_budget": 16,
-            "indexer_compress_ratio": 4,
-        }
-    },
+    "qwen4_exp": {"text_config": INDEXER},
+    "qwen4_exp_text": INDEXER,
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [4, 8],
@@ -150,13 +152,9 @@ FLOAT32 = frozenset({"xlstm"})
 """Those whose own code keeps or makes float32 where the rest is half precision."""
 
 
-@functools.cache
 def model_types() -> tuple[str, ...]:
-    """One ``model_type`` for each distinct class of causal language model."""
-    first: dict[str, str] = {}
-    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        first.setdefault(str(class_name), model_type)
-    return tuple(first.values())
+    """Every ``model_type`` in ``MODEL_FOR_CAUSAL_LM_MAPPING``."""
+    return tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
