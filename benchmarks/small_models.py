@@ -99,6 +99,7 @@ INDEXER = {
 }
 HYBRIDS = {"layers_block_type": 2 * ["linear_attention", "hybrid"], "num_hidden_layers": 4}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {
         "patching_mode": "fixed",  # patches of one size; the default asks a second model where they end
         "encoder_hash_byte_group_vocab": VOCABULARY,
@@ -124,11 +125,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "intermediate_size": 128,
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
+    "flint": {"mlp_only_layers": [0]},
     "got_ocr2": {"vision_config": {"mlp_dim": 32, "output_channels": 32}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8, "head_dim": HEAD_SIZE},
+    "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "qwen4_exp": {"text_config": INDEXER},
     "qwen4_exp_text": INDEXER,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [4, 8],

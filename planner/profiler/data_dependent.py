@@ -46,6 +46,7 @@ def _note_choices(_target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any
     scores, chosen = args[0], args[1]
     if scores.dim() and scores.numel():
         _choices[scores.size(-1)] = scores.numel() // scores.size(-1) * chosen
+        _shares.clear()
     return []
 
 
