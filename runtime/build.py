@@ -125,10 +125,19 @@ def empty_model(
             )
     except Exception as error:  # whatever a model's own code raises on a broken configuration
         raise BadFacts(_unbuildable({"model_type": config.model_type}, error)) from error
+    _bring(model, device, DTYPES[compute_dtype])
     model.tie_weights()
     model.config.use_cache = False
     model.requires_grad_(False)
     return model
+
+
+def _bring(model: torch.nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Move parameters that were made by ``torch.FloatTensor``, which knows no default device or dtype."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type != torch.device(device).type:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().to(device, dtype)))
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:
@@ -182,13 +191,33 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Modu
 
 
 def adapter_targets(model: torch.nn.Module) -> list[str]:
-    """The last parts of the names of the decoder layers' linear modules, such as ``q_proj`` and ``down_proj``."""
+    """The ends of the names of the decoder layers' linear modules, such as ``q_proj`` and ``down_proj``.
+
+    As many parts of a name as tell it from every module that is no linear one: ``ff.0``, where layers are called so.
+    """
+    refused = {"out_proj"} if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_KINDS else set()
+    others = {end for name, module in model.named_modules() if not _is_adaptable(module) for end in _ends(name)}
     names = {
-        name.rsplit(".", 1)[-1]
+        next((end for end in _ends(name) if end not in others), name)
         for layer in decoder_layers(model)
         for name, module in layer.named_modules()
-        if quantized.is_linear(module)
+        if _is_adaptable(module) and name.rpartition(".")[2] not in refused
     }
     if not names:
         raise ValueError(f"no linear layers to adapt in {type(model).__name__}")
     return sorted(names)
+
+
+_MAMBA_KINDS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+"""Where PEFT refuses ``out_proj``, whose weight Mamba's kernels read themselves (its ``tuners_utils.py``)."""
+
+
+def _is_adaptable(module: torch.nn.Module) -> bool:
+    """Whether *module* is linear, and not one that returns more than a product or takes its input in groups."""
+    return quantized.is_linear(module) and not type(module).__name__.endswith(("Router", "GroupedLinear"))
+
+
+def _ends(name: str) -> list[str]:
+    """``c``, ``b.c`` and ``a.b.c`` of ``a.b.c``."""
+    parts = name.split(".")
+    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]

@@ -20,7 +20,7 @@ import torch
 
 from shallowflow.profiles.specs import GpuSpec
 
-from . import autocast, optimizers
+from . import autocast, data_dependent, optimizers
 from .allocator import MIN_BLOCK_BYTES
 
 aten = torch.ops.aten
@@ -94,12 +94,14 @@ def _attention(
     """The kernel that PyTorch's ``sdp_utils`` picks for the target.
 
     A GPU below sm_80 has the memory-efficient kernel only, which refuses grouped KV heads and head sizes that
-    do not align to 16 bytes; the flash kernel of newer GPUs takes no mask. The math path is what remains.
+    do not align to 16 bytes; the flash kernel of newer GPUs takes no mask. A CPU's refuses dropout, values of another
+    size than keys and a mask that learns. The math path is what remains.
     """
     grouped = key.size(-3) != query.size(-3)
     if target.device_type == "cpu":
         attn_mask = attn_mask if attn_mask is None else _numbers(attn_mask, query.dtype)
-        if (grouped and not enable_gqa) or dropout_p:
+        uneven = query.size(-1) != value.size(-1) or (attn_mask is not None and attn_mask.requires_grad)
+        if (grouped and not enable_gqa) or dropout_p or uneven:
             return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         flash = aten._scaled_dot_product_flash_attention_for_cpu
         out: torch.Tensor = flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
@@ -214,6 +216,7 @@ CALLS: dict[tuple[Any, str], Callable[..., Any]] = {
     (torch, "softmax"): _softmax,
     (torch, "log_softmax"): _softmax,
     **autocast.CALLS,
+    **data_dependent.CALLS,
     **optimizers.CALLS,
 }
 
@@ -348,14 +351,16 @@ AFTER_RESULT: dict[Any, Workspace] = {
     aten.bmm.default: _matrix_copies,
     aten.baddbmm.default: _matrix_copies,
     aten.native_layer_norm_backward.default: _contiguous_gradient,
+    **data_dependent.AFTER_RESULT,
 }
 
 BEFORE_RESULT: dict[Any, Workspace] = {
     aten.mse_loss.default: _reduced_loss,
     aten.smooth_l1_loss.default: _reduced_loss,
+    **data_dependent.BEFORE_RESULT,
 }
 
-REPLACEMENTS: dict[Any, Callable[..., Any]] = {}
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {**data_dependent.REPLACEMENTS}
 
 
 def _gemm_4bit(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

@@ -17,7 +17,8 @@ _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _Known = tuple[list[_Layout | None], bool, tuple[operators.OpCost, ...]]
 
 _known: dict[Any, _Known] = {}
-_fresh: dict[Any, bool] = {}
+_fresh: dict[Any, bool] = dict.fromkeys((torch.ops.aten.nonzero.default, torch.ops.aten.eq.Scalar), False)
+"""Whether an operator's answer is remembered; those that ``data_dependent`` gives from more than shapes are not."""
 
 
 def _returns_fresh(func: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import autocast, kernels, operators, shapes
+from . import autocast, data_dependent, in_place, kernels, operators, shapes
 from .allocator import EMPTY_CACHE
 from .kernels import Target
 
@@ -74,7 +74,7 @@ class Recorder(TorchDispatchMode):
         self._backward_module = ""
         self.workspaces: dict[tuple[str, str], int] = {}
         self.needed_workspaces: set[tuple[str, str]] = set()
-        _owned_by_autograd_alone()  # seen now, because a mode that is on would record it
+        in_place.owned_by_autograd_alone()  # seen now, because a mode that is on would record it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -224,8 +224,7 @@ class Recorder(TorchDispatchMode):
         answer = kernels.ANSWERS.get(func)
         if answer is not None:
             return answer(*args, **kwargs)
-        if func is aten.add.Tensor and not kwargs and _accumulates(*args):
-            func = aten.add_.Tensor
+        func = in_place.really(func, args, kwargs)
         rule = kernels.BEFORE_RESULT.get(func)
         temporaries = [self.allocate(n, "temporaries") for n in rule(self.target, args, kwargs)] if rule else []
         out, launches = shapes.call(func, kernels.REPLACEMENTS.get(func, func), args, kwargs)
@@ -256,44 +255,6 @@ class Recorder(TorchDispatchMode):
 def _moves(original: torch.Tensor, copy: torch.Tensor) -> bool:
     """Whether *copy* is on another device and else the same."""
     return original.device != copy.device and original.dtype == copy.dtype
-
-
-_Owned = tuple[int, int]
-"""How many references there are to a tensor and to its storage."""
-
-
-def _owned(tensor: torch.Tensor) -> _Owned:
-    storage = tensor.untyped_storage()
-    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _owned_by_autograd_alone() -> _Owned:
-    """What ``_owned`` says, in a dispatch mode, of a gradient that waits for another to be added to it."""
-    seen: list[_Owned] = []
-
-    class Look(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is aten.add.Tensor and not torch.is_grad_enabled():
-                seen.append(_owned(args[0]))
-            return func(*args, **(kwargs or {}))
-
-    with Look():  # type: ignore[no-untyped-call]
-        x = torch.empty(2, device="meta", requires_grad=True)
-        (x.exp() * x.sin()).sum().backward()
-    return seen[0]
-
-
-def _accumulates(gradient: Any, other: Any, *_rest: Any) -> bool:
-    """Whether this sum is autograd's of two gradients of one tensor, which is done in place where nobody sees it.
-
-    So says ``can_accumulate_inplace`` in PyTorch's input_buffer.cpp, but never while a dispatch mode is on.
-    """
-    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(other, torch.Tensor):
-        return False
-    alike = gradient.shape == other.shape and gradient.dtype == other.dtype
-    dense = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.itemsize
-    return alike and dense and _owned(gradient) == _owned_by_autograd_alone()
 
 
 def _differentiable(values: object) -> Iterator[torch.Tensor]:
@@ -389,6 +350,7 @@ def recording(recorder: Recorder) -> Iterator[Recorder]:
         register_optimizer_step_post_hook(end_optimizer),
     ]
     _warm_up()
+    data_dependent.forget()
     collecting, swapping = gc.isenabled(), torch.__future__.get_swap_module_params_on_conversion()
     gc.disable()
     torch.__future__.set_swap_module_params_on_conversion(True)  # or moving a model to `meta` would untie tied weights

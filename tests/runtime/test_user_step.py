@@ -148,7 +148,7 @@ def test_a_step_that_depends_on_data_names_the_users_line(tmp_path: Path) -> Non
     """What meta tensors cannot follow is reported with the line of the user's own file."""
     path = tmp_path / "depends.py"
     path.write_text(
-        "import torch\n\ndef make_step(device):\n    x = torch.ones(3, device=device)\n    return lambda: x.nonzero()\n"
+        "import torch\n\ndef make_step(device):\n    x = torch.ones(3, device=device)\n    return lambda: x.numpy()\n"
     )
 
     with pytest.raises(StepError, match=r"cannot be simulated \(line 5\)"):
