@@ -44,6 +44,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def usd(amount: float | None) -> str:
     """Dollars and cents; a dash where there is no price."""
     return "-" if amount is None else f"${amount:,.2f}"
@@ -179,8 +184,8 @@ def _speed(value: Plan) -> RenderableType:
     return Text.assemble(
         ("Speed  ", "bold"),
         f"{duration(seconds)} per step, {value.prediction.tokens_per_second:,.0f} tokens/s; "
-        f"{value.num_steps:,} steps ({value.workload.total_tokens:,} tokens) "
-        f"take {duration(seconds * value.num_steps)}",
+        f"{counted(value.num_steps, 'step')} ({value.workload.total_tokens:,} tokens) "
+        f"take{'s' if value.num_steps == 1 else ''} {duration(seconds * value.num_steps)}",
     )
 
 

@@ -40,6 +40,12 @@ LARGEST = {
     **dict.fromkeys(VOCABULARY_SIZES, 100_000_000),
     **dict.fromkeys(INNER_SIZES, 10_000_000),
 }
+ENCODERS = (
+    *("albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert"),
+    *("electra", "ernie", "esm", "funnel", "longformer", "megatron-bert", "modernbert", "mpnet", "nomic_bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+"""Kinds of model that read text in both directions, unless their configuration makes a decoder of them."""
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -67,6 +73,8 @@ def _kind_problems(config: Config) -> Iterator[str]:
         yield 'no model_type: give the model\'s own config.json, which names it, such as "llama"'
     elif not isinstance(model_type, str) or not model_type:
         yield f'model_type = {shown(model_type)} is not a name such as "llama"'
+    elif model_type in ENCODERS and config.get("is_decoder") is not True and not config.get("architectures"):
+        yield f"model_type = {shown(model_type)} is an encoder, not a causal language model: give a decoder-only model"
 
 
 def _architecture_problems(config: Config) -> Iterator[str]:

@@ -57,6 +57,9 @@ def _unbuildable(config: Mapping[str, Any], error: Exception) -> str:
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if "Unrecognized model identifier" in reason:
         reason = f"transformers {transformers.__version__} knows no such model_type"
+    keys = [key for key, value in config.items() if isinstance(error, KeyError) and [value] == list(error.args)]
+    if keys:
+        reason = f"transformers {transformers.__version__} knows no {keys[0]} {config[keys[0]]!r}"
     return f"cannot build a causal language model of model_type {config['model_type']!r}: {reason}"
 
 
@@ -124,7 +127,7 @@ def empty_model(
                 config, dtype=DTYPES[compute_dtype], attn_implementation=attn_implementation
             )
     except Exception as error:  # whatever a model's own code raises on a broken configuration
-        raise BadFacts(_unbuildable({"model_type": config.model_type}, error)) from error
+        raise BadFacts(_unbuildable({**config.to_dict(), "model_type": config.model_type}, error)) from error
     _bring(model, device, DTYPES[compute_dtype])
     model.tie_weights()
     model.config.use_cache = False

@@ -13,6 +13,7 @@ from typing import Any
 CHARACTERS_PER_TOKEN = 4
 """English text under today's tokenizers, roughly; used only where no tokenizer is at hand, and said so."""
 
+UNREADABLE = (".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".gz", ".zip")
 SUPPORTED = "a column 'text', or columns 'prompt' and 'completion'"
 
 
@@ -37,6 +38,8 @@ def read_documents(path: Path) -> list[Document]:
     try:
         if not path.is_file():
             raise DataError(f"data file {path} does not exist" if not path.exists() else f"{path} is not a file")
+        if path.suffix.lower() in UNREADABLE:
+            raise DataError(f"{path} is a {path.suffix.lower()} file; give JSONL, CSV or plain text")
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8 text; give JSONL, CSV or plain text") from None
@@ -104,6 +107,8 @@ def _document(path: Path, number: int, row: Mapping[str, Any]) -> Document:
 
 def _text(path: Path, number: int, row: Mapping[str, Any], column: str) -> str:
     value = row[column]
+    if value is None:
+        raise DataError(f"{path} line {number} has no {column}; give one, or leave the line out")
     if not isinstance(value, str):
         raise DataError(f"{path} line {number}: {column} is {type(value).__name__}, expected text")
     if any("\ud800" <= character <= "\udfff" for character in value):

@@ -118,6 +118,8 @@ def _record(trace: Trace, played: Replay, end: int, gpu: GpuSpec) -> MemoryRecor
     start = next(position for position, label in trace.marks if label == f"step {NUM_STEPS - 1}")
     stop = next(position for position, label in trace.marks if label == "steady end")
     steady = played.allocated_bytes[start:stop]
+    if not steady:
+        raise ValueError("the step allocates nothing; make_step(device) builds its model and data on that device")
     peak = max(steady)
     peak_at = start + steady.index(peak)
     reserved = max(played.reserved_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
@@ -34,6 +35,9 @@ class Commands(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put ``plan`` before arguments that name no command."""
         first = args[0] if args else ""
+        near = difflib.get_close_matches(first, self.commands, n=1, cutoff=0.75)
+        if near and first not in self.commands and first != "model" and not Path(first).exists():
+            raise click.UsageError(f"there is no command {first!r}; did you mean {near[0]!r}?", ctx)
         if args and first not in self.commands and first not in ("model", "--help", "-h", "--version"):
             args = ["plan", *args]
         return super().parse_args(ctx, args)
@@ -78,9 +82,7 @@ def _workload_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Sequences per optimizer update, over all GPUs.",
         ),
         click.option("--rank", type=count, help="LoRA's rank, fixed."),
-        click.option(
-            "--min-rank", type=count, default=DEFAULTS.min_rank, show_default=True, help="LoRA's rank, at least."
-        ),
+        click.option("--min-rank", type=count, help=f"LoRA's rank, at least.  [default: {DEFAULTS.min_rank}]"),
         click.option(
             "--quantization",
             type=click.Choice(get_args(Quantization)),
@@ -116,7 +118,7 @@ def plan_command(
     data: Path | None,
     global_batch_size: int,
     rank: int | None,
-    min_rank: int,
+    min_rank: int | None,
     quantization: Quantization,
     objective: Objective,
     region: str,
@@ -136,12 +138,14 @@ def plan_command(
 
     spec = find_model(model)
     work, notes = _work(tokens, data, sequence_length)
+    if rank and min_rank and rank < min_rank:
+        raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
     workload = Workload(
         sequence_length=sequence_length,
         global_batch_size=global_batch_size,
         num_gpus=gpus,
         rank=rank,
-        min_rank=min_rank,
+        min_rank=min_rank or DEFAULTS.min_rank,
         quantization=quantization,
         objective=objective,
         region=region,

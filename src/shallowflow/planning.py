@@ -29,6 +29,9 @@ TIME_NOTE = (
 )
 """From `make accuracy`: predicted over measured is 22 % too low in the median."""
 
+CPU_TIME_NOTE = "Times are a roofline's and optimistic: small steps on two cores took 1.4 to 8 times as long."
+"""Measured with `sfplan measure` beside `sfplan simulate` on the machine that the CPU's rates come from."""
+
 Progress = Callable[[str], None]
 
 
@@ -289,7 +292,7 @@ def _with_buckets(peak: TracedPeak) -> TracedPeak:
 
 def _notes(session: Session, workload: Workload) -> tuple[str, ...]:
     """What the numbers leave out and a user should know."""
-    notes: list[str] = [TIME_NOTE] if session.gpu.device_type == "cuda" else []
+    notes = [TIME_NOTE if session.gpu.device_type == "cuda" else CPU_TIME_NOTE]
     if workload.num_gpus > 1:
         notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]

@@ -99,7 +99,7 @@ def results(record: RunRecord, output: Path) -> RenderableType:
         table.add_column(name, justify="right")
     for comparison in record.comparisons:
         table.add_row(*row(comparison))
-    lines = [Text(f"{record.model_name}: {record.outcome}, {len(record.steps)} steps", style="bold")]
+    lines = [Text(f"{record.model_name}: {record.outcome}, {render.counted(len(record.steps), 'step')}", style="bold")]
     if record.perplexity_before is not None and record.perplexity_after is not None:
         lines.append(
             Text(f"perplexity on held-out text  {record.perplexity_before:.2f} -> {record.perplexity_after:.2f}")

@@ -32,7 +32,7 @@ def public(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef | ast.Async
 def test_every_public_name_is_there() -> None:
     """What the package says that it offers can be imported, is listed by ``dir`` and is documented."""
     assert shallowflow.__all__ == sorted(set(shallowflow.__all__))
-    assert set(shallowflow.__all__) <= set(dir(shallowflow))
+    assert set(dir(shallowflow)) == {*shallowflow.__all__, "__version__"}
     for name in shallowflow.__all__:
         assert getattr(shallowflow, name).__doc__, name
         assert getattr(shallowflow, name) is getattr(shallowflow, name)

@@ -194,3 +194,11 @@ assert (first.resident_bytes, first.peak_allocated_bytes) == (second.resident_by
 """
 
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, cwd=tmp_path)
+
+
+def test_a_step_that_does_nothing_is_told(tmp_path: Path) -> None:
+    """A step without any tensor is no step to simulate."""
+    (tmp_path / "step.py").write_text("def make_step(device):\n    return lambda: None\n")
+
+    with pytest.raises(StepError, match="the step allocates nothing; make_step"):
+        simulated(f"{tmp_path / 'step.py'}:make_step", load_gpu("t4"))
