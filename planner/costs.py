@@ -180,7 +180,7 @@ def segment_seconds(profile: StepProfile, seconds: npt.NDArray[np.float64]) -> d
 def total_seconds(runs: LayerRuns, segments: Sequence[Mapping[str, float]]) -> tuple[float, float]:
     """(one micro-batch, one update) of the model of *runs*, from the *segments* of each run's profile."""
     num_layers = sum(count for _, count in runs)
-    micro = segments[0]["embed"] + segments[-1]["head"]
+    micro = segments[0]["embed"] + segments[0]["release"] + segments[-1]["head"]
     for place, count in (("first", 1), ("last", min(1, num_layers - 1))):
         at = segments[0 if place == "first" else -1]
         micro += count * (at[place] + at[f"{place}_back"])
