@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta
-
+from .bounds import Meta
 from .strategies import MOST_TOKENS, Configuration, Positive
 
 FORMAT_VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from .bounds import Meta
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Activations = Literal["save", "recompute attention", "recompute mlp", "recompute", "offload"]

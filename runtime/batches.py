@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from .documents import Document
-from .step import IGNORED_LABEL, MicroBatch
+from .loss import IGNORED_LABEL
+from .step import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)

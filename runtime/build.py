@@ -177,7 +177,8 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Modu
 
     fp32, because a loss scale needs gradients that neither overflow nor vanish; the base keeps its dtype.
     """
-    quantized.bitsandbytes()  # PEFT imports it too, and less quietly
+    with contextlib.suppress(ImportError):
+        quantized.bitsandbytes()  # PEFT imports it too, where it is, and less quietly
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

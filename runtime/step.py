@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from shallowflow.planner.strategies import Configuration
 
 from . import activations, build, quantized
+from .loss import summed
 from .precision import LossScale
 
 LEARNING_RATE = 2e-4
 """LoRA's usual one, as in the QLoRA paper for models up to 13B."""
 MAX_GRADIENT_NORM = 1.0
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +112,7 @@ class Trainee:
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy over the target tokens, in fp32."""
-        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.float()
-        return torch.nn.functional.cross_entropy(
-            logits.view(-1, logits.size(-1)), batch.labels.view(-1), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+        return summed(self.model(input_ids=batch.input_ids, use_cache=False).logits, batch.labels)
 
 
 def make_trainee(

@@ -108,6 +108,7 @@ def _attention(
         return out
     half = query.dtype in (torch.float16, torch.bfloat16)
     modern = target.compute_capability is not None and target.compute_capability >= (8, 0)
+    modern = modern and torch.backends.cuda.flash_sdp_enabled()
     if modern and half and attn_mask is None and query.size(-1) <= 256 and query.size(-1) == value.size(-1):
         flash_cuda = aten._scaled_dot_product_flash_attention
         flashed: torch.Tensor = flash_cuda(query, key, value, dropout_p, is_causal, False, scale=scale)[0]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shallowflow.runtime import batches
 from shallowflow.runtime.batches import Window
 from shallowflow.runtime.documents import Document
-from shallowflow.runtime.step import IGNORED_LABEL
+from shallowflow.runtime.loss import IGNORED_LABEL
 from tests.runtime import tiny
 
 FIRST_LETTER = 1000

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat, uniform
 from shallowflow.runtime import build
 from shallowflow.runtime.batches import Window
-from shallowflow.runtime.step import IGNORED_LABEL, MicroBatch, Trainee, make_trainee
+from shallowflow.runtime.loss import IGNORED_LABEL
+from shallowflow.runtime.step import MicroBatch, Trainee, make_trainee
 
 NUM_LAYERS = 3
 VOCABULARY = 300

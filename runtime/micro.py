@@ -1,0 +1,141 @@
+"""Time single operators on a device: what a profile of it is made from."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+Case = tuple[str, dict[str, int], Callable[[], Any], int, int]
+"""Name, sizes, what to run, floating-point operations, bytes moved."""
+
+NUM_TIMED = 10
+LARGE = {"matrix": 4096, "tokens": 4096, "width": 2048, "copy": 256 * 2**20, "heads": 32, "length": 1024}
+SMALL = {"matrix": 256, "tokens": 128, "width": 128, "copy": 2**20, "heads": 2, "length": 64}
+
+
+def operators(device: torch.device, dtype: torch.dtype, *, quantizes: bool) -> list[dict[str, Any]]:
+    """The median seconds of each operator, with its rates; those that fail say why."""
+    sizes = LARGE if device.type == "cuda" else SMALL
+    found: list[dict[str, Any]] = []
+    for name, shape, run, flops, num_bytes in _cases(device, dtype, sizes, quantizes):
+        row: dict[str, Any] = {"operator": name, "dtype": str(dtype).removeprefix("torch."), **shape}
+        try:
+            seconds = _seconds(run, device)
+        except Exception as error:  # noqa: BLE001 - such as a kernel that this chip lacks
+            found.append({**row, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
+            continue
+        row["seconds"] = seconds
+        if flops:
+            row["flops_per_second"] = flops / seconds
+        if num_bytes:
+            row["bytes_per_second"] = num_bytes / seconds
+        found.append(row)
+    return found
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    for _ in range(NUM_TIMED):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize(device)
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+    return max(statistics.median(times), 1e-9)
+
+
+def _cases(device: torch.device, dtype: torch.dtype, sizes: dict[str, int], quantizes: bool) -> Iterator[Case]:
+    yield from _products(device, dtype, sizes)
+    yield from _copies(device, sizes)
+    yield from _attention(device, dtype, sizes)
+    yield from _steps(device, sizes)
+    if quantizes:
+        yield from _dequantisation(device, dtype, sizes)
+
+
+def _products(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Iterator[Case]:
+    """Square, a layer's, and an adapter's thin ones, in *dtype* and in fp32."""
+    n, tokens, width = sizes["matrix"], sizes["tokens"], sizes["width"]
+    for rows, inner, columns in ((n, n, n), (tokens, width, 4 * width), (tokens, width, 16), (tokens, 16, width)):
+        for kind in dict.fromkeys((dtype, torch.float32)):
+            a = torch.randn(rows, inner, device=device, dtype=kind)
+            b = torch.randn(inner, columns, device=device, dtype=kind)
+            shape = {"m": rows, "k": inner, "n": columns, "bits": 8 * kind.itemsize}
+            moved = kind.itemsize * (rows * inner + inner * columns + rows * columns)
+            yield "mm", shape, lambda a=a, b=b: a @ b, 2 * rows * inner * columns, moved  # type: ignore[misc]
+
+
+def _copies(device: torch.device, sizes: dict[str, int]) -> Iterator[Case]:
+    count = sizes["copy"]
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    yield "copy on the device", {"bytes": count}, lambda: target.copy_(source), 0, 2 * count
+    host = torch.zeros(count, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    yield "host to device", {"bytes": count}, lambda: target.copy_(host, non_blocking=True), 0, count
+    yield "device to host", {"bytes": count}, lambda: host.copy_(source, non_blocking=True), 0, count
+    small = torch.zeros(4, device=device)
+    many = 100
+
+    def launches() -> None:
+        for _ in range(many):
+            small.add_(1)
+
+    yield f"{many} launches", {}, launches, 0, 0
+
+
+def _attention(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Iterator[Case]:
+    heads, length, size = sizes["heads"], sizes["length"], 64
+    query, key, value = (
+        torch.randn(1, heads, length, size, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+    )
+    attend = torch.nn.functional.scaled_dot_product_attention
+    flops = 4 * heads * length * length * size
+
+    def forward() -> torch.Tensor:
+        return attend(query, key, value, is_causal=True)
+
+    shape = {"heads": heads, "length": length, "head_dim": size}
+    yield "attention", shape, forward, flops, 0
+    yield "attention, both passes", shape, lambda: forward().sum().backward(), 7 * flops // 2, 0
+
+
+def _steps(device: torch.device, sizes: dict[str, int]) -> Iterator[Case]:
+    parameters = [torch.nn.Parameter(torch.zeros(16, sizes["width"], device=device)) for _ in range(64)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, foreach=True)
+    count = sum(parameter.numel() for parameter in parameters)
+    yield "AdamW", {"parameters": count}, optimizer.step, 0, 28 * count
+
+
+def _dequantisation(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Iterator[Case]:
+    from .quantized import NF4_BLOCK, bitsandbytes
+
+    functional = bitsandbytes().functional
+    n = sizes["matrix"]
+    weight = torch.randn(n, n, device=device, dtype=dtype)
+    packed, state = functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
+    moved = n * n // 2 + n * n * dtype.itemsize
+    yield "nf4 to numbers", {"elements": n * n}, lambda: functional.dequantize_4bit(packed, state), 0, moved
+    rows, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+    tokens, _, _ = functional.int8_vectorwise_quant(weight[: n // 2].to(torch.float16))
+    yield (
+        "int8 product",
+        {"m": n // 2, "k": n, "n": n},
+        lambda: functional.int8_linear_matmul(tokens, rows),
+        n * n * n,
+        0,
+    )
+    del scales
