@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -191,7 +190,6 @@ def random_model(cell: Cell, compute_dtype: str, device: str) -> Any:
             quantized.quantize_linears(layer, cell.weight_format, dtype, double_quantization=False)
         if index:
             holder.append(layer)
-        gc.collect()
     model.requires_grad_(False)
     return model
 
