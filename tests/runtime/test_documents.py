@@ -147,7 +147,6 @@ def test_a_path_that_is_no_file(tmp_path: Path) -> None:
         ("a.jsonl", b"{}\n", "line 1 has the columns none"),
         ("a.csv", b"Text,label\nfoo,1\n", "line 2 has the columns 'Text', 'label'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "line 2: text is int"),
-        ("a.jsonl", b'{"text": null}\n', "line 1 has no text"),
         ("a.jsonl", b'{"prompt": ["a"], "completion": "b"}\n', "line 1: prompt is list"),
         ("a.csv", b"prompt,completion\nwhy\n", "line 2 has no completion"),
         ("a.csv", b"text\nHello, world\n", "line 2"),
