@@ -29,7 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from . import cells, micro
+from . import cells, micro, others
 from .cells import Cell
 from .trial import Rules, forget, measured, measured_boundary, predicted, predicted_boundary, rules_for
 
@@ -97,6 +97,8 @@ def validate(rules: Rules, grid: tuple[Cell, ...], boundaries: tuple[Cell, ...],
     for cell, limit in zip(boundaries, limits, strict=True):
         tell(f"trying the largest micro-batch: {_title(cell)}")
         limit["measured"] = None if rules.out_of_time() else measured_boundary(cell, limit["predicted"], rules)
+    compared = others.COMPARED_SMALL if rules.device.type == "cpu" else others.COMPARED
+    beside = [_beside(cell, rules, tell) for cell in possible(compared, quantizes=quantizes)]
     return {
         "format_version": FORMAT_VERSION,
         "kind": "validation",
@@ -113,7 +115,20 @@ def validate(rules: Rules, grid: tuple[Cell, ...], boundaries: tuple[Cell, ...],
         "rows": rows,
         "boundaries": limits,
         "operators": operators,
+        "side by side": beside,
     }
+
+
+def _beside(cell: Cell, rules: Rules, tell: Callable[[str], None]) -> dict[str, Any]:
+    """*cell* by our step and by ``transformers.Trainer``, one after the other."""
+    tell(f"side by side: {_title(cell)}")
+    row: dict[str, Any] = {"cell": asdict(cell)}
+    for name, run in (("ours", measured), ("transformers.Trainer", others.with_trainer)):
+        row[name] = {"outcome": "out of time"} if rules.out_of_time() else run(cell, rules)
+        forget(rules.device)
+        if row[name]["outcome"] == "ran":
+            row[name]["tokens_per_second"] = cell.num_tokens / row[name]["step_seconds"]
+    return row
 
 
 def build_dtype(name: str) -> torch.dtype:
@@ -159,6 +174,9 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     for limit in record["boundaries"]:
         largest = "none in time" if limit["measured"] is None else limit["measured"]
         yield f"largest micro-batch, {_title(Cell(**limit['cell']))}: predicted {limit['predicted']}, found {largest}"
+    for row in record["side by side"]:
+        speeds = [f"{n} {row[n].get('tokens_per_second', 0):,.0f}" for n in ("ours", "transformers.Trainer")]
+        yield f"tokens per second, {_title(Cell(**row['cell']))}: {', '.join(speeds)}"
 
 
 def save(record: dict[str, Any], folder: Path) -> Path:

@@ -46,8 +46,11 @@ def test_it_runs_from_end_to_end_on_a_bare_path(tmp_path: Path) -> None:
             assert row["predicted"][name] == pytest.approx(row["measured"][name], rel=1e-3)
     assert all(row.get("seconds", 0) > 0 for row in record["operators"])
     assert {"mm", "attention", "AdamW", "nf4 to numbers"} <= {row["operator"] for row in record["operators"]}
+    [beside] = record["side by side"]
+    assert beside["ours"]["tokens_per_second"] > 0
+    assert beside["transformers.Trainer"]["tokens_per_second"] > 0, beside
     assert f"written to {path}" in done.stdout
-    assert done.stdout.count("SmolLM2-135M") == len(SMALL)
+    assert done.stdout.count("SmolLM2-135M") == len(SMALL) + 1
 
 
 def test_it_needs_nothing_but_the_libraries_of_training(tmp_path: Path) -> None:
