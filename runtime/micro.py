@@ -18,23 +18,40 @@ SMALL = {"matrix": 256, "tokens": 128, "width": 128, "copy": 2**20, "heads": 2, 
 
 
 def operators(device: torch.device, dtype: torch.dtype, *, quantizes: bool) -> list[dict[str, Any]]:
-    """The median seconds of each operator, with its rates; those that fail say why."""
+    """The median seconds of each operator, with its rates; those that fail, or cannot be prepared, say why."""
     sizes = LARGE if device.type == "cuda" else SMALL
+    groups: dict[str, Callable[[], Iterator[Case]]] = {
+        "products": lambda: _products(device, dtype, sizes),
+        "copies": lambda: _copies(device, sizes),
+        "attention": lambda: _attention(device, dtype, sizes),
+        "optimizer steps": lambda: _steps(device, sizes),
+    }
+    if quantizes:
+        groups["dequantisation"] = lambda: _dequantisation(device, dtype, sizes)
     found: list[dict[str, Any]] = []
-    for name, shape, run, flops, num_bytes in _cases(device, dtype, sizes, quantizes):
+    for name, cases in groups.items():
+        try:
+            for row in _timed(cases(), device, dtype):
+                found.append(row)  # noqa: PERF402 - those before a failure are kept
+        except Exception as error:  # noqa: BLE001 - such as memory that is not there
+            found.append({"operator": name, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
+    return found
+
+
+def _timed(cases: Iterator[Case], device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    for name, shape, run, flops, num_bytes in cases:
         row: dict[str, Any] = {"operator": name, "dtype": str(dtype).removeprefix("torch."), **shape}
         try:
             seconds = _seconds(run, device)
         except Exception as error:  # noqa: BLE001 - such as a kernel that this chip lacks
-            found.append({**row, "failed": f"{type(error).__name__}: {str(error)[:200]}"})
+            yield {**row, "failed": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
         row["seconds"] = seconds
         if flops:
             row["flops_per_second"] = flops / seconds
         if num_bytes:
             row["bytes_per_second"] = num_bytes / seconds
-        found.append(row)
-    return found
+        yield row
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -54,15 +71,6 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
             run()
             times.append(time.perf_counter() - began)
     return max(statistics.median(times), 1e-9)
-
-
-def _cases(device: torch.device, dtype: torch.dtype, sizes: dict[str, int], quantizes: bool) -> Iterator[Case]:
-    yield from _products(device, dtype, sizes)
-    yield from _copies(device, sizes)
-    yield from _attention(device, dtype, sizes)
-    yield from _steps(device, sizes)
-    if quantizes:
-        yield from _dequantisation(device, dtype, sizes)
 
 
 def _products(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Iterator[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
@@ -74,6 +75,8 @@ def predicted(cell: Cell, rules: Rules) -> dict[str, Any]:
         record = simulate(cells.step_of(cell, rules.compute_dtype), rules.gpu, rules.capacity_bytes)
     except OutOfMemory as error:
         return {"outcome": "out of memory", "reason": str(error)}
+    except Exception as error:  # noqa: BLE001 - such as an operator that these versions lack
+        return failed(error)
     return {
         "outcome": "ran",
         "resident_bytes": record.resident_bytes,
@@ -111,7 +114,12 @@ def measured(cell: Cell, rules: Rules) -> dict[str, Any]:
     except torch.cuda.OutOfMemoryError as error:
         return {"outcome": "out of memory", "reason": str(error).split("\n")[0][:300]}
     except Exception as error:  # noqa: BLE001 - one cell that fails must not cost the others
-        return {"outcome": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+        return failed(error)
+
+
+def failed(error: Exception) -> dict[str, Any]:
+    """What a record says of *error*: its type and the first line of its message."""
+    return {"outcome": "failed", "reason": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"}
 
 
 def _on_cpu(make_step: Callable[[str], Callable[[], Any]]) -> dict[str, Any]:
@@ -171,12 +179,16 @@ def _outcome(resident: int, allocated: int, reserved: int, process: int, times: 
 
 
 def forget(device: torch.device) -> None:
-    """Give everything back, the libraries' workspaces too, so that the next cell starts as a process does."""
+    """Give everything back, the libraries' workspaces too, so that the next cell starts as a process does.
+
+    After an error that ends a CUDA context nothing can be given back; what is run next fails and says so.
+    """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
 
 
 def measured_boundary(cell: Cell, guess: int, rules: Rules) -> int | None:
