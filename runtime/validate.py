@@ -26,12 +26,16 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # what PyTorch takes before Hopper, as on a T4
 os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "1024")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer takes all
+os.environ.pop("PYTORCH_ALLOC_CONF", None)  # the allocator is predicted as it comes
+os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
 
 import torch
 
 from . import cells, micro, others
 from .cells import Cell
-from .trial import Rules, forget, measured, measured_boundary, predicted, predicted_boundary, rules_for
+from .trial import Rules, failed, forget, measured, measured_boundary, predicted, predicted_boundary, rules_for
 
 FORMAT_VERSION = 1
 ALLOCATED_TOLERANCE = 0.02
@@ -57,13 +61,17 @@ def _driver() -> str | None:
     return None
 
 
-def _can_quantize() -> bool:
+def _can_quantize(rules: Rules) -> bool:
     """Whether bitsandbytes can be imported; its operators are then made known to the profiler."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     from .simulated import register_quantization
 
-    register_quantization()
+    try:
+        register_quantization()
+    except Exception as error:  # noqa: BLE001 - such as a library built for another CUDA
+        rules.notes.append(f"bitsandbytes cannot be used: {failed(error)['reason']}")
+        return False
     return True
 
 
@@ -78,7 +86,7 @@ def possible(grid: tuple[Cell, ...], *, quantizes: bool) -> tuple[Cell, ...]:
 
 def validate(rules: Rules, grid: tuple[Cell, ...], boundaries: tuple[Cell, ...], tell: Callable[[str], None]) -> Any:
     """The record of everything on this device: what was predicted, then what was measured."""
-    quantizes = _can_quantize()
+    quantizes = _can_quantize(rules)
     grid, boundaries = possible(grid, quantizes=quantizes), possible(boundaries, quantizes=quantizes)
     rows: list[dict[str, Any]] = []
     for number, cell in enumerate(grid, start=1):
@@ -120,10 +128,10 @@ def validate(rules: Rules, grid: tuple[Cell, ...], boundaries: tuple[Cell, ...],
 
 
 def _beside(cell: Cell, rules: Rules, tell: Callable[[str], None]) -> dict[str, Any]:
-    """*cell* by our step and by ``transformers.Trainer``, one after the other."""
-    tell(f"side by side: {_title(cell)}")
+    """*cell* by our step and by the other trainers, one after the other."""
     row: dict[str, Any] = {"cell": asdict(cell)}
-    for name, run in (("ours", measured), ("transformers.Trainer", others.with_trainer)):
+    for name, run in {"ours": measured, **others.TRAINERS}.items():
+        tell(f"side by side, {name}: {_title(cell)}")
         row[name] = {"outcome": "out of time"} if rules.out_of_time() else run(cell, rules)
         forget(rules.device)
         if row[name]["outcome"] == "ran":
@@ -175,8 +183,14 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
         largest = "none in time" if limit["measured"] is None else limit["measured"]
         yield f"largest micro-batch, {_title(Cell(**limit['cell']))}: predicted {limit['predicted']}, found {largest}"
     for row in record["side by side"]:
-        speeds = [f"{n} {row[n].get('tokens_per_second', 0):,.0f}" for n in ("ours", "transformers.Trainer")]
-        yield f"tokens per second, {_title(Cell(**row['cell']))}: {', '.join(speeds)}"
+        sides = [_side(name, found) for name, found in row.items() if name != "cell"]
+        yield f"tokens per second, {_title(Cell(**row['cell']))}: {', '.join(sides)}"
+
+
+def _side(name: str, found: dict[str, Any]) -> str:
+    if found["outcome"] != "ran":
+        return f"{name} {found['outcome']}"
+    return f"{name} {found['tokens_per_second']:,.0f} ({found['peak_allocated_bytes'] / 2**20:,.1f} MiB)"
 
 
 def save(record: dict[str, Any], folder: Path) -> Path:
@@ -188,8 +202,16 @@ def save(record: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def _can_write(folder: Path) -> bool:
+    """Whether a record can be left in *folder*, asked before minutes of measuring."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.access(folder, os.W_OK)
+    return False
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, validate, print, write; exit code 2 where there is no such device."""
+    """Parse, validate, print, write; exit code 2 where there is no such device or folder."""
     parser = argparse.ArgumentParser(prog="python -m shallowflow.runtime.validate", description="See the module.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("tests/measured"), help="folder for the record")
@@ -197,6 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = parser.parse_args(arguments)
     if wanted.device == "cuda" and not torch.cuda.is_available():
         print("Error: this machine has no CUDA device; try --device cpu", file=sys.stderr)
+        return 2
+    if not _can_write(wanted.output):
+        print(f"Error: cannot write into {wanted.output}; give another folder with --output", file=sys.stderr)
         return 2
     rules = rules_for(torch.device("cuda", 0) if wanted.device == "cuda" else torch.device("cpu"), wanted.minutes)
     small = wanted.device == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 
 from shallowflow.planner.profiler.user_step import simulate
 from shallowflow.profiles import load_gpu, load_model
-from shallowflow.runtime import build, cells, micro, trial, validate
+from shallowflow.runtime import build, cells, micro, others, simulated, trial, validate
 from shallowflow.runtime.cells import BOUNDARIES, SMALL, Cell, full_grid
 from shallowflow.runtime.loss import chunked, summed
 from shallowflow.runtime.simulated import register_quantization
@@ -48,7 +49,14 @@ def test_it_runs_from_end_to_end_on_a_bare_path(tmp_path: Path) -> None:
     assert {"mm", "attention", "AdamW", "nf4 to numbers"} <= {row["operator"] for row in record["operators"]}
     [beside] = record["side by side"]
     assert beside["ours"]["tokens_per_second"] > 0
+    assert set(beside) == {"cell", "ours", *others.TRAINERS}
     assert beside["transformers.Trainer"]["tokens_per_second"] > 0, beside
+    peaks = [beside[name]["peak_allocated_bytes"] for name in ("ours", "transformers.Trainer")]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+    for name, package in (("trl.SFTTrainer", "trl"), ("unsloth", "unsloth")):
+        if importlib.util.find_spec(package) is None:
+            assert beside[name] == {"outcome": "not installed"}
+            assert f"{name} not installed" in done.stdout
     assert f"written to {path}" in done.stdout
     assert done.stdout.count("SmolLM2-135M") == len(SMALL) + 1
 
@@ -150,6 +158,116 @@ def test_one_failing_cell_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cells, "step_of", lambda *_: broken)
 
     assert trial.measured(SMALL[0], rules()) == {"outcome": "failed", "reason": "RuntimeError: no such kernel"}
+
+
+def test_a_failure_without_a_word_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception may have no message; a prediction that fails costs no other either."""
+
+    def broken(*_args: object) -> object:
+        raise NotImplementedError
+
+    monkeypatch.setattr(cells, "step_of", lambda *_: broken)
+
+    assert trial.measured(SMALL[0], rules()) == {"outcome": "failed", "reason": "NotImplementedError: "}
+    assert trial.predicted(SMALL[0], rules()) == {"outcome": "failed", "reason": "NotImplementedError: "}
+    assert trial.predicted_boundary(SMALL[0], rules()) == 0
+
+
+def test_operators_that_cannot_be_prepared_cost_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a group's tensors do not fit, or its library does not load, the rest is timed."""
+
+    def broken(*_args: object) -> Any:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(micro, "_copies", broken)
+
+    found = micro.operators(torch.device("cpu"), torch.float32, quantizes=False)
+
+    assert {"operator": "copies", "failed": "RuntimeError: no room"} in found
+    assert {"mm", "attention", "AdamW"} <= {row["operator"] for row in found if "seconds" in row}
+
+
+def test_bitsandbytes_that_does_not_load_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then cells without it are left, and the record says why."""
+
+    def broken() -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(simulated, "register_quantization", broken)
+    held = rules()
+
+    assert not validate._can_quantize(held)
+    assert held.notes == ["bitsandbytes cannot be used: OSError: libcudart.so.13: cannot open shared object file"]
+
+
+def small_cell() -> Cell:
+    """As small as a shipped model gets."""
+    return replace(others.COMPARED_SMALL[0], num_layers=1, sequence_length=16)
+
+
+def test_trl_takes_the_same_step() -> None:
+    """Where TRL is installed: tokens per second and a peak, with the model, the adapters and the batch of ours."""
+    pytest.importorskip("trl")
+
+    found = others.with_trl(small_cell(), rules())
+
+    assert found["outcome"] == "ran", found
+    assert found["tokens_per_second"] > 0 and found["peak_allocated_bytes"] > 0
+
+
+UNSLOTH = """
+import peft, transformers
+class FastLanguageModel:
+    def from_pretrained(model_name, max_seq_length, dtype, load_in_4bit, load_in_8bit, use_gradient_checkpointing):
+        return transformers.AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype), None
+    def get_peft_model(model, r, lora_alpha, lora_dropout, target_modules, use_gradient_checkpointing):
+        return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=lora_alpha, target_modules=target_modules))
+"""
+
+
+def pretend_unsloth(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of that name, of *code*."""
+    (folder / "unsloth").mkdir()
+    (folder / "unsloth" / "__init__.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_unsloth_gets_the_model_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The saved weights load, train through TRL, and what was found comes back; the package itself is pretended."""
+    pytest.importorskip("trl")
+    pretend_unsloth(tmp_path, "print('hello')" + UNSLOTH, monkeypatch)
+
+    found = others.with_unsloth(small_cell(), rules())
+
+    assert found["outcome"] == "ran", found
+    assert found["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise NotImplementedError('Unsloth needs a GPU')", "NotImplementedError: Unsloth needs a GPU"),
+        ("import os; os._exit(9)", "exit code 9"),
+        ("import time; time.sleep(60)", "not done after 1 seconds"),
+    ],
+)
+def test_unsloth_that_fails_is_recorded(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its reason, be it an exception, a crash or too long a time."""
+    pretend_unsloth(tmp_path, code, monkeypatch)
+    if "sleep" in code:
+        monkeypatch.setattr(others, "MOST_SECONDS", 1)
+
+    assert others.with_unsloth(small_cell(), rules()) == {"outcome": "failed", "reason": reason}
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured: exit code 2."""
+    (tmp_path / "file").touch()
+
+    assert validate.main(["--device", "cpu", "--output", str(tmp_path / "file" / "records")]) == 2
+    assert "give another folder with --output" in capsys.readouterr().err
 
 
 def test_no_device_is_told(capsys: pytest.CaptureFixture[str]) -> None:
