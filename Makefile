@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := build/demo
 export SHALLOWFLOW_CACHE ?= $(CURDIR)/build/cache
 
-.PHONY: setup demo test lint accuracy gpu clean
+.PHONY: setup demo test lint accuracy calibration gpu clean
 
 setup: $(VENV)/.installed
 
@@ -39,6 +39,9 @@ test: lint
 
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy
+
+calibration: setup
+	$(BIN)/python -m benchmarks.calibration
 
 gpu: setup
 	$(BIN)/python -m shallowflow.runtime.validate --output tests/measured

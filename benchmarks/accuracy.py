@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy [--json]
 
 Each step is rebuilt as its recording script built it, on ``meta``, with Hugging Face's, PEFT's and our modules, and
-traced and replayed; nothing here is fitted to the rows. transformers loads quantized weights with several threads, so
+traced and replayed. No byte is fitted to the rows. The T4's rates are fitted to the seconds: for errors on models that
+did not calibrate them, see ``benchmarks.calibration``. transformers loads quantized weights with several threads, so
 that the memory of one and the same step differs from run to run: such a row's prediction is the median over load
 orders that were tried, and what they span is shown beside it.
 """
@@ -93,7 +94,7 @@ def predict(run: dict[str, Any], gpu: GpuSpec) -> Row:
     compare("allocated", (f.allocated for f in found), run["mem_peak_alloc_gib"] * 2**30)
     compare("reserved", (f.reserved for f in found), run["mem_peak_reserved_gib"] * 2**30)
     compare("process", (f.reserved + gpu.context_bytes for f in found), run["mem_process_gib"] * 2**30)
-    compare("seconds", [recorded.roofline_seconds(step, gpu)], run["step_s_steady"])
+    compare("seconds", [recorded.operators(step).seconds(gpu)], run["step_s_steady"])
     phases = run["phases"]
     if phases:
         resident, peak = phases["resident_before_step_mib"] * MIB, phases["peak_allocated_mib"] * MIB

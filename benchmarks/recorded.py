@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from shallowflow.planner import latency
@@ -284,12 +285,25 @@ def spread(recorded: RecordedStep) -> list[Levels]:
     return [levels(recorded, load_order(recorded.weights, random.Random(seed))) for seed in range(NUM_LOAD_ORDERS)]
 
 
-def roofline_seconds(recorded: RecordedStep, gpu: GpuSpec) -> float:
-    """The roofline's sum over the second step's operators."""
+@dataclass(frozen=True, slots=True)
+class StepOperators:
+    """The second step's operators, as the latency model counts them."""
+
+    kinds: npt.NDArray[np.int64]
+    flops: npt.NDArray[np.int64]
+    num_bytes: npt.NDArray[np.int64]
+
+    def seconds(self, gpu: GpuSpec) -> float:
+        """What they take on *gpu*."""
+        return latency.stretch_seconds(self.kinds, self.flops, self.num_bytes, gpu)
+
+
+def operators(recorded: RecordedStep) -> StepOperators:
+    """The operators of the step whose time was read."""
     start, end = recorded.mark("step 1"), recorded.mark("step 2")
     ops = [cost for position, cost in recorded.trace.ops if start < position <= end]
-    kinds = np.array([OP_KINDS.index(op.kind) for op in ops])
-    flops, num_bytes = np.array([op.flops for op in ops]), np.array([op.num_bytes for op in ops])
-    return max(
-        float(latency.operator_seconds(kinds, flops, num_bytes, gpu).sum()), len(ops) * gpu.kernel_launch_seconds
+    return StepOperators(
+        np.array([OP_KINDS.index(op.kind) for op in ops]),
+        np.array([op.flops for op in ops]),
+        np.array([op.num_bytes for op in ops]),
     )

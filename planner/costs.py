@@ -19,7 +19,23 @@ SEGMENTS = ("embed", "first", "inner", "last", "release", "head", "last_back", "
 ``release`` is what the model lets go of once it is through its layers, unless the first of them saved it.
 """
 
-OP_KINDS = ("float16", "bfloat16", "float32", "memory", "host")
+OP_KINDS = (
+    "float16",
+    "bfloat16",
+    "float32",
+    "int8",
+    "batched float16",
+    "batched bfloat16",
+    "batched float32",
+    "attention float16",
+    "attention bfloat16",
+    "attention float32",
+    "dequantize",
+    "memory",
+    "host",
+)
+"""What an operator's time is counted by: matrix products, batches of them and fused attention by dtype, weights made
+into numbers again, everything that only moves bytes on the device, and what crosses to the host."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

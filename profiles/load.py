@@ -40,7 +40,16 @@ RATES = (
     "fp32_flops_per_second",
     "dram_bytes_per_second",
     "pcie_bytes_per_second",
+    "int8_flops_per_second",
+    "attention_fp16_flops_per_second",
+    "attention_bf16_flops_per_second",
+    "attention_fp32_flops_per_second",
+    "fp32_matmul_bytes_per_second",
+    "dequantized_elements_per_second",
+    "kernel_gap_seconds",
     "kernel_launch_seconds",
+    "quantized_launch_seconds",
+    "step_error",
 )
 
 

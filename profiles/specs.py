@@ -33,7 +33,15 @@ class GpuSpec:
         fp16_flops_per_second, bf16_flops_per_second, fp32_flops_per_second: sustained dense matrix products.
         dram_bytes_per_second: sustained, bytes read plus bytes written.
         pcie_bytes_per_second: host to device, pinned.
-        kernel_launch_seconds: from one small kernel to the next, when the host is the bound.
+        int8_flops_per_second: sustained dense products of int8 matrices.
+        attention_fp16_flops_per_second, attention_bf16_flops_per_second, attention_fp32_flops_per_second: sustained, of
+            fused attention, its operations counted as if no score were masked.
+        fp32_matmul_bytes_per_second: sustained, where a product in fp32 is bound by its bytes, as with an adapter.
+        dequantized_elements_per_second: weights of 4 bits made into numbers of 16 again.
+        kernel_gap_seconds: what a kernel takes on the device whatever its size.
+        kernel_launch_seconds: of the host, per operator of a step, when the host is the bound.
+        quantized_launch_seconds: of the host, beyond it, for each product with a quantized weight.
+        step_error: share by which nine of ten measured steps stay within the prediction.
         sources: for each number above, its Source.
     """
 
@@ -50,7 +58,16 @@ class GpuSpec:
     fp32_flops_per_second: float
     dram_bytes_per_second: float
     pcie_bytes_per_second: float
+    int8_flops_per_second: float
+    attention_fp16_flops_per_second: float
+    attention_bf16_flops_per_second: float
+    attention_fp32_flops_per_second: float
+    fp32_matmul_bytes_per_second: float
+    dequantized_elements_per_second: float
+    kernel_gap_seconds: float
     kernel_launch_seconds: float
+    quantized_launch_seconds: float
+    step_error: float
     sources: Mapping[str, Source]
 
     @property

@@ -17,9 +17,9 @@ class OpCost:
     """One launch.
 
     Attributes:
-        kind: ``float16``, ``bfloat16`` or ``float32`` for matrix products in that dtype, ``host`` for what goes to
-            host memory or comes from it, else ``memory``.
-        flops: of matrix products and attention; element-wise arithmetic hides behind its bytes.
+        kind: one of ``costs.OP_KINDS``: what bounds it besides its bytes.
+        flops: of matrix products and attention; elements for ``dequantize``; element-wise arithmetic hides behind its
+            bytes.
         num_bytes: inputs read once plus outputs written once.
     """
 
@@ -45,7 +45,14 @@ def is_view(func: Any) -> bool:
     return _VIEW[func]
 
 
-_NO_LAUNCH = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
+_NO_LAUNCH = {
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.empty_like.default,
+    aten.detach.default,
+    aten._unsafe_view.default,
+    aten._reshape_alias.default,
+}
 
 
 def is_matrix_product(func: Any) -> bool:
@@ -89,24 +96,66 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
     return 0
 
 
+def _touched(tensor: torch.Tensor) -> int:
+    """Bytes of *tensor* in memory: what is expanded lies there once."""
+    size, stride = tensor.shape, tensor.stride()
+    return math.prod(n for n, step in zip(size, stride, strict=True) if step) * tensor.itemsize
+
+
+def _traffic(func: Any, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    """Bytes read and written."""
+    written = sum(map(_touched, outputs))
+    if name in ("embedding", "index_select", "embedding_dense_backward", "gather"):
+        return 2 * written
+    if name in _WRITES_ONLY:
+        return written
+    if name == "nll_loss_forward":
+        return _touched(inputs[1])
+    if name == "slice_backward":
+        return written + 2 * _touched(inputs[0])
+    if not outputs and func._schema.is_mutable:  # such as `_foreach_add_`, which returns nothing
+        written = sum(map(_touched, inputs[: _first_list(func, inputs)]))
+    return sum(map(_touched, inputs)) + written
+
+
+_WRITES_ONLY = ("zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "zero_", "fill_", "nll_loss_backward")
+
+
+def _first_list(func: Any, inputs: list[torch.Tensor]) -> int:
+    """How many tensors the first argument of a `_foreach` operator holds, given all of them."""
+    lists = sum(str(argument.type).startswith("List[Tensor]") for argument in func._schema.arguments)
+    return len(inputs) // max(1, lists)
+
+
 def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> tuple[OpCost, ...]:
     """The launches that calling *func* so comes to, read from the shapes alone.
 
     One, but for bitsandbytes' ``gemm_4bit``, which for many tokens writes the whole weight in the compute dtype first.
     """
+    name = func._overloadpacket.__name__
+    if name.startswith("_record_function"):
+        return ()
     inputs = tensors(args)
     outputs = tensors(out if isinstance(out, (list, tuple)) else (out,))
     flops = _flops(func, args, kwargs, out)
-    num_bytes = sum(math.prod(t.shape) * t.itemsize for t in (*inputs, *outputs))
-    name = func._overloadpacket.__name__
-    if name in ("embedding", "index_select", "embedding_dense_backward"):
-        num_bytes = 2 * sum(math.prod(t.shape) * t.itemsize for t in outputs)
+    num_bytes = _traffic(func, name, inputs, outputs)
     if is_transfer(func):
         return (OpCost("host", 0, num_bytes // 2),)
-    kind = _KINDS.get(outputs[0].dtype, "float32") if flops and outputs else "memory"
+    if name in ("dequantize_4bit", "dequantize_blockwise"):
+        return (OpCost("dequantize", math.prod(outputs[0].shape), num_bytes),)
+    kind = _kind(name, inputs) if flops and outputs else "memory"
     if name != "gemm_4bit":
         return (OpCost(kind, flops, num_bytes),)
     weight = math.prod(args[2]) * args[0].itemsize
-    packed = sum(math.prod(t.shape) * t.itemsize for t in inputs[1:])
-    product = math.prod(args[0].shape) * args[0].itemsize + math.prod(outputs[0].shape) * outputs[0].itemsize
-    return OpCost("memory", 0, packed + weight), OpCost(kind, flops, product + weight)
+    packed = sum(map(_touched, inputs[1:]))
+    product = _touched(args[0]) + _touched(outputs[0])
+    return OpCost("dequantize", math.prod(args[2]), packed + weight), OpCost(kind, flops, product + weight)
+
+
+def _kind(name: str, inputs: list[torch.Tensor]) -> str:
+    if name == "int8_scaled_mm":
+        return "int8"
+    dtype = _KINDS.get(inputs[0].dtype, "float32")
+    if name in ("bmm", "baddbmm"):
+        return f"batched {dtype}"
+    return f"attention {dtype}" if "attention" in name else dtype

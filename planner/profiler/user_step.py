@@ -150,8 +150,7 @@ def _record(trace: Trace, played: Replay, end: int, gpu: GpuSpec) -> MemoryRecor
 def _seconds(ops: Sequence[OpCost], gpu: GpuSpec) -> float:
     kinds = np.array([OP_KINDS.index(op.kind) for op in ops], dtype=np.int64)
     flops, num_bytes = np.array([op.flops for op in ops]), np.array([op.num_bytes for op in ops])
-    busy = float(latency.operator_seconds(kinds, flops, num_bytes, gpu).sum()) if ops else 0.0
-    return max(busy, len(ops) * gpu.kernel_launch_seconds)
+    return latency.stretch_seconds(kinds, flops, num_bytes, gpu)
 
 
 def _place(trace: Trace, position: int) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,23 @@ from shallowflow.planner.costs import OP_KINDS, SEGMENTS, StepProfile
 from shallowflow.profiles import GpuSpec, gpu_names, load_gpu
 from tests.strategies import T4, step_profiles
 
-BOUNDLESS = replace(
-    T4,
-    fp16_flops_per_second=1e30,
-    bf16_flops_per_second=1e30,
-    fp32_flops_per_second=1e30,
-    dram_bytes_per_second=1e30,
-    pcie_bytes_per_second=1e30,
+RATES = (
+    "fp16_flops_per_second",
+    "bf16_flops_per_second",
+    "fp32_flops_per_second",
+    "int8_flops_per_second",
+    "attention_fp16_flops_per_second",
+    "attention_bf16_flops_per_second",
+    "attention_fp32_flops_per_second",
+    "fp32_matmul_bytes_per_second",
+    "dequantized_elements_per_second",
+    "dram_bytes_per_second",
+    "pcie_bytes_per_second",
 )
-INSTANT = replace(T4, kernel_launch_seconds=0.0)
+DELAYS = ("kernel_gap_seconds", "kernel_launch_seconds", "quantized_launch_seconds")
+ENDLESS: dict[str, Any] = dict.fromkeys(RATES, 1e30)
+BOUNDLESS = replace(T4, kernel_gap_seconds=0.0, **ENDLESS)
+INSTANT = replace(T4, kernel_launch_seconds=0.0, quantized_launch_seconds=0.0)
 
 
 def seconds(profile: StepProfile, gpu: GpuSpec, num_layers: int = 3, micro_batch_size: int = 2) -> tuple[float, float]:
@@ -35,35 +44,40 @@ def seconds(profile: StepProfile, gpu: GpuSpec, num_layers: int = 3, micro_batch
 def test_an_operator_takes_the_longer_of_arithmetic_and_bytes(
     kind: str, flops: int, num_bytes: int, data: st.DataObject
 ) -> None:
-    """Time is flops over the dtype's rate or bytes over bandwidth, whichever is more; moving bytes has no flops."""
+    """After a gap, flops over the kind's rate or bytes over its bandwidth, whichever is more; moving has no flops."""
     gpu = load_gpu(data.draw(st.sampled_from(gpu_names())))
-    rates = {
-        "float16": gpu.fp16_flops_per_second,
-        "bfloat16": gpu.bf16_flops_per_second,
-        "float32": gpu.fp32_flops_per_second,
-    }
+    short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}
+    *family, dtype = kind.split()
+    field = f"{'attention_' if family == ['attention'] else ''}{short.get(dtype)}_flops_per_second"
+    field = "dequantized_elements_per_second" if kind == "dequantize" else field
 
     found = latency.operator_seconds(
         np.array([OP_KINDS.index(kind)]), np.array([flops]), np.array([num_bytes]), gpu
     ).item()
 
-    arithmetic = flops / rates[kind] if kind in rates else 0.0
-    bandwidth = gpu.pcie_bytes_per_second if kind == "host" else gpu.dram_bytes_per_second
-    assert found == pytest.approx(max(arithmetic, num_bytes / bandwidth))
+    arithmetic = flops / getattr(gpu, field) if kind not in ("memory", "host") else 0.0
+    bandwidth = {"host": gpu.pcie_bytes_per_second, "float32": gpu.fp32_matmul_bytes_per_second}
+    moving = num_bytes / bandwidth.get(kind, gpu.dram_bytes_per_second)
+    assert found == pytest.approx(gpu.kernel_gap_seconds + max(arithmetic, moving))
 
 
 @given(step_profiles(), st.integers(1, 60))
 def test_where_the_device_is_instant_the_host_is_the_bound(profile: StepProfile, num_layers: int) -> None:
-    """Then a step takes as many launches as it has operators, repeated as often as their layers are."""
+    """Then a step takes as many launches as it has operators, repeated as often as their layers are.
+
+    A product with a quantized weight costs the host more.
+    """
     inner, last = max(0, num_layers - 2), min(1, num_layers - 1)
     times = {"inner": inner, "inner_back": inner, "last": last, "last_back": last}
     names = [SEGMENTS[index] for index in profile.op_segment]
+    quantized = [OP_KINDS[kind] in ("dequantize", "int8") for kind in profile.op_kind]
+    costs_of = [T4.kernel_launch_seconds + q * T4.quantized_launch_seconds for q in quantized]
 
     micro_batch, update = seconds(profile, BOUNDLESS, num_layers)
 
-    launches = sum(times.get(name, 1) for name in names if name != "update")
-    assert micro_batch == pytest.approx(launches * T4.kernel_launch_seconds)
-    assert update == pytest.approx(names.count("update") * num_layers / 3 * T4.kernel_launch_seconds)
+    launching = list(zip(names, costs_of, strict=True))
+    assert micro_batch == pytest.approx(sum(c * times.get(name, 1) for name, c in launching if name != "update"))
+    assert update == pytest.approx(sum(c for name, c in launching if name == "update") * num_layers / 3)
 
 
 @given(step_profiles(), st.integers(1, 60), st.integers(1, 16))
@@ -93,15 +107,9 @@ def test_more_samples_take_no_less_time(
 @given(step_profiles(), st.integers(2, 60), st.floats(1, 100))
 def test_a_faster_gpu_takes_no_more_time(profile: StepProfile, num_layers: int, ratio: float) -> None:
     """Raising every rate by a ratio and launching as much faster divides the time by it."""
-    faster = replace(
-        T4,
-        fp16_flops_per_second=T4.fp16_flops_per_second * ratio,
-        bf16_flops_per_second=T4.bf16_flops_per_second * ratio,
-        fp32_flops_per_second=T4.fp32_flops_per_second * ratio,
-        dram_bytes_per_second=T4.dram_bytes_per_second * ratio,
-        pcie_bytes_per_second=T4.pcie_bytes_per_second * ratio,
-        kernel_launch_seconds=T4.kernel_launch_seconds / ratio,
-    )
+    changed: dict[str, Any] = {name: getattr(T4, name) * ratio for name in RATES}
+    changed |= {name: getattr(T4, name) / ratio for name in DELAYS}
+    faster = replace(T4, **changed)
 
     assert seconds(profile, T4, num_layers) == pytest.approx(
         tuple(ratio * part for part in seconds(profile, faster, num_layers))

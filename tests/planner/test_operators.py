@@ -1,0 +1,77 @@
+"""What an operator costs, read from shapes: operations, bytes, and its kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shallowflow.planner.costs import OP_KINDS
+from shallowflow.planner.profiler import operators
+from shallowflow.planner.profiler.kernels import Target
+from shallowflow.planner.profiler.operators import OpCost
+from shallowflow.planner.profiler.trace import Recorder, recording
+from tests.runtime import tiny
+
+aten = torch.ops.aten
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of that shape."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cost(func: Any, *args: Any) -> tuple[OpCost, ...]:
+    """What calling *func* costs."""
+    return operators.costs(func, args, {}, func(*args))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float32, "float32")]
+)
+def test_a_product_is_counted_by_its_dtype(dtype: torch.dtype, kind: str) -> None:
+    """2 m k n operations; both factors read and the product written; a batch of them is a kind of its own."""
+    size = dtype.itemsize
+
+    [single] = cost(aten.mm.default, meta(3, 4, dtype=dtype), meta(4, 5, dtype=dtype))
+    [batch] = cost(aten.bmm.default, meta(2, 3, 4, dtype=dtype), meta(2, 4, 5, dtype=dtype))
+
+    assert single == OpCost(kind, 2 * 3 * 4 * 5, size * (12 + 20 + 15))
+    assert batch == OpCost(f"batched {kind}", 2 * 2 * 3 * 4 * 5, 2 * size * (12 + 20 + 15))
+
+
+def test_bytes_are_those_that_lie_in_memory() -> None:
+    """What is expanded lies there once; a fill reads nothing; a list that changes in place is written, too."""
+    wide, narrow = meta(6, 8), meta(1, 8).expand(6, 8)
+
+    assert cost(aten.mul.Tensor, wide, narrow) == (OpCost("memory", 0, 4 * (48 + 8 + 48)),)
+    assert cost(aten.zeros_like.default, wide) == (OpCost("memory", 0, 4 * 48),)
+    assert cost(aten._foreach_add_.List, [meta(5), meta(7)], [meta(5), meta(7)]) == (OpCost("memory", 0, 4 * 3 * 12),)
+    assert cost(aten.embedding.default, meta(100, 8), torch.zeros(3, dtype=torch.int64, device="meta")) == (
+        OpCost("memory", 0, 2 * 4 * 24),
+    )
+
+
+def test_what_launches_nothing_costs_nothing() -> None:
+    """Views, and PyTorch's own notes for its profiler."""
+    assert operators.is_view(aten.view.default)
+    assert operators.is_view(aten._unsafe_view.default)
+    assert not operators.is_view(aten.mul.Tensor)
+
+
+def test_a_step_has_the_operations_that_pytorch_counts() -> None:
+    """Over forward, backward and update, in all, as FlopCounterMode finds them while the same step really runs."""
+    trainee, batch = tiny.trainee(), tiny.random_batch([7, 9])
+    with FlopCounterMode(display=False) as counter:
+        trainee.step([batch])
+    recorder = Recorder(Target(device_type="cpu"))
+    simulated, same = tiny.trainee(), tiny.random_batch([7, 9])
+
+    with recording(recorder):
+        simulated.step([same])
+
+    found = sum(op.flops for _, op in recorder.trace.ops if op.kind not in ("dequantize", "memory", "host"))
+    assert found == counter.get_total_flops() > 0
+    assert {op.kind for _, op in recorder.trace.ops} <= set(OP_KINDS)
