@@ -39,6 +39,7 @@ test: lint
 
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.accuracy --held-out
 
 calibration: setup
 	$(BIN)/python -m benchmarks.calibration

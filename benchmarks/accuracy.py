@@ -1,6 +1,6 @@
 """Predicted against recorded truth: LoRA steps that were measured on a real T4.
 
-    python -m benchmarks.accuracy [--json]
+    python -m benchmarks.accuracy [--held-out] [--json]
 
 Each step is rebuilt as its recording script built it, on ``meta``, with Hugging Face's, PEFT's and our modules, and
 traced and replayed. No byte is fitted to the rows. The T4's rates are fitted to the seconds: for errors on models that
@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -114,22 +115,22 @@ def predict(run: dict[str, Any], gpu: GpuSpec) -> Row:
     )
 
 
-def rows(every: int = 1) -> Iterator[Row]:
-    """Predictions of every *every*-th recorded step."""
+def rows(every: int = 1, path: Path = recorded.RECORDS) -> Iterator[Row]:
+    """Predictions of every *every*-th step recorded in *path*."""
     gpu = load_gpu("t4")
-    for run in recorded.runs()[::every]:
+    for run in recorded.runs(path)[::every]:
         yield predict(run, gpu)
 
 
-def main(as_json: bool) -> None:
-    """Print the table and the summaries."""
+def main(path: Path, as_json: bool) -> None:
+    """Print the table of the steps recorded in *path*, and the summaries."""
     warnings.simplefilter("ignore")
-    total = len(recorded.runs())
-    found = list(track(rows(), "tracing recorded steps", total, console=Console(stderr=True), transient=True))
+    total = len(recorded.runs(path))
+    found = list(track(rows(path=path), "tracing recorded steps", total, console=Console(stderr=True), transient=True))
     if as_json:
         print(json.dumps([asdict(row) for row in found], indent=2))
         return
-    console = Console(width=150)
+    console = Console(width=175)
     console.print(_every_row(found))
     console.print(_summary(found))
     quantized = [row.quantities["reserved"] for row in found if row.weights == "nf4"]
@@ -201,4 +202,5 @@ def summary(errors: Iterable[float]) -> str:
 
 
 if __name__ == "__main__":
-    main("--json" in sys.argv[1:])
+    wanted = recorded.HELD_OUT if "--held-out" in sys.argv[1:] else recorded.RECORDS
+    main(wanted, "--json" in sys.argv[1:])

@@ -24,7 +24,10 @@ from shallowflow.profiles import GpuSpec
 from shallowflow.runtime import build, quantized
 from shallowflow.runtime.simulated import register_quantization
 
-RECORDS = Path(__file__).resolve().parent.parent / "tests" / "measured" / "t4_fitcheck.json"
+MEASURED = Path(__file__).resolve().parent.parent / "tests" / "measured"
+RECORDS = MEASURED / "t4_fitcheck.json"
+HELD_OUT = MEASURED / "t4_held_out.json"
+"""A later session of the same authors, on models of 1.2 to 7.6 billion parameters, to which nothing was ever fitted."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 NUM_LOAD_ORDERS = 24
 NUM_STEPS = 3
@@ -84,9 +87,9 @@ class Levels:
     optimizer: int
 
 
-def runs() -> list[dict[str, Any]]:
-    """The recorded runs, each with its ``phases`` where those were recorded."""
-    records = json.loads(RECORDS.read_text(encoding="utf-8"))
+def runs(path: Path = RECORDS) -> list[dict[str, Any]]:
+    """The runs recorded in *path*, each with its ``phases`` where those were recorded."""
+    records = json.loads(path.read_text(encoding="utf-8"))
     found: list[dict[str, Any]] = records["runs"]
     for run in found:
         run["phases"] = next((p for p in records["phases"] if _same(run, p)), None)

@@ -35,7 +35,7 @@ class LayerCost:
         backward_transient_bytes: beyond what was held when its backward pass began, at that pass's worst moment.
         recomputed_bytes: activations that were computed again, at most at once; part of the transient ones.
         host_bytes: sent to host memory for the backward pass.
-        forward_seconds, backward_seconds: by the roofline; recomputation counts as backward.
+        forward_seconds, backward_seconds: on the device; recomputation counts as backward.
     """
 
     resident_bytes: Bytes

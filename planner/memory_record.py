@@ -65,7 +65,7 @@ class MemoryRecord:
             allocated on a CPU, which keeps no cache.
         peak_process_bytes: reserved plus the CUDA context.
         peak_phase, peak_module: where the peak is; empty where that was not seen.
-        step_seconds: of a simulation, what a roofline gives; None where time was not measured.
+        step_seconds: of a simulation, what the latency model gives; None where time was not measured.
         num_retries: how often cached memory had to be given back to the device to serve a request.
         categories: of a simulation; sum to ``peak_process_bytes``. Empty for a measurement.
         modules: of a simulation, by category and module, largest first; sum to ``peak_allocated_bytes``.

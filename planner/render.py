@@ -89,7 +89,7 @@ def model_profile(profile: ModelProfile) -> RenderableType:
     facts = (
         f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, LoRA rank {profile.rank}. MiB "
         "held between steps, saved from the forward to the backward pass, needed beyond those while either runs, "
-        "recomputed at once, and sent to the host; milliseconds by the roofline."
+        "recomputed at once, and sent to the host; milliseconds on the device."
     )
     parts: list[RenderableType] = [title, Text(facts, style="dim")]
     for kind in profile.kinds:

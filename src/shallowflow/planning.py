@@ -23,15 +23,6 @@ from shallowflow.profiles import FactsError, model_facts
 from shallowflow.profiles.load import gpu_names, load_gpu, load_instances, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 
-TIME_NOTE = (
-    "Times are a roofline's and optimistic: recorded T4 steps with SDPA took longer than predicted, "
-    "by 28 % in the median."
-)
-"""From `make accuracy`: predicted over measured is 22 % too low in the median."""
-
-CPU_TIME_NOTE = "Times are a roofline's and optimistic: small steps on two cores took 1.4 to 8 times as long."
-"""Measured with `sfplan measure` beside `sfplan simulate` on the machine that the CPU's rates come from."""
-
 Progress = Callable[[str], None]
 
 
@@ -290,9 +281,14 @@ def _with_buckets(peak: TracedPeak) -> TracedPeak:
     )
 
 
+def _time_note(gpu: GpuSpec) -> str:
+    """How far the seconds can be trusted, and why."""
+    return f"Seconds: give or take {gpu.step_error:.0%}: {gpu.sources['step_error'].text}."
+
+
 def _notes(session: Session, workload: Workload) -> tuple[str, ...]:
     """What the numbers leave out and a user should know."""
-    notes = [TIME_NOTE if session.gpu.device_type == "cuda" else CPU_TIME_NOTE]
+    notes = [_time_note(session.gpu)]
     if workload.num_gpus > 1:
         notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import accuracy, recorded, rivals
 from shallowflow.planner.problem import HEADROOM
+from shallowflow.profiles import load_gpu
 
 EVERY = 7
 """One in so many recorded steps is traced here; `make accuracy` traces them all."""
@@ -21,6 +22,27 @@ def rows() -> list[accuracy.Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as the program does: the recorded steps use what libraries now call old
         return list(accuracy.rows(every=EVERY))
+
+
+@cache
+def held_out() -> list[accuracy.Row]:
+    """The same of a later session, on another card, with models to which nothing was ever fitted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(accuracy.rows(every=3, path=recorded.HELD_OUT))
+
+
+def test_steps_that_nothing_was_fitted_to_are_met() -> None:
+    """A step's peak over its resident bytes to 1 MiB, allocated within 0.5 %, seconds within the stated error."""
+    stated = load_gpu("t4").step_error
+
+    assert len(held_out()) == 4
+    for row in held_out():
+        step = row.quantities["step"]
+        assert abs(step.predicted - step.measured) < 2**20, row.name
+        assert abs(row.error("allocated")) < 0.005, row.name
+        assert abs(row.error("seconds")) < stated, row.name
+        assert row.quantities["reserved"].spanned, row.name
 
 
 def test_the_sample_is_spread() -> None:
