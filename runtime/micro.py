@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ Case = tuple[str, dict[str, int], Callable[[], Any], int, int]
 """Name, sizes, what to run, floating-point operations, bytes moved."""
 
 NUM_TIMED = 10
+NUM_LAUNCHES = 100
+THIN = 16
+"""An adapter's rank, as timed."""
+
 LARGE = {"matrix": 4096, "tokens": 4096, "width": 2048, "copy": 256 * 2**20, "heads": 32, "length": 1024}
 SMALL = {"matrix": 256, "tokens": 128, "width": 128, "copy": 2**20, "heads": 2, "length": 64}
 
@@ -54,6 +59,45 @@ def _timed(cases: Iterator[Case], device: torch.device, dtype: torch.dtype) -> I
         yield row
 
 
+SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+def rates(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What timed operators say of a device, by the names of a GPU's facts; what was not timed is left out.
+
+    Matrix products by their square; where bytes bound an fp32 product, by an adapter's thinnest; a kernel's gap by many
+    small ones in a row, which the host may bound.
+    """
+    timed = [row for row in found if "seconds" in row]
+    known: dict[str, float] = {}
+    for row in timed:
+        name, dtype = row["operator"], SHORT.get(row["dtype"], row["dtype"])
+        if name == "mm":
+            dtype = "fp32" if row["bits"] == 32 else dtype
+            if row["m"] == row["k"] == row["n"]:
+                known[f"{dtype}_flops_per_second"] = row["flops_per_second"]
+            elif dtype == "fp32" and min(row["k"], row["n"]) <= THIN:
+                thinnest = min(row["bytes_per_second"], known.get("fp32_matmul_bytes_per_second", math.inf))
+                known["fp32_matmul_bytes_per_second"] = thinnest
+        elif name == "attention, both passes":
+            known[f"attention_{dtype}_flops_per_second"] = row["flops_per_second"]
+        elif name == "nf4 to numbers":
+            known["dequantized_elements_per_second"] = row["elements"] / row["seconds"]
+        elif name == f"{NUM_LAUNCHES} launches":
+            known["kernel_gap_seconds"] = row["seconds"] / NUM_LAUNCHES
+        elif name in _RATE_OF:
+            field, key = _RATE_OF[name]
+            known[field] = row[key]
+    return known
+
+
+_RATE_OF = {
+    "copy on the device": ("dram_bytes_per_second", "bytes_per_second"),
+    "host to device": ("pcie_bytes_per_second", "bytes_per_second"),
+    "int8 product": ("int8_flops_per_second", "flops_per_second"),
+}
+
+
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     for _ in range(3):
         run()
@@ -76,7 +120,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 def _products(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Iterator[Case]:
     """Square, a layer's, and an adapter's thin ones, in *dtype* and in fp32."""
     n, tokens, width = sizes["matrix"], sizes["tokens"], sizes["width"]
-    for rows, inner, columns in ((n, n, n), (tokens, width, 4 * width), (tokens, width, 16), (tokens, 16, width)):
+    for rows, inner, columns in ((n, n, n), (tokens, width, 4 * width), (tokens, width, THIN), (tokens, THIN, width)):
         for kind in dict.fromkeys((dtype, torch.float32)):
             a = torch.randn(rows, inner, device=device, dtype=kind)
             b = torch.randn(inner, columns, device=device, dtype=kind)
@@ -94,13 +138,12 @@ def _copies(device: torch.device, sizes: dict[str, int]) -> Iterator[Case]:
     yield "host to device", {"bytes": count}, lambda: target.copy_(host, non_blocking=True), 0, count
     yield "device to host", {"bytes": count}, lambda: host.copy_(source, non_blocking=True), 0, count
     small = torch.zeros(4, device=device)
-    many = 100
 
     def launches() -> None:
-        for _ in range(many):
+        for _ in range(NUM_LAUNCHES):
             small.add_(1)
 
-    yield f"{many} launches", {}, launches, 0, 0
+    yield f"{NUM_LAUNCHES} launches", {}, launches, 0, 0
 
 
 def _attention(device: torch.device, dtype: torch.dtype, sizes: dict[str, int]) -> Iterator[Case]:

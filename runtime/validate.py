@@ -123,6 +123,7 @@ def validate(rules: Rules, grid: tuple[Cell, ...], boundaries: tuple[Cell, ...],
         "rows": rows,
         "boundaries": limits,
         "operators": operators,
+        "rates": micro.rates(operators),
         "side by side": beside,
     }
 

@@ -15,6 +15,7 @@ import torch
 
 from shallowflow.planner.profiler.user_step import simulate
 from shallowflow.profiles import load_gpu, load_model
+from shallowflow.profiles.load import RATES
 from shallowflow.runtime import build, cells, micro, others, simulated, trial, validate
 from shallowflow.runtime.cells import BOUNDARIES, SMALL, Cell, full_grid
 from shallowflow.runtime.loss import chunked, summed
@@ -47,6 +48,7 @@ def test_it_runs_from_end_to_end_on_a_bare_path(tmp_path: Path) -> None:
             assert row["predicted"][name] == pytest.approx(row["measured"][name], rel=1e-3)
     assert all(row.get("seconds", 0) > 0 for row in record["operators"])
     assert {"mm", "attention", "AdamW", "nf4 to numbers"} <= {row["operator"] for row in record["operators"]}
+    assert record["rates"].keys() >= {"fp32_flops_per_second", "dram_bytes_per_second", "kernel_gap_seconds"}
     [beside] = record["side by side"]
     assert beside["ours"]["tokens_per_second"] > 0
     assert set(beside) == {"cell", "ours", *others.TRAINERS}
@@ -59,6 +61,35 @@ def test_it_runs_from_end_to_end_on_a_bare_path(tmp_path: Path) -> None:
             assert f"{name} not installed" in done.stdout
     assert f"written to {path}" in done.stdout
     assert done.stdout.count("SmolLM2-135M") == len(SMALL) + 1
+
+
+def test_timed_operators_become_a_gpus_rates() -> None:
+    """Each by the name that a GPU's facts have for it; what failed or was not timed is left out."""
+    square = {"operator": "mm", "dtype": "float16", "m": 8, "k": 8, "n": 8, "seconds": 1.0}
+    found: list[dict[str, Any]] = [
+        {**square, "bits": 16, "flops_per_second": 5e12, "bytes_per_second": 1e9},
+        {**square, "bits": 32, "flops_per_second": 1e12, "bytes_per_second": 1e9},
+        {**square, "bits": 32, "n": 16, "k": 64, "flops_per_second": 1e11, "bytes_per_second": 8e9},
+        {**square, "bits": 32, "n": 64, "k": 16, "flops_per_second": 1e11, "bytes_per_second": 7e9},
+        {"operator": "attention, both passes", "dtype": "float16", "seconds": 1.0, "flops_per_second": 3e12},
+        {"operator": "copy on the device", "dtype": "float16", "seconds": 1.0, "bytes_per_second": 2e11},
+        {"operator": "nf4 to numbers", "dtype": "float16", "elements": 100, "seconds": 2.0, "bytes_per_second": 1.0},
+        {"operator": "100 launches", "dtype": "float16", "seconds": 5e-4},
+        {"operator": "int8 product", "dtype": "float16", "failed": "no such kernel"},
+    ]
+
+    rates = micro.rates(found)
+
+    assert rates == {
+        "fp16_flops_per_second": 5e12,
+        "fp32_flops_per_second": 1e12,
+        "fp32_matmul_bytes_per_second": 7e9,
+        "attention_fp16_flops_per_second": 3e12,
+        "dram_bytes_per_second": 2e11,
+        "dequantized_elements_per_second": 50.0,
+        "kernel_gap_seconds": pytest.approx(5e-6),
+    }
+    assert set(rates) <= set(RATES)
 
 
 def test_it_needs_nothing_but_the_libraries_of_training(tmp_path: Path) -> None:
