@@ -38,9 +38,12 @@ MICROBENCHMARKS = {
     "dram_bytes_per_second": 230e9,
     "fp32_matmul_bytes_per_second": 100e9,
 }
-"""Where each rate starts from: t4_micro.csv's values, or orders of magnitude from it."""
+"""Where each rate starts, and what it is drawn to, weakly: near what t4_micro.csv says of products and copies, and of
+the right order where it says nothing."""
 
 HOST = {"kernel_launch_seconds": 45e-6, "quantized_launch_seconds": 150e-6}
+"""Where the host's constants start: high enough that the search sees the host as a bound and can lower it."""
+
 HOST_ELSEWHERE = {"kernel_launch_seconds": 21e-6, "quantized_launch_seconds": 86e-6}
 """Qwen2.5-3B generating one token in 39 ms, 1,858 operators; with nf4 in 61 ms, 252 quantized products."""
 
@@ -149,8 +152,9 @@ def main() -> None:
     found, predicted = fit(steps), cross_validated(steps)
     console = Console(width=120)
     middle = found.between_cards()
+    shipped = load_gpu("t4")
     for name in (*MICROBENCHMARKS, *HOST):
-        console.print(f"{name:<34}{getattr(middle, name):.3g}")
+        console.print(f"{name:<34}fitted {getattr(middle, name):<10.3g} shipped {getattr(shipped, name):.3g}")
     console.print(f"the second card takes {found.second_card:.3f} of the first one's time")
     table = Table(box=None, pad_edge=False)
     for name in ("model", "weights", "attention", "shape"):

@@ -17,9 +17,10 @@ import torch
 
 from shallowflow.planner import latency
 from shallowflow.planner.costs import OP_KINDS
-from shallowflow.planner.profiler.allocator import Replay, replay
 from shallowflow.planner.profiler.kernels import Target
-from shallowflow.planner.profiler.trace import Recorder, Trace, recording
+from shallowflow.planner.profiler.recording import recording
+from shallowflow.planner.profiler.replay import Replay, replay
+from shallowflow.planner.profiler.trace import Recorder, Trace
 from shallowflow.profiles import GpuSpec
 from shallowflow.runtime import build, quantized
 from shallowflow.runtime.simulated import register_quantization

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -226,3 +226,8 @@ def plans(draw: st.DrawFn) -> Plan:
         notes=tuple(draw(st.lists(words, max_size=2))),
         versions=draw(st.dictionaries(words, words, max_size=3)),
     )
+
+
+def same(first: StepProfile, second: StepProfile) -> bool:
+    """Equal in every array."""
+    return all(np.array_equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(StepProfile))

@@ -12,8 +12,6 @@ falling ones it gives them to the MiB (`make accuracy`).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from shallowflow.planner.memory_record import OutOfDeviceMemory
 
@@ -30,9 +28,9 @@ ROUND_LARGE_BYTES = 2 << 20
 EMPTY_CACHE = 0
 """The event of ``torch.cuda.empty_cache()``."""
 
-_ADDRESS_BITS = 47
+ADDRESS_BITS = 47
 """Of a process's virtual memory; a free block's key is its size above its address."""
-_SPACE = 1 << (_ADDRESS_BITS - 1)
+SPACE = 1 << (ADDRESS_BITS - 1)
 
 
 class OutOfMemory(OutOfDeviceMemory):
@@ -67,11 +65,7 @@ def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.2f} MiB"
 
 
-class _NoRoom(Exception):
-    """A page that cannot be mapped before others are unmapped."""
-
-
-class _Block:
+class Block:
     """A stretch of a segment; neighbours are linked so that free ones can join."""
 
     __slots__ = ("address", "free", "mapped", "next", "previous", "size", "small")
@@ -82,10 +76,10 @@ class _Block:
         self.small = small
         self.free = False
         self.mapped = mapped
-        self.previous: _Block | None = None
-        self.next: _Block | None = None
+        self.previous: Block | None = None
+        self.next: Block | None = None
 
-    def link(self, after: _Block) -> None:
+    def link(self, after: Block) -> None:
         """Put this block behind *after*."""
         self.previous, self.next = after, after.next
         if after.next is not None:
@@ -102,23 +96,6 @@ class _Block:
             after.next.previous = self
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """What a replayed stream came to.
-
-    Attributes:
-        allocated_bytes: whole blocks in use after each event.
-        reserved_bytes: segments held after each event.
-        block_bytes: per allocation, the block that it got.
-        num_retries: how often cached segments had to be given back before a request could be served.
-    """
-
-    allocated_bytes: list[int]
-    reserved_bytes: list[int]
-    block_bytes: list[int]
-    num_retries: int = 0
-
-
 class CachingAllocator:
     """The allocator's state; ``malloc`` and ``free`` behave as PyTorch's.
 
@@ -130,10 +107,10 @@ class CachingAllocator:
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.num_retries = 0
-        self._lowest_address = (1 << _ADDRESS_BITS) - 1
-        self._blocks: dict[int, _Block] = {}
+        self._lowest_address = (1 << ADDRESS_BITS) - 1
+        self._blocks: dict[int, Block] = {}
         self._free: tuple[list[int], list[int]] = ([], [])
-        self._by_key: dict[int, _Block] = {}
+        self._by_key: dict[int, Block] = {}
 
     def malloc(self, key: int, num_bytes: int) -> int:
         """Serve a request and return the size of the block given.
@@ -145,7 +122,7 @@ class CachingAllocator:
         small = size <= SMALL_BYTES
         block = self._take_cached(size, small) or self._grow(size, small)
         if self._worth_splitting(block.size - size, small):
-            rest = _Block(block.address + size, block.size - size, small)
+            rest = Block(block.address + size, block.size - size, small)
             rest.link(block)
             block.size = size
             self._add_free(rest)
@@ -166,7 +143,7 @@ class CachingAllocator:
                 self._remove_free(block)
                 self.reserved_bytes -= block.size
 
-    def _join(self, block: _Block) -> None:
+    def _join(self, block: Block) -> None:
         """Make *block* free and one with its free neighbours."""
         before = block.previous
         if before is not None and before.free:
@@ -179,22 +156,22 @@ class CachingAllocator:
             block.absorb_next()
         self._add_free(block)
 
-    def _add_free(self, block: _Block) -> None:
+    def _add_free(self, block: Block) -> None:
         block.free = True
-        key = block.size << _ADDRESS_BITS | block.address
+        key = block.size << ADDRESS_BITS | block.address
         self._by_key[key] = block
         insort(self._free[block.small], key)
 
-    def _remove_free(self, block: _Block) -> None:
+    def _remove_free(self, block: Block) -> None:
         block.free = False
-        key = block.size << _ADDRESS_BITS | block.address
+        key = block.size << ADDRESS_BITS | block.address
         del self._by_key[key]
         pool = self._free[block.small]
         del pool[bisect_left(pool, key)]
 
-    def _take_cached(self, size: int, small: bool) -> _Block | None:
+    def _take_cached(self, size: int, small: bool) -> Block | None:
         pool = self._free[small]
-        index = bisect_left(pool, size << _ADDRESS_BITS)
+        index = bisect_left(pool, size << ADDRESS_BITS)
         if index == len(pool):
             return None
         block = self._by_key.pop(pool.pop(index))
@@ -204,7 +181,7 @@ class CachingAllocator:
     def _worth_splitting(self, rest: int, small: bool) -> bool:
         return rest >= MIN_BLOCK_BYTES if small else rest > SMALL_BYTES
 
-    def _grow(self, size: int, small: bool) -> _Block:
+    def _grow(self, size: int, small: bool) -> Block:
         if small:
             segment = SMALL_SEGMENT_BYTES
         elif size < MIN_LARGE_BYTES:
@@ -213,7 +190,7 @@ class CachingAllocator:
             segment = -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
         self._reserve(segment)
         self._lowest_address -= segment
-        return _Block(self._lowest_address, segment, small)
+        return Block(self._lowest_address, segment, small)
 
     def _reserve(self, num_bytes: int) -> None:
         """Count *num_bytes* as reserved, after giving cached segments back if they do not fit otherwise."""
@@ -223,162 +200,3 @@ class CachingAllocator:
             if self.reserved_bytes + num_bytes > self.capacity_bytes:
                 raise OutOfMemory(num_bytes, self.allocated_bytes, self.reserved_bytes, self.capacity_bytes)
         self.reserved_bytes += num_bytes
-
-
-class ExpandableAllocator(CachingAllocator):
-    """The same with ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
-
-    Each pool is one stretch of addresses, of which pages are mapped where they are needed; so free blocks side by side
-    can always join, and a request that no free block holds extends one.
-    """
-
-    def __init__(self, capacity_bytes: int | None = None) -> None:
-        super().__init__(capacity_bytes)
-        self._first = (_Block(0, _SPACE, False, mapped=False), _Block(0, _SPACE, True, mapped=False))
-
-    def empty_cache(self) -> None:
-        """Unmap every whole page that lies inside a free block."""
-        for block in list(self._by_key.values()):
-            page = _page(block.small)
-            start = -(-block.address // page) * page
-            end = (block.address + block.size) // page * page
-            if end > start:
-                self._remove_free(block)
-                self._unmap(block, start, end)
-
-    def _unmap(self, block: _Block, start: int, end: int) -> None:
-        self.reserved_bytes -= end - start
-        before, after = start - block.address, block.address + block.size - end
-        if before:
-            head = _Block(block.address, before, block.small)
-            previous = block.previous
-            if previous is None:
-                head.next, block.previous = block, head
-                self._set_first(head)
-            else:
-                head.link(previous)
-            self._add_free(head)
-        block.address, block.size = start, end - start
-        block.mapped = False
-        if after:
-            tail = _Block(end, after, block.small)
-            tail.link(block)
-            self._add_free(tail)
-        elif block.next is not None and not block.next.mapped:
-            block.absorb_next()
-        if block.previous is not None and not block.previous.mapped:
-            block.previous.absorb_next()
-
-    def _set_first(self, block: _Block) -> None:
-        large, small = self._first
-        self._first = (large, block) if block.small else (block, small)
-
-    def _take_cached(self, size: int, small: bool) -> _Block | None:
-        """Best fit, where a block that can grow counts as large as it can become."""
-        pool = self._free[small]
-        index = bisect_left(pool, size << _ADDRESS_BITS)
-        if index == len(pool):
-            return None
-        block = self._by_key[pool[index]]
-        for key in pool[index + 1 :]:
-            following = self._by_key[key]
-            if _reach(following) >= _reach(block):
-                break
-            block = following
-        self._remove_free(block)
-        return block
-
-    def _worth_splitting(self, rest: int, small: bool) -> bool:
-        return rest >= MIN_BLOCK_BYTES
-
-    def _grow(self, size: int, small: bool) -> _Block:
-        """Map pages behind the first free or unmapped stretch that is long enough."""
-        while True:
-            block = self._stretch(size, small)
-            missing = size - (block.size if block.mapped else 0)
-            try:
-                if not block.mapped:
-                    block = self._map(block, min(block.size, size))
-                while block.size < size:
-                    following = block.next
-                    assert following is not None
-                    block = self._map(following, min(size - block.size, following.size))
-            except _NoRoom:
-                before = self.reserved_bytes
-                self.num_retries += 1
-                self.empty_cache()
-                if self.reserved_bytes == before:
-                    capacity = self.capacity_bytes or 0
-                    raise OutOfMemory(missing, self.allocated_bytes, before, capacity) from None
-                continue
-            self._remove_free(block)
-            return block
-
-    def _stretch(self, size: int, small: bool) -> _Block:
-        block: _Block | None = self._first[small]
-        while block is not None:
-            if not block.mapped:
-                start = block.previous if block.previous is not None and block.previous.free else block
-                room = 0
-                last: _Block | None = start
-                while room < size and last is not None and (last.free or not last.mapped):
-                    room += last.size
-                    last = last.next
-                if room >= size:
-                    return start
-            block = block.next
-        raise AssertionError("the address space is larger than any request")
-
-    def _map(self, block: _Block, num_bytes: int) -> _Block:
-        """Map the pages that hold the first *num_bytes* of an unmapped block, and join them with what is free."""
-        page = _page(block.small)
-        mapped = min(block.size, -(-(block.address + num_bytes) // page) * page - block.address)
-        if self.capacity_bytes is not None and self.reserved_bytes + mapped > self.capacity_bytes:
-            raise _NoRoom
-        self.reserved_bytes += mapped
-        if mapped < block.size:
-            rest = _Block(block.address + mapped, block.size - mapped, block.small, mapped=False)
-            rest.link(block)
-            block.size = mapped
-        block.mapped = True
-        previous = block.previous
-        self._join(block)
-        return previous if previous is not None and previous.free else block
-
-
-def _page(small: bool) -> int:
-    return SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
-
-
-def _reach(block: _Block) -> int:
-    following = block.next
-    return block.size + (following.size if following is not None and not following.mapped else 0)
-
-
-def replay(
-    events: Sequence[int], sizes: Sequence[int], capacity_bytes: int | None = None, *, expandable_segments: bool = False
-) -> Replay:
-    """Run a recorded stream (see ``Trace``) through the allocator.
-
-    Raises:
-        OutOfMemory: the stream does not fit in *capacity_bytes*.
-    """
-    allocator = (ExpandableAllocator if expandable_segments else CachingAllocator)(capacity_bytes)
-    malloc, free = allocator.malloc, allocator.free
-    allocated: list[int] = []
-    reserved: list[int] = []
-    blocks = [0] * len(sizes)
-    for event in events:
-        if event > 0:
-            try:
-                blocks[event - 1] = malloc(event, sizes[event - 1])
-            except OutOfMemory as error:
-                error.event = len(allocated)
-                raise
-        elif event < 0:
-            free(-event)
-        else:
-            allocator.empty_cache()
-        allocated.append(allocator.allocated_bytes)
-        reserved.append(allocator.reserved_bytes)
-    return Replay(allocated, reserved, blocks, allocator.num_retries)

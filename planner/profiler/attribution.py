@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 from shallowflow.planner.memory_record import LiveBytes, Timeline
 
-from .allocator import Replay
+from .replay import Replay
 from .trace import Trace
 
 CATEGORIES = (

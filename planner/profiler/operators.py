@@ -49,6 +49,8 @@ _NO_LAUNCH = {
     aten.empty.memory_format,
     aten.empty_strided.default,
     aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
     aten.detach.default,
     aten._unsafe_view.default,
     aten._reshape_alias.default,

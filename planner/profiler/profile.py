@@ -13,7 +13,8 @@ from shallowflow.planner.costs import OP_KINDS, SEGMENTS, Ints, StepProfile
 
 from . import kernels
 from .kernels import Target
-from .trace import RECOMPUTED, Recorder, Trace, recording
+from .recording import recording
+from .trace import RECOMPUTED, Recorder, Trace
 
 CORNERS = ((2, 8), (3, 8), (2, 16), (3, 16))
 """(micro-batch, rank) of the traces from which a profile's coefficients follow.

@@ -77,7 +77,7 @@ def call(
     launches = operators.costs(func, args, kwargs, out)
     single = not isinstance(out, (tuple, list))
     results = (out,) if single else tuple(out)
-    if _shares_memory(results, args):  # such as `_unsafe_view`, whose schema does not say so
+    if _shares_memory(results, args):  # where the schema does not say so
         _fresh[func] = False
     elif all(r is None or (isinstance(r, torch.Tensor) and r.is_meta) for r in results):
         _known[key] = ([None if r is None else (r.shape, r.stride(), r.dtype) for r in results], single, launches)

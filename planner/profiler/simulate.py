@@ -6,11 +6,12 @@ from shallowflow.planner.memory_record import Timeline
 from shallowflow.planner.plan import MemoryPart
 from shallowflow.planner.solver import TracedPeak
 
-from .allocator import Replay, replay
 from .attribution import by_category, live_at, timeline
 from .kernels import Target
 from .profile import TraceableStep, mark_layers
-from .trace import Recorder, Trace, recording
+from .recording import recording
+from .replay import Replay, replay
+from .trace import Recorder, Trace
 
 
 def trace_step(step: TraceableStep, target: Target) -> Trace:

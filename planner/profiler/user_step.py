@@ -14,12 +14,14 @@ from shallowflow.planner.costs import OP_KINDS
 from shallowflow.planner.memory_record import RECORD_VERSION, CategoryBytes, MemoryRecord, PhasePeak
 from shallowflow.profiles import GpuSpec, load_gpu
 
-from .allocator import OutOfMemory, Replay, replay
+from .allocator import OutOfMemory
 from .attribution import by_category, live_at, timeline
 from .kernels import Target
 from .operators import OpCost
+from .recording import recording
+from .replay import Replay, replay
 from .simulate import exact
-from .trace import Recorder, Trace, recording
+from .trace import Recorder, Trace
 
 MakeStep = Callable[[str], Callable[[], Any]]
 NUM_STEPS = 3

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import os
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 import click
 import msgspec
 
 from shallowflow import __version__
-from shallowflow.planner.memory_record import MemoryRecord, OutOfDeviceMemory
+from shallowflow.inspection import gpus_command, measure_command, models_command, profile_command, simulate_command
+from shallowflow.options import DEFAULT_MODEL, DEFAULTS, workload_options
+from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Objective, Plan, Quantization, Workload
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, from_json, to_json
-from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS
 from shallowflow.planning import RequestError, make_plan
-from shallowflow.profiles import FactsError, gpu_names, load_gpu, load_model, model_names, validate_config
+from shallowflow.profiles import FactsError, load_gpu, validate_config
 from shallowflow.runtime.files import write_text
-
-DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
-DEFAULTS = Workload()
 
 
 class Commands(click.Group):
@@ -60,53 +55,9 @@ def cli() -> None:
     """
 
 
-def _workload_options(command: Callable[..., None]) -> Callable[..., None]:
-    count = click.IntRange(min=1)
-    options = [
-        click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu."),
-        click.option("--gpus", type=count, default=1, show_default=True, help="How many of them."),
-        click.option(
-            "--sequence-length",
-            type=click.IntRange(min=2),
-            default=DEFAULTS.sequence_length,
-            show_default=True,
-            help="Tokens per sequence.",
-        ),
-        click.option("--tokens", type=count, help="Size of the work in tokens.  [default: 10,000,000]"),
-        click.option("--data", type=click.Path(path_type=Path), help="Size of the work: a JSONL, CSV or text file."),
-        click.option(
-            "--global-batch-size",
-            type=click.IntRange(min=1, max=65_536),
-            default=DEFAULTS.global_batch_size,
-            show_default=True,
-            help="Sequences per optimizer update, over all GPUs.",
-        ),
-        click.option("--rank", type=count, help="LoRA's rank, fixed."),
-        click.option("--min-rank", type=count, help=f"LoRA's rank, at least.  [default: {DEFAULTS.min_rank}]"),
-        click.option(
-            "--quantization",
-            type=click.Choice(get_args(Quantization)),
-            default=DEFAULTS.quantization,
-            show_default=True,
-            help="Format of the base weights; fp16 means not quantized.",
-        ),
-        click.option(
-            "--objective",
-            type=click.Choice(get_args(Objective)),
-            default=DEFAULTS.objective,
-            show_default=True,
-            help="What the best plan is best at.",
-        ),
-        click.option("--region", default=DEFAULTS.region, show_default=True, help="Where prices are taken from."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command("plan")
 @click.argument("model", default=DEFAULT_MODEL)
-@_workload_options
+@workload_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan to a file.")
 def plan_command(
@@ -262,120 +213,6 @@ def train_command(
         sys.exit(130)
 
 
-@cli.command("profile")
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
-@click.option(
-    "--sequence-length",
-    type=click.IntRange(2, MOST_TOKENS),
-    default=DEFAULTS.sequence_length,
-    show_default=True,
-    help="Tokens per sequence.",
-)
-@click.option("--micro-batch-size", type=click.IntRange(1, 65_536), default=1, show_default=True, help="Sequences.")
-@click.option("--rank", type=click.IntRange(1, MOST_RANK), default=16, show_default=True, help="LoRA's rank.")
-@click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
-def profile_command(
-    model: str, gpu: str, sequence_length: int, micro_batch_size: int, rank: int, as_json: bool
-) -> None:
-    """Say what one layer of MODEL takes under every strategy: weight formats, and what becomes of activations.
-
-    \b
-    sfplan profile SmolLM2-135M --gpu t4
-    """
-    from shallowflow.hub import find_model
-    from shallowflow.planning import Session
-    from shallowflow.profiling import model_profile
-    from shallowflow.terminal import status
-
-    spec, device = find_model(model), load_gpu(gpu)
-    with status(f"profiling {spec.name}") as tell:
-        made = model_profile(Session(spec, device, tell), sequence_length, micro_batch_size, rank)
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
-        return
-    from shallowflow.planner import render
-    from shallowflow.terminal import console
-
-    console().print(render.model_profile(made))
-
-
-@cli.command("simulate")
-@click.argument("step", metavar="FILE.py:FUNCTION")
-@click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
-@click.option(
-    "--capacity-mib",
-    type=click.FloatRange(min=0, min_open=True),
-    help="What the allocator may reserve; what does not fit fails as on the device.  [default: no bound]",
-)
-@click.option("--expandable-segments", is_flag=True, help="As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.")
-@click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page with the step's timeline."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def simulate_command(
-    step: str, gpu: str, capacity_mib: float | None, expandable_segments: bool, report: Path | None, as_json: bool
-) -> None:
-    """Say what any training step takes of a GPU's memory, without the GPU.
-
-    FUNCTION(device) builds model, data and optimizer on the device and returns a function that runs one step.
-    FILE.py is run.
-
-    \b
-    sfplan simulate step.py:make_step --gpu t4
-    sfplan simulate step.py:make_step --gpu t4 --capacity-mib 14000 --report step.html
-    """
-    from shallowflow.terminal import status
-
-    device = load_gpu(gpu)
-    if capacity_mib is not None and not math.isfinite(capacity_mib):
-        raise RequestError(f"a capacity of {capacity_mib} MiB is none; give a number of MiB, or leave it out")
-    capacity = None if capacity_mib is None else int(capacity_mib * 2**20)
-    with status(f"simulating {step}"):
-        from shallowflow.runtime.user_step import simulated
-
-        record = simulated(step, device, capacity, expandable_segments=expandable_segments)
-    if report:
-        from shallowflow.runtime.report import memory_html
-
-        try:
-            write_text(report, memory_html(record, step))
-        except OSError as error:
-            raise RequestError(f"cannot write {report}: {error.strerror}") from None
-    _show_memory(record, as_json)
-
-
-@cli.command("measure")
-@click.argument("step", metavar="FILE.py:FUNCTION")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="The device to run it on."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def measure_command(step: str, device: str, as_json: bool) -> None:
-    """Run a training step for real and say what it took: the truth beside `sfplan simulate`.
-
-    \b
-    sfplan measure step.py:make_step --device cpu
-    """
-    from shallowflow.terminal import status
-
-    with status(f"measuring {step}"):
-        from shallowflow.runtime.user_step import measured
-
-        record = measured(step, device)
-    _show_memory(record, as_json)
-
-
-def _show_memory(record: MemoryRecord, as_json: bool) -> None:
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())
-        return
-    from shallowflow.planner import render
-    from shallowflow.terminal import console
-
-    console().print(render.memory_record(record))
-
-
 def _interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -394,29 +231,8 @@ def _read_plan(path: Path) -> Plan:
         raise PlanError(f"cannot read {path}: {error.strerror}") from None
 
 
-@cli.command("models")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def models_command(as_json: bool) -> None:
-    """List the models that can be planned offline."""
-    specs = [load_model(name) for name in model_names()]
-    if as_json:
-        click.echo(json.dumps([{"name": s.name, "num_parameters": s.num_parameters} for s in specs], indent=2))
-        return
-    for spec in specs:
-        count = "" if spec.num_parameters is None else f"{spec.num_parameters:>16,}"
-        click.echo(f"{spec.name:<45}{count}")
-
-
-@cli.command("gpus")
-@click.option("--json", "as_json", is_flag=True, help="Print every number with its source as JSON.")
-def gpus_command(as_json: bool) -> None:
-    """List the GPUs that can be planned for."""
-    specs = [load_gpu(name) for name in gpu_names()]
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(specs), indent=2).decode())
-        return
-    for spec in specs:
-        click.echo(f"{spec.name:<12}{spec.memory_bytes / 2**30:>8.2f} GiB  {spec.compute_dtype:<10}{spec.title}")
+for _command in (profile_command, simulate_command, measure_command, models_command, gpus_command):
+    cli.add_command(_command)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -15,6 +15,7 @@ import pytest
 
 import shallowflow
 from shallowflow import cli
+from shallowflow.options import DEFAULT_MODEL
 from shallowflow.planner import serialize
 from shallowflow.profiles import gpu_names, load_gpu, load_model, model_names
 from tests.front.shell import AS_PROGRAM, SMALL, sfplan
@@ -75,11 +76,11 @@ def test_the_word_plan_may_be_left_out(tiny_folder: Path) -> None:
 
 def test_the_model_may_be_left_out() -> None:
     """``sfplan model --gpu t4`` plans the model that the help names, and so do the other ways to say it."""
-    named = sfplan(cli.DEFAULT_MODEL)
+    named = sfplan(DEFAULT_MODEL)
     others = [sfplan(*words) for words in (["model", "--gpu", "t4"], ["plan"], ["--gpu", "t4"])]
 
     assert named.code == 0
-    assert named.output.startswith(f"{cli.DEFAULT_MODEL} on one T4\n")
+    assert named.output.startswith(f"{DEFAULT_MODEL} on one T4\n")
     assert all(other == named for other in others)
 
 

@@ -68,6 +68,7 @@ def test_an_interrupt_saves_the_run(tiny_plan: str, tiny_folder: Path, data: Pat
     words = ["train", "plan.json", "--data", data, "--output", "run", "--weights", tiny_folder, "--steps", 10**6]
     code = (
         "import os, signal, sys; import shallowflow.terminal as t; from shallowflow.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "told = t.Watcher.step\n"
         "def step(self, record, peak):\n"
         "    told(self, record, peak)\n"

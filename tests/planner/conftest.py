@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from shallowflow.planner.profiler import shapes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -15,3 +18,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(name="called")
+def _called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the operators that were recorded, in order."""
+    names: list[str] = []
+    plain = shapes.call
+
+    def spy(func: Any, *rest: Any) -> Any:
+        names.append(func._overloadpacket.__name__)
+        return plain(func, *rest)
+
+    monkeypatch.setattr(shapes, "call", spy)
+    return names

@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from shallowflow.planner.profiler import autocast
-from shallowflow.planner.profiler.trace import Recorder, Trace, recording
+from shallowflow.planner.profiler.recording import recording
+from shallowflow.planner.profiler.trace import Recorder, Trace
 from tests.planner import tiny
 
 SIZE = 32

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallowflow.planner.profiler import kernels
-from shallowflow.planner.profiler.trace import Recorder, recording
+from shallowflow.planner.profiler.recording import recording
+from shallowflow.planner.profiler.trace import Recorder
 from shallowflow.profiles import load_gpu
 
 T4 = kernels.Target.of(load_gpu("t4"))

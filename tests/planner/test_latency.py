@@ -13,23 +13,12 @@ from hypothesis import strategies as st
 from shallowflow.planner import costs, latency
 from shallowflow.planner.costs import OP_KINDS, SEGMENTS, StepProfile
 from shallowflow.profiles import GpuSpec, gpu_names, load_gpu
+from shallowflow.profiles.load import RATES
 from tests.strategies import T4, step_profiles
 
-RATES = (
-    "fp16_flops_per_second",
-    "bf16_flops_per_second",
-    "fp32_flops_per_second",
-    "int8_flops_per_second",
-    "attention_fp16_flops_per_second",
-    "attention_bf16_flops_per_second",
-    "attention_fp32_flops_per_second",
-    "fp32_matmul_bytes_per_second",
-    "dequantized_elements_per_second",
-    "dram_bytes_per_second",
-    "pcie_bytes_per_second",
-)
-DELAYS = ("kernel_gap_seconds", "kernel_launch_seconds", "quantized_launch_seconds")
-ENDLESS: dict[str, Any] = dict.fromkeys(RATES, 1e30)
+SPEEDS = tuple(name for name in RATES if name.endswith("_per_second"))
+DELAYS = tuple(name for name in RATES if name.endswith("_seconds"))
+ENDLESS: dict[str, Any] = dict.fromkeys(SPEEDS, 1e30)
 BOUNDLESS = replace(T4, kernel_gap_seconds=0.0, **ENDLESS)
 INSTANT = replace(T4, kernel_launch_seconds=0.0, quantized_launch_seconds=0.0)
 
@@ -107,7 +96,7 @@ def test_more_samples_take_no_less_time(
 @given(step_profiles(), st.integers(2, 60), st.floats(1, 100))
 def test_a_faster_gpu_takes_no_more_time(profile: StepProfile, num_layers: int, ratio: float) -> None:
     """Raising every rate by a ratio and launching as much faster divides the time by it."""
-    changed: dict[str, Any] = {name: getattr(T4, name) * ratio for name in RATES}
+    changed: dict[str, Any] = {name: getattr(T4, name) * ratio for name in SPEEDS}
     changed |= {name: getattr(T4, name) / ratio for name in DELAYS}
     faster = replace(T4, **changed)
 

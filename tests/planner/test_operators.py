@@ -12,7 +12,8 @@ from shallowflow.planner.costs import OP_KINDS
 from shallowflow.planner.profiler import operators
 from shallowflow.planner.profiler.kernels import Target
 from shallowflow.planner.profiler.operators import OpCost
-from shallowflow.planner.profiler.trace import Recorder, recording
+from shallowflow.planner.profiler.recording import recording
+from shallowflow.planner.profiler.trace import Recorder
 from tests.runtime import tiny
 
 aten = torch.ops.aten

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from shallowflow.planner.profiler import optimizers, shapes
-from shallowflow.planner.profiler.trace import Recorder, Trace, recording
+from shallowflow.planner.profiler.recording import recording
+from shallowflow.planner.profiler.trace import Recorder, Trace
 from shallowflow.runtime.simulated import register_quantization
 from tests.planner import tiny
 
