@@ -14,7 +14,7 @@ import msgspec
 
 from shallowflow.planner import money, problem, solver
 from shallowflow.planner.costs import PROFILED_LAYERS, LayerRuns, StepProfile
-from shallowflow.planner.plan import FORMAT_VERSION, MemoryPart, Plan, SearchRecord, Workload
+from shallowflow.planner.plan import FORMAT_VERSION, Candidate, MemoryPart, Plan, SearchRecord, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
 from shallowflow.planner.solver import Solution, TracedPeak
@@ -264,7 +264,7 @@ def _plan(session: Session, workload: Workload, solution: Solution, notes: tuple
             num_traced=solution.num_traced,
             num_rejected=solution.num_rejected,
         ),
-        notes=(*notes, *_notes(session, workload)),
+        notes=(*notes, *_notes(session, workload, (best, *solution.alternatives))),
         versions=cache.versions(),
     )
 
@@ -286,9 +286,12 @@ def _time_note(gpu: GpuSpec) -> str:
     return f"Seconds: give or take {gpu.step_error:.0%}: {gpu.sources['step_error'].text}."
 
 
-def _notes(session: Session, workload: Workload) -> tuple[str, ...]:
+def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -> tuple[str, ...]:
     """What the numbers leave out and a user should know."""
     notes = [_time_note(session.gpu)]
+    formats = {strategy.weight_format for c in shown for strategy in c.configuration.strategies()}
+    if "int8" in formats and session.gpu.device_type == "cuda":
+        notes.append("No step with int8 weights was recorded on a GPU: their products are priced as fp16's, which is a guess.")
     if workload.num_gpus > 1:
         notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]
