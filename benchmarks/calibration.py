@@ -21,11 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.optimize import least_squares
 from scipy.stats import spearmanr
 
 from benchmarks import recorded
-from shallowflow.planner import latency
+from shallowflow.planner import fitting, latency
 from shallowflow.planner.profiler.kernels import Target
 from shallowflow.profiles import GpuSpec, load_gpu
 
@@ -50,9 +49,7 @@ HOST_ELSEWHERE = {"kernel_launch_seconds": 21e-6, "quantized_launch_seconds": 86
 SECOND_CARD = "torch 2.10"
 """The software of the second session, by which its rows are told apart."""
 
-PRIOR_WEIGHT = 0.14
-NOISE = 0.08
-"""A row's usual error, beyond which it counts less (soft L1); a rate an e-fold off its start counts as 0.14."""
+_CARD = "second card"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +113,15 @@ def timed_steps() -> list[TimedStep]:
 
 def fit(steps: Sequence[TimedStep]) -> Fit:
     """The rates that predict *steps* best."""
-    start = {**MICROBENCHMARKS, **HOST}
     t4 = load_gpu("t4")
 
-    def made(logarithms: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Fit:
-        *rates, card = np.exp(logarithms).tolist()
-        named: dict[str, Any] = dict(zip(start, rates, strict=True))
-        return Fit(replace(t4, **named), card)
+    def made(rates: fitting.Rates) -> Fit:
+        named: dict[str, Any] = {name: rate for name, rate in rates.items() if name != _CARD}
+        return Fit(replace(t4, **named), rates[_CARD])
 
-    first = np.log([*start.values(), 1.0])
-
-    def residuals(logarithms: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
-        found = made(logarithms)
-        errors = [math.log(found.seconds(step) / step.seconds) for step in steps]
-        return [*errors, *(PRIOR_WEIGHT * (logarithms - first))]
-
-    found = made(least_squares(residuals, first, loss="soft_l1", f_scale=NOISE).x)
+    start = {**MICROBENCHMARKS, **HOST, _CARD: 1.0}
+    timed = [(step, step.seconds) for step in steps]
+    found = made(fitting.fit(start, lambda rates, step: made(rates).seconds(step), timed))
     if any(found.on_host(step) > 0.98 * found.on_device(step) for step in steps):
         return found
     elsewhere: dict[str, Any] = HOST_ELSEWHERE

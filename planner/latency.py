@@ -58,11 +58,14 @@ def stretch_seconds(kinds: Ints, flops: Ints, num_bytes: Ints, gpu: GpuSpec) -> 
 def operator_seconds(kinds: Ints, flops: Ints, num_bytes: Ints, gpu: GpuSpec) -> Seconds:
     """Seconds on the device of each operator; *kinds* index OP_KINDS.
 
-    The longer of its arithmetic at its kind's rate and its bytes at theirs, after the gap that every kernel leaves.
+    The longer of its arithmetic at its kind's rate and its bytes at theirs, after the gap that every kernel leaves. On
+    a CPU both in turn: its libraries rearrange a product's factors before they compute.
     """
     rates = np.array([_rate(gpu, kind) for kind in OP_KINDS])
     moved = np.array([_bandwidth(gpu, kind) for kind in OP_KINDS])
-    seconds: Seconds = gpu.kernel_gap_seconds + np.maximum(flops / rates[kinds], num_bytes / moved[kinds])
+    computing, moving = flops / rates[kinds], num_bytes / moved[kinds]
+    busy = computing + moving if gpu.device_type == "cpu" else np.maximum(computing, moving)
+    seconds: Seconds = gpu.kernel_gap_seconds + busy
     return seconds
 
 

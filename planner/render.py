@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -116,6 +118,25 @@ def _layer_costs(kind: LayerKind) -> Table:
         seconds = (cost.forward_seconds, cost.backward_seconds)
         table.add_row(str(strategy), *(f"{n / 2**20:,.1f}" for n in sizes), *(f"{1000 * s:.1f}" for s in seconds))
     return table
+
+
+def calibration(
+    device: str, rates: Mapping[str, tuple[float, float]], steps: Sequence[tuple[str, float, float]]
+) -> RenderableType:
+    """What a device was taken for and what it does: *rates* before and now, *steps* predicted and measured."""
+    fields = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    fields.add_column("rate")
+    for name in ("before", "now"):
+        fields.add_column(name, justify="right")
+    for field, values in rates.items():
+        fields.add_row(field, *(f"{value:.3g}" for value in values))
+    timed = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    timed.add_column("step")
+    for name in ("predicted", "measured", "error"):
+        timed.add_column(name, justify="right")
+    for title, predicted, measured in steps:
+        timed.add_row(title, duration(predicted), duration(measured), f"{predicted / measured - 1:+.1%}")
+    return Group(Text(device, style="bold"), fields, Text(), timed)
 
 
 def memory_record(record: MemoryRecord) -> RenderableType:

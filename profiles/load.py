@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -13,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from . import calibrated
 from .check import BadFacts, FactsError, UnknownName, validate_config
 from .specs import GpuSpec, InstanceSpec, ModelSpec, Price, Source, Trust
 
@@ -54,13 +56,19 @@ RATES = (
 
 
 def gpu_names() -> list[str]:
-    """The GPUs with shipped facts, as typed after ``--gpu``."""
-    return sorted(path.stem for path in (FACTS / "gpus").glob("*.toml"))
+    """The GPUs with facts, shipped or calibrated, as typed after ``--gpu``."""
+    return sorted({path.stem for path in (*(FACTS / "gpus").glob("*.toml"), *calibrated.files())})
 
 
 def load_gpu(name: str) -> GpuSpec:
-    """The facts of one GPU, by its name or an alias, in any case and punctuation."""
-    for gpu in _gpus():
+    """The facts of one GPU, by its name or an alias, in any case and punctuation; calibrated ones before shipped ones.
+
+    Raises:
+        UnknownName: no GPU is called so.
+        BadFacts: a calibrated profile is broken.
+    """
+    own = (_gpu(_read_toml(path), str(path)) for path in calibrated.files())
+    for gpu in (*own, *_gpus()):
         if _letters(name) in map(_letters, (gpu.name, *gpu.aliases)):
             return replace(gpu, memory_bytes=_host_memory_bytes()) if gpu.device_type == "cpu" else gpu
     raise UnknownName(_unknown("GPU", name, gpu_names()))
@@ -175,15 +183,18 @@ def _letters(name: str) -> str:
 
 @cache
 def _gpus() -> tuple[GpuSpec, ...]:
-    return tuple(_gpu(_read_toml(FACTS / "gpus" / f"{name}.toml"), name) for name in gpu_names())
+    return tuple(_gpu(_read_toml(path), path.name) for path in sorted((FACTS / "gpus").glob("*.toml")))
 
 
-def _gpu(facts: Mapping[str, Any], name: str) -> GpuSpec:
+def _gpu(facts: Mapping[str, Any], where: str) -> GpuSpec:
     """One GPU from its file, where every number has its source beside it."""
     try:
         capability = facts.get("compute_capability")
         numbers: dict[str, Any] = {key: int(facts[key]["value"]) for key in BYTE_COUNTS}
         numbers.update({key: float(facts[key]["value"]) for key in RATES})
+        for key, value in numbers.items():
+            if not (math.isfinite(value) and value >= 0 and (value or not key.endswith("_per_second"))):
+                raise ValueError(f"{key} = {value}")
         return GpuSpec(
             name=facts["name"],
             title=facts["title"],
@@ -194,7 +205,7 @@ def _gpu(facts: Mapping[str, Any], name: str) -> GpuSpec:
             **numbers,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BadFacts(f"{name}.toml: incomplete: {error}") from error
+        raise BadFacts(f"{where}: incomplete or broken: {error}; remove it, or calibrate again") from error
 
 
 def _source(number: Mapping[str, Any]) -> Source:

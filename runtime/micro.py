@@ -19,7 +19,7 @@ THIN = 16
 """An adapter's rank, as timed."""
 
 LARGE = {"matrix": 4096, "tokens": 4096, "width": 2048, "copy": 256 * 2**20, "heads": 32, "length": 1024}
-SMALL = {"matrix": 256, "tokens": 128, "width": 128, "copy": 2**20, "heads": 2, "length": 64}
+SMALL = {"matrix": 1024, "tokens": 512, "width": 1024, "copy": 64 * 2**20, "heads": 16, "length": 512}
 
 
 def operators(device: torch.device, dtype: torch.dtype, *, quantizes: bool) -> list[dict[str, Any]]:

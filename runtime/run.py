@@ -23,6 +23,7 @@ from . import batches, report
 from .documents import read_documents
 from .evaluate import perplexity
 from .files import write_text
+from .heap import keeping_freed_memory
 from .meter import MeasuredPeak
 from .record import RUN_FORMAT_VERSION, Comparison, RunRecord, StepRecord, median_step_seconds, to_json
 from .simulated import step_timeline
@@ -116,7 +117,7 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     windows = _windows(batches.windows(documents, tokenizer, length), request.data)
     eval_windows = _windows(batches.windows(held_out, tokenizer, length), request.eval_data) if held_out else []
     model = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
-    with _claimed(request.output):
+    with _claimed(request.output), keeping_freed_memory() if device.type == "cpu" else contextlib.nullcontext():
         torch.manual_seed(request.seed)
         trainee = make_trainee(model, plan.configuration, plan.compute_dtype, device, request.learning_rate)
         progress = _Progress()

@@ -19,6 +19,7 @@ from shallowflow.profiles.specs import GpuSpec
 
 from . import cells
 from .cells import Cell
+from .heap import keeping_freed_memory
 from .meter import allocator_levels
 
 NUM_WARMUP_STEPS = 2
@@ -110,7 +111,10 @@ def measured(cell: Cell, rules: Rules) -> dict[str, Any]:
     """What *cell* really takes."""
     make_step = cells.step_of(cell, rules.compute_dtype)
     try:
-        return _on_cpu(make_step) if rules.device.type == "cpu" else _on_cuda(make_step, rules.device)
+        if rules.device.type == "cuda":
+            return _on_cuda(make_step, rules.device)
+        with keeping_freed_memory():
+            return _on_cpu(make_step)
     except torch.cuda.OutOfMemoryError as error:
         return {"outcome": "out of memory", "reason": str(error).split("\n")[0][:300]}
     except Exception as error:  # noqa: BLE001 - one cell that fails must not cost the others

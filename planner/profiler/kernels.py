@@ -232,6 +232,16 @@ def _int8_product(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]
     return [rows * weight.shape[0] * 4] if target.device_type == "cuda" else []
 
 
+def _int8_matmul(target: Target, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """On a CPU, bitsandbytes trains on the weight made into numbers again; its choice is by the tensors' device."""
+    state = kwargs.get("state")
+    if target.device_type != "cpu" or state is None or not state.is_training:
+        return original(*args, **kwargs)
+    from bitsandbytes.autograd._functions import MatMul8bitFp
+
+    return MatMul8bitFp.apply(*args, None, kwargs.get("bias"), state)
+
+
 def register_bitsandbytes() -> None:
     """Add the rules for bitsandbytes' operators; call it once they exist, that is, after importing bitsandbytes."""
     ops = torch.ops.bitsandbytes
@@ -239,4 +249,7 @@ def register_bitsandbytes() -> None:
     BEFORE_RESULT[ops.gemm_4bit.default] = _gemm_4bit
     BEFORE_RESULT[ops.optimizer_update_8bit_blockwise.default] = optimizers.update_8bit
     BEFORE_RESULT[ops.optimizer_update_32bit.default] = optimizers.update_32bit
+    import bitsandbytes as bnb
+
+    CALLS[bnb, "matmul"] = _int8_matmul
     CALLS.update(optimizers.bitsandbytes_calls())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -91,11 +92,21 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
     packet = func._overloadpacket
     if packet in _PACKET_IS_FLOP:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet in _CPU_ATTENTION:
+        count: Callable[..., int] = sdpa_backward_flop_count if "backward" in packet.__name__ else sdpa_flop_count
+        return count(*(tensor.shape for tensor in args[: _CPU_ATTENTION[packet]]))
     if packet.__name__ == "gemm_4bit":
         return int(2 * args[0].numel() * args[2][0])
     if packet.__name__ == "int8_scaled_mm":
         return int(2 * args[0].numel() * args[1].shape[0])
     return 0
+
+
+_CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: 3,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: 4,
+}
+"""A CPU's fused attention, which PyTorch's registry leaves out: of how many first arguments the shapes tell."""
 
 
 def _touched(tensor: torch.Tensor) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from shallowflow.planner import latency
-from shallowflow.planner.costs import OP_KINDS
+from shallowflow.planner.costs import OP_KINDS, Ints
 from shallowflow.planner.memory_record import RECORD_VERSION, CategoryBytes, MemoryRecord, PhasePeak
 from shallowflow.profiles import GpuSpec, load_gpu
 
@@ -64,6 +64,24 @@ def simulate(
         error.where = _where(trace, error.event or 0)
         raise
     return _record(trace, played, end, gpu)
+
+
+def steady_operators(make_step: MakeStep, target: Target) -> tuple[Ints, Ints, Ints]:
+    """Kinds (indices into OP_KINDS), operations and bytes of every operator of the steady step; (operators,) each."""
+    trace = _trace(make_step, target)
+    return operator_arrays(_steady(trace))
+
+
+def _steady(trace: Trace) -> list[OpCost]:
+    start = next(position for position, label in trace.marks if label == f"step {NUM_STEPS - 1}")
+    stop = next(position for position, label in trace.marks if label == "steady end")
+    return [cost for position, cost in trace.ops if start < position <= stop]
+
+
+def operator_arrays(ops: Sequence[OpCost]) -> tuple[Ints, Ints, Ints]:
+    """(kinds, flops, bytes) of *ops*, as the latency model takes them."""
+    kinds = np.array([OP_KINDS.index(op.kind) for op in ops], dtype=np.int64)
+    return kinds, np.array([op.flops for op in ops]), np.array([op.num_bytes for op in ops])
 
 
 def _trace(make_step: MakeStep, target: Target) -> Trace:
@@ -137,7 +155,7 @@ def _record(trace: Trace, played: Replay, end: int, gpu: GpuSpec) -> MemoryRecor
         peak_process_bytes=reserved + gpu.context_bytes,
         peak_phase=phase,
         peak_module=module,
-        step_seconds=_seconds([cost for position, cost in trace.ops if start < position <= stop], gpu),
+        step_seconds=latency.stretch_seconds(*operator_arrays(_steady(trace)), gpu),
         phases=_phases(trace, played, start, end),
         categories=tuple(
             CategoryBytes(category=name, num_bytes=num_bytes)
@@ -147,12 +165,6 @@ def _record(trace: Trace, played: Replay, end: int, gpu: GpuSpec) -> MemoryRecor
         modules=live,
         timeline=timeline(trace, played, start, stop),
     )
-
-
-def _seconds(ops: Sequence[OpCost], gpu: GpuSpec) -> float:
-    kinds = np.array([OP_KINDS.index(op.kind) for op in ops], dtype=np.int64)
-    flops, num_bytes = np.array([op.flops for op in ops]), np.array([op.num_bytes for op in ops])
-    return latency.stretch_seconds(kinds, flops, num_bytes, gpu)
 
 
 def _place(trace: Trace, position: int) -> tuple[str, str]:

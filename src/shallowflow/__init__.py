@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shallowflow.profiles import FactsError
     from shallowflow.profiling import profile
     from shallowflow.runtime.build import load_model
+    from shallowflow.runtime.calibrate import calibrate
     from shallowflow.runtime.run import train
     from shallowflow.runtime.user_step import measure
 
@@ -26,6 +27,7 @@ _HOMES = {
     "PlanError": "planner.serialize",
     "RequestError": "planning",
     "Workload": "planner.plan",
+    "calibrate": "runtime.calibrate",
     "load_model": "runtime.build",
     "measure": "runtime.user_step",
     "plan": "planning",
@@ -41,6 +43,7 @@ __all__ = [
     "PlanError",
     "RequestError",
     "Workload",
+    "calibrate",
     "load_model",
     "measure",
     "plan",

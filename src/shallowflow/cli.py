@@ -13,7 +13,14 @@ import click
 import msgspec
 
 from shallowflow import __version__
-from shallowflow.inspection import gpus_command, measure_command, models_command, profile_command, simulate_command
+from shallowflow.inspection import (
+    calibrate_command,
+    gpus_command,
+    measure_command,
+    models_command,
+    profile_command,
+    simulate_command,
+)
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS, workload_options
 from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Objective, Plan, Quantization, Workload
@@ -231,7 +238,14 @@ def _read_plan(path: Path) -> Plan:
         raise PlanError(f"cannot read {path}: {error.strerror}") from None
 
 
-for _command in (profile_command, simulate_command, measure_command, models_command, gpus_command):
+for _command in (
+    profile_command,
+    simulate_command,
+    measure_command,
+    calibrate_command,
+    models_command,
+    gpus_command,
+):
     cli.add_command(_command)
 
 
@@ -243,7 +257,13 @@ def _fail(message: str, code: int) -> NoReturn:
 def _bad_input() -> tuple[type[Exception], ...]:
     """The exceptions that mean bad input; those of modules that were never loaded cannot have been raised."""
     found: list[type[Exception]] = [FactsError, PlanError, RequestError]
-    later = {"documents": "DataError", "run": "RunError", "user_step": "StepError", "weights": "WeightsError"}
+    later = {
+        "documents": "DataError",
+        "run": "RunError",
+        "calibrate": "CalibrationError",
+        "user_step": "StepError",
+        "weights": "WeightsError",
+    }
     for module, name in later.items():
         loaded = sys.modules.get(f"shallowflow.runtime.{module}")
         if loaded is not None:

@@ -121,6 +121,43 @@ def measure_command(step: str, device: str, as_json: bool) -> None:
     _show_memory(record, as_json)
 
 
+@click.command("calibrate")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What to measure.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything measured as JSON.")
+def calibrate_command(device: str, as_json: bool) -> None:
+    """Measure this machine for about a minute, so that plans for it know its own rates.
+
+    Times single operators and a dozen short training steps with random weights, fits the rates to them, and keeps the
+    profile in the user's configuration folder. Plans for that device use it from then on, and say so.
+
+    \b
+    sfplan calibrate
+    sfplan calibrate --device cuda
+    """
+    from shallowflow.planner import render
+    from shallowflow.terminal import console, status
+
+    with status("calibrating") as tell:
+        from shallowflow.runtime.calibrate import calibrate
+
+        found = calibrate(device, tell)  # type: ignore[arg-type]  # click has checked it
+        path = found.save()
+    if as_json:
+        click.echo(json.dumps({**found.as_dict(), "profile": str(path)}, indent=2))
+        return
+    console().print(render.calibration(found.device, found.rates(), found.step_rows()))
+    console().print(
+        f"\nnine of ten steps within {found.gpu.step_error:.0%}, by rates fitted to the other model's steps\n"
+        f"plans for --gpu {found.gpu.name} use this profile from now on: {_short(path)}",
+        soft_wrap=True,
+    )
+
+
+def _short(path: Path) -> str:
+    """*path* as people write it."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
 def _show_memory(record: MemoryRecord, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())

@@ -291,7 +291,9 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
     notes = [_time_note(session.gpu)]
     formats = {strategy.weight_format for c in shown for strategy in c.configuration.strategies()}
     if "int8" in formats and session.gpu.device_type == "cuda":
-        notes.append("No step with int8 weights was recorded on a GPU: their products are priced as fp16's, which is a guess.")
+        notes.append(
+            "No step with int8 weights was recorded on a GPU: their products are priced as fp16's, which is a guess."
+        )
     if workload.num_gpus > 1:
         notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]

@@ -83,6 +83,9 @@ def test_every_shown_command_prints_what_is_shown(tmp_path: Path, monkeypatch: p
     everything = list(shown(README.read_text(encoding="utf-8")))
     assert {item.kind for item in everything} == {"command", "python"}
     monkeypatch.chdir(tmp_path)
+    for name in ("SHALLOWFLOW_CONFIG", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     differences = []
     for item in everything:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from shallowflow.planner.costs import OP_KINDS
 from shallowflow.planner.profiler import operators
@@ -63,9 +63,16 @@ def test_what_launches_nothing_costs_nothing() -> None:
 
 
 def test_a_step_has_the_operations_that_pytorch_counts() -> None:
-    """Over forward, backward and update, in all, as FlopCounterMode finds them while the same step really runs."""
+    """Over forward, backward and update, in all, as FlopCounterMode finds them while the same step really runs.
+
+    It has no rule for a CPU's fused attention, and is given CUDA's.
+    """
     trainee, batch = tiny.trainee(), tiny.random_batch([7, 9])
-    with FlopCounterMode(display=False) as counter:
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *a, **_: sdpa_flop_count(*a[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *a, **_: sdpa_backward_flop_count(*a[:4]),
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         trainee.step([batch])
     recorder = Recorder(Target(device_type="cpu"))
     simulated, same = tiny.trainee(), tiny.random_batch([7, 9])
@@ -76,3 +83,4 @@ def test_a_step_has_the_operations_that_pytorch_counts() -> None:
     found = sum(op.flops for _, op in recorder.trace.ops if op.kind not in ("dequantize", "memory", "host"))
     assert found == counter.get_total_flops() > 0
     assert {op.kind for _, op in recorder.trace.ops} <= set(OP_KINDS)
+    assert any(op.kind == "attention float32" for _, op in recorder.trace.ops)
