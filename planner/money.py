@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shallowflow.profiles.specs import InstanceSpec, Price
 
 from .plan import Offer
 
 
-def offers(instances: Sequence[InstanceSpec], region: str, num_gpus: int, hours: float) -> tuple[Offer, ...]:
-    """What *hours* cost on each instance that has *num_gpus* GPUs or more and a price in *region*, cheapest first.
+def offers(
+    instances: Sequence[InstanceSpec], region: str, num_gpus: int, hours: Callable[[InstanceSpec], float]
+) -> tuple[Offer, ...]:
+    """What the *hours* on each instance with *num_gpus* GPUs or more and a price in *region* cost, cheapest first.
 
     Set-up, storage, transfer and spot interruptions are left out.
     """
     found = [
-        _offer(instance, price, hours)
+        _offer(instance, price, hours(instance))
         for instance in instances
         if instance.num_gpus >= num_gpus
         for price in instance.prices

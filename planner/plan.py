@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from .bounds import Meta
 from .strategies import MOST_TOKENS, Configuration, Positive
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Quantization = Literal["any", "fp16", "int8", "nf4"]
 Objective = Literal["time", "cost", "quality"]
@@ -25,6 +25,7 @@ class Workload:
         total_tokens: size of the whole work, padding not counted.
         num_sequences: of *sequence_length* tokens, the last ones padded, where the data is known; None derives it
             from *total_tokens*.
+        num_eval_sequences: held out, and evaluated before and after training.
         global_batch_size: sequences per optimizer update over all GPUs.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
         quantization: ``fp16`` means not quantized: bf16 where the chip has it, fp32 on a CPU.
@@ -34,6 +35,7 @@ class Workload:
     sequence_length: Annotated[int, Meta(ge=2, le=MOST_TOKENS)] = 2048
     total_tokens: Positive = 10_000_000
     num_sequences: Positive | None = None
+    num_eval_sequences: Annotated[int, Meta(ge=0)] = 0
     global_batch_size: Positive = 16
     num_gpus: Positive = 1
     rank: Positive | None = None
@@ -45,7 +47,17 @@ class Workload:
     @property
     def sequences(self) -> int:
         """Sequences in the whole work."""
-        return self.num_sequences or -(-self.total_tokens // self.sequence_length)
+        return self.num_sequences or self.packed_sequences
+
+    @property
+    def packed_sequences(self) -> int:
+        """As many as the tokens would fill without padding."""
+        return -(-self.total_tokens // self.sequence_length)
+
+    @property
+    def padding_share(self) -> float:
+        """Positions that hold no token."""
+        return max(0.0, 1 - self.total_tokens / (self.sequences * self.sequence_length))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +86,72 @@ class Prediction:
     traced: bool
 
 
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimePart:
+    """One kind of operator's share of a step on the device.
+
+    Attributes:
+        roofline_share: the part of it that arithmetic and bytes take at the chip's sustained rates; the rest are gaps
+            between kernels.
+    """
+
+    kind: str
+    seconds: Seconds
+    roofline_share: Share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTime:
+    """What each of the layers *first* to *last* takes in one micro-batch, on the device."""
+
+    first: Annotated[int, Meta(ge=0)]
+    last: Annotated[int, Meta(ge=0)]
+    forward_seconds: Seconds
+    backward_seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Where one step's time goes.
+
+    Attributes:
+        bound: what a micro-batch waits for: the device that computes, or the host that launches.
+        device_seconds, host_seconds: what each alone would take; the step takes the longer, and *waiting_seconds* for
+            other GPUs.
+        kinds: sum to *device_seconds*, most first.
+        update_seconds: the optimizer's part of the step.
+    """
+
+    bound: Literal["device", "host"]
+    device_seconds: Seconds
+    host_seconds: Seconds
+    waiting_seconds: Seconds
+    kinds: tuple[TimePart, ...]
+    layers: tuple[LayerTime, ...]
+    update_seconds: Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WallTime:
+    """What a whole run takes on the wall; a machine's set-up, downloads and interruptions are left out."""
+
+    start_seconds: Seconds
+    load_seconds: Seconds
+    tokenize_seconds: Seconds
+    training_seconds: Seconds
+    evaluation_seconds: Seconds
+    save_seconds: Seconds
+
+    @property
+    def total_seconds(self) -> float:
+        """All of it."""
+        beside = self.start_seconds + self.load_seconds + self.tokenize_seconds + self.evaluation_seconds
+        return beside + self.training_seconds + self.save_seconds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPart:
     """One category's share of the process's memory at the peak."""
@@ -100,7 +178,7 @@ class Offer:
     """What the work costs on one instance type in one region.
 
     Attributes:
-        hours: of training alone, without set-up and interruptions.
+        hours: on the wall, with this instance's disk; without set-up and interruptions.
         price_date, price_source: of the prices.
     """
 
@@ -144,6 +222,8 @@ class Plan:
         memory_bytes: the device's.
         budget_bytes: what the allocator may reserve: the memory less context and headroom.
         memory: the process's memory at its peak, by category; sums to ``prediction.peak_process_bytes``.
+        time: one step's, taken apart.
+        wall: the whole run's, on a disk of usual speed.
         alternatives: other good configurations that fit, best first.
         versions: of the software that the step was traced with.
     """
@@ -162,6 +242,8 @@ class Plan:
     prediction: Prediction
     weight_error: Annotated[float, Meta(ge=0)]
     memory: tuple[MemoryPart, ...]
+    time: StepTime
+    wall: WallTime
     offers: tuple[Offer, ...]
     alternatives: tuple[Candidate, ...]
     search: SearchRecord

@@ -122,7 +122,7 @@ def predict(problem: Problem, strategy: Strategy, configuration: Configuration) 
     allocated = footprint.peak_allocated_bytes + buckets
     reserved = int(allocated * problem.reserved_per_allocated)
     compute = latency.step_seconds(runs, micro_batch_size, rank, gpu).step(accumulation)
-    waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, gpu.pcie_bytes_per_second)
+    waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, communication.pcie(gpu.pcie_bytes_per_second))
     tokens = configuration.global_batch_size * configuration.sequence_length
     return Prediction(
         resident_bytes=footprint.resident_bytes + buckets,

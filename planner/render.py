@@ -10,7 +10,7 @@ from rich.text import Text
 
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
-from .plan import Candidate, Offer, Plan, Prediction
+from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime
 from .strategies import Configuration, StrategyRun
 
 BAR_WIDTH = 60
@@ -27,6 +27,8 @@ COLOURS = {
     "fragmentation": "red",
     "context": "white",
 }
+LEAST_SHOWN = 0.03
+"""Of a step's time, for a kind of operator to be named."""
 SHADES = "█▓▒░"
 
 
@@ -206,8 +208,35 @@ def _speed(value: Plan) -> RenderableType:
         ("Speed  ", "bold"),
         f"{duration(seconds)} per step, {value.prediction.tokens_per_second:,.0f} tokens/s; "
         f"{counted(value.num_steps, 'step')} ({value.workload.total_tokens:,} tokens) "
-        f"take{'s' if value.num_steps == 1 else ''} {duration(seconds * value.num_steps)}",
+        f"take{'s' if value.num_steps == 1 else ''} {duration(seconds * value.num_steps)}\n",
+        f"of a step: {_kinds(value.time)}; {_bound(value.time)}\n",
+        f"{_beside(value.wall)}: {duration(value.wall.total_seconds)} in all",
     )
+
+
+def _kinds(time: StepTime) -> str:
+    shown = [part for part in time.kinds if part.seconds >= LEAST_SHOWN * time.device_seconds]
+    return ", ".join(f"{part.kind} {part.seconds / time.device_seconds:.0%}" for part in shown)
+
+
+def _bound(time: StepTime) -> str:
+    if not time.host_seconds:
+        return "host and device are one"
+    ratio = time.host_seconds / time.device_seconds
+    if time.bound == "host":
+        return f"launching them is the bound: it takes the host {ratio:.1f} times as long"
+    return f"launching them keeps the host busy {ratio:.0%} of that time"
+
+
+def _beside(wall: WallTime) -> str:
+    parts = {
+        "starting": wall.start_seconds,
+        "loading": wall.load_seconds,
+        "tokenizing": wall.tokenize_seconds,
+        "evaluating": wall.evaluation_seconds,
+        "saving": wall.save_seconds,
+    }
+    return "with " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
 
 
 def _money(offers: tuple[Offer, ...], num_gpus: int) -> RenderableType:

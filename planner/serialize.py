@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import msgspec
 
@@ -73,6 +74,9 @@ def _contradictions(plan: Plan) -> list[str]:
         found.append(
             f"memory sums to {total} bytes, prediction.peak_process_bytes is {plan.prediction.peak_process_bytes}"
         )
+    seconds = sum(part.seconds for part in plan.time.kinds)
+    if not math.isclose(seconds, plan.time.device_seconds, rel_tol=1e-6, abs_tol=1e-9):
+        found.append(f"time.kinds sums to {seconds} seconds, time.device_seconds is {plan.time.device_seconds}")
     if "model_type" not in plan.model_config:
         found.append("model_config has no model_type")
     num_layers = model_facts.size(plan.model_config, "num_hidden_layers")

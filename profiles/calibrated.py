@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from .specs import GpuSpec
 
 
 def folder() -> Path:
     """Where they lie: ``gpus`` under ``SHALLOWFLOW_CONFIG``, or under the user's configuration folder."""
-    return Path(os.environ.get("SHALLOWFLOW_CONFIG") or platformdirs.user_config_dir("shallowflow")) / "gpus"
+    named = os.environ.get("SHALLOWFLOW_CONFIG")
+    if not named:
+        import platformdirs
+
+        named = platformdirs.user_config_dir("shallowflow")
+    return Path(named) / "gpus"
 
 
 def files() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any, get_args
 
@@ -12,11 +13,15 @@ from shallowflow.planner.costs import OP_KINDS, SEGMENTS, LayerRuns, StepProfile
 from shallowflow.planner.plan import (
     FORMAT_VERSION,
     Candidate,
+    LayerTime,
     MemoryPart,
     Offer,
     Plan,
     Prediction,
     SearchRecord,
+    StepTime,
+    TimePart,
+    WallTime,
     Workload,
 )
 from shallowflow.planner.problem import HEADROOM, Problem, candidates
@@ -155,6 +160,36 @@ offers = st.builds(
 )
 
 
+time_parts = st.builds(TimePart, kind=words, seconds=amounts, roofline_share=st.floats(0, 1))
+layer_times = st.builds(
+    LayerTime, first=byte_counts, last=byte_counts, forward_seconds=amounts, backward_seconds=amounts
+)
+wall_times = st.builds(
+    WallTime,
+    start_seconds=amounts,
+    load_seconds=amounts,
+    tokenize_seconds=amounts,
+    training_seconds=amounts,
+    evaluation_seconds=amounts,
+    save_seconds=amounts,
+)
+
+
+@st.composite
+def step_times(draw: st.DrawFn) -> StepTime:
+    """Kinds that sum to the device's seconds, the rest of whatever numbers."""
+    kinds = tuple(draw(st.lists(time_parts, max_size=3)))
+    return StepTime(
+        bound=draw(st.sampled_from(["device", "host"])),
+        device_seconds=math.fsum(part.seconds for part in kinds),
+        host_seconds=draw(amounts),
+        waiting_seconds=draw(amounts),
+        kinds=kinds,
+        layers=tuple(draw(st.lists(layer_times, max_size=2))),
+        update_seconds=draw(amounts),
+    )
+
+
 @st.composite
 def configurations(draw: st.DrawFn, workload: Workload | None = None) -> Configuration:
     """One run of layers or several; the batch is the workload's, if one is given."""
@@ -218,6 +253,8 @@ def plans(draw: st.DrawFn) -> Plan:
         ),
         weight_error=best.weight_error,
         memory=tuple(memory),
+        time=draw(step_times()),
+        wall=draw(wall_times),
         offers=tuple(draw(st.lists(offers, max_size=2))),
         alternatives=tuple(draw(st.lists(candidate, max_size=2))),
         search=SearchRecord(

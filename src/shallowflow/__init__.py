@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from shallowflow.planner.profiler.user_step import simulate
     from shallowflow.planner.remedies import Infeasible
     from shallowflow.planner.serialize import PlanError
-    from shallowflow.planning import RequestError, plan
+    from shallowflow.planning import plan
     from shallowflow.profiles import FactsError
     from shallowflow.profiling import profile
     from shallowflow.runtime.build import load_model
     from shallowflow.runtime.calibrate import calibrate
     from shallowflow.runtime.run import train
     from shallowflow.runtime.user_step import measure
+    from shallowflow.session import RequestError
 
 __version__ = "0.1.0"
 
@@ -25,7 +26,7 @@ _HOMES = {
     "Infeasible": "planner.remedies",
     "Plan": "planner.plan",
     "PlanError": "planner.serialize",
-    "RequestError": "planning",
+    "RequestError": "session",
     "Workload": "planner.plan",
     "calibrate": "runtime.calibrate",
     "load_model": "runtime.build",

@@ -26,9 +26,10 @@ from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Objective, Plan, Quantization, Workload
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, from_json, to_json
-from shallowflow.planning import RequestError, make_plan
+from shallowflow.planning import make_plan
 from shallowflow.profiles import FactsError, load_gpu, validate_config
 from shallowflow.runtime.files import write_text
+from shallowflow.session import RequestError
 
 
 class Commands(click.Group):
@@ -74,6 +75,7 @@ def plan_command(
     sequence_length: int,
     tokens: int | None,
     data: Path | None,
+    eval_data: Path | None,
     global_batch_size: int,
     rank: int | None,
     min_rank: int | None,
@@ -95,7 +97,7 @@ def plan_command(
     from shallowflow.terminal import status
 
     spec = find_model(model)
-    work, notes = _work(tokens, data, sequence_length)
+    work, notes = _work(tokens, data, eval_data, sequence_length)
     if rank and min_rank and rank < min_rank:
         raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
     workload = Workload(
@@ -126,19 +128,27 @@ def plan_command(
     _show(made, as_json)
 
 
-def _work(tokens: int | None, data: Path | None, sequence_length: int) -> tuple[dict[str, int], tuple[str, ...]]:
+def _work(
+    tokens: int | None, data: Path | None, eval_data: Path | None, sequence_length: int
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """What is known of the work: fields of a workload, and notes on where they come from."""
     if tokens is not None and data is not None:
         raise RequestError("give either --tokens or --data, not both")
-    if data is None:
+    if data is None and eval_data is None:
         return ({"total_tokens": tokens} if tokens else {}), ()
     from shallowflow.runtime.documents import CHARACTERS_PER_TOKEN, estimated_sequences, read_documents
 
+    work: dict[str, int] = {}
+    if eval_data is not None:
+        work["num_eval_sequences"], _ = estimated_sequences(read_documents(eval_data), sequence_length)
+    if data is None:
+        return {**work, **({"total_tokens": tokens} if tokens else {})}, ()
     sequences, total = estimated_sequences(read_documents(data), sequence_length)
     note = (
         f"{data.name}: about {total:,} tokens in {sequences:,} sequences, estimated at "
         f"{CHARACTERS_PER_TOKEN} characters per token; the hours follow from it."
     )
-    return {"total_tokens": total, "num_sequences": sequences}, (note,)
+    return {**work, "total_tokens": total, "num_sequences": sequences}, (note,)
 
 
 def _check_writable(output: Path | None) -> None:

@@ -12,9 +12,9 @@ import msgspec
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS
 from shallowflow.planner.memory_record import MemoryRecord
 from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS
-from shallowflow.planning import RequestError
 from shallowflow.profiles import gpu_names, load_gpu, load_model, model_names
 from shallowflow.runtime.files import write_text
+from shallowflow.session import RequestError
 
 
 @click.command("profile")
@@ -39,8 +39,8 @@ def profile_command(
     sfplan profile SmolLM2-135M --gpu t4
     """
     from shallowflow.hub import find_model
-    from shallowflow.planning import Session
     from shallowflow.profiling import model_profile
+    from shallowflow.session import Session
     from shallowflow.terminal import status
 
     spec, device = find_model(model), load_gpu(gpu)

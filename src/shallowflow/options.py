@@ -30,6 +30,9 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--tokens", type=count, help="Size of the work in tokens.  [default: 10,000,000]"),
         click.option("--data", type=click.Path(path_type=Path), help="Size of the work: a JSONL, CSV or text file."),
         click.option(
+            "--eval-data", type=click.Path(path_type=Path), help="Held-out text, whose evaluation takes time, too."
+        ),
+        click.option(
             "--global-batch-size",
             type=click.IntRange(min=1, max=65_536),
             default=DEFAULTS.global_batch_size,

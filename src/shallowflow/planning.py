@@ -2,154 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from shallowflow.planner import money, problem, solver
-from shallowflow.planner.costs import PROFILED_LAYERS, LayerRuns, StepProfile
-from shallowflow.planner.plan import FORMAT_VERSION, Candidate, MemoryPart, Plan, SearchRecord, Workload
+from shallowflow.planner import breakdown, costs, money, problem, solver, wall_time
+from shallowflow.planner.costs import LayerRuns
+from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, WallTime, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
-from shallowflow.planner.solver import Solution, TracedPeak
-from shallowflow.planner.strategies import Configuration, Strategy, uniform
-from shallowflow.profiles import FactsError, model_facts
+from shallowflow.planner.solver import Solution
+from shallowflow.profiles import model_facts
 from shallowflow.profiles.load import gpu_names, load_gpu, load_instances, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
+from shallowflow.session import Progress, RequestError, Session
 
-Progress = Callable[[str], None]
-
-
-class RequestError(ValueError):
-    """A request that contradicts itself: one line that says what, the value, and what would work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """One model on one device: where profiles and traces come from."""
-
-    model: ModelSpec
-    gpu: GpuSpec
-    progress: Progress = field(default=lambda _message: None)
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the model."""
-        return model_facts.num_layers(self.model.config)
-
-    def num_parameters(self) -> int:
-        """Distinct parameters: as published, or counted once and remembered."""
-        if self.model.num_parameters is not None:
-            return self.model.num_parameters
-        name = cache.key("parameters", {"config": self.model.config})
-        known = cache.read_numbers(name)
-        if known is None:
-            from shallowflow.runtime.build import count_parameters
-
-            known = (count_parameters(self.model.config),)
-            cache.write_numbers(name, known)
-        return known[0]
-
-    def layer_kinds(self) -> tuple[int, ...]:
-        """For each layer, the first one that is like it."""
-        name = cache.key("kinds", {"config": self.model.config})
-        known = cache.read_numbers(name)
-        if known is None:
-            from shallowflow.runtime.build import layer_kinds
-
-            known = layer_kinds(self.model.config)
-            cache.write_numbers(name, known)
-        return known
-
-    def profiles(self, strategy: Strategy, sequence_length: int) -> LayerRuns:
-        """The profiles of all layers under *strategy*, in order."""
-        return [
-            (self.profile(strategy, sequence_length, kind), len(list(alike)))
-            for kind, alike in groupby(self.layer_kinds())
-        ]
-
-    def profile(self, strategy: Strategy, sequence_length: int, like_layer: int = 0) -> StepProfile:
-        """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
-        facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length, "like": like_layer}
-        name = cache.key("profile", facts)
-        known = cache.read_profile(name)
-        if known is not None:
-            return known
-        self.progress(f"tracing layers: {strategy}")
-        from shallowflow.planner.profiler.kernels import Target
-        from shallowflow.planner.profiler.profile import profile_step
-
-        def make(micro_batch_size: int, rank: int) -> Any:
-            return self._meta_step(
-                Configuration(
-                    layers=uniform(strategy, PROFILED_LAYERS),
-                    rank=rank,
-                    alpha=rank,
-                    sequence_length=sequence_length,
-                    micro_batch_size=micro_batch_size,
-                    gradient_accumulation_steps=2,
-                ),
-                like_layer,
-            )
-
-        with self._tracing():
-            made = profile_step(make, Target.of(self.gpu))
-        cache.write_profile(name, made)
-        return made
-
-    def trace(self, configuration: Configuration) -> TracedPeak:
-        """The whole step of *configuration* traced and replayed, or remembered."""
-        alone = replace(configuration, num_gpus=1)
-        name = cache.key("peak", {**self._facts(), "configuration": asdict(alone)})
-        known = cache.read_peak(name)
-        if known is None:
-            self.progress(f"tracing the whole step: micro-batch {configuration.micro_batch_size}")
-            from shallowflow.planner.profiler.kernels import Target
-            from shallowflow.planner.profiler.simulate import traced_peak
-
-            with self._tracing():
-                known = traced_peak(self._meta_step(alone), Target.of(self.gpu), self.gpu.context_bytes)
-            cache.write_peak(name, known)
-        return known if configuration.num_gpus == 1 else _with_buckets(known)
-
-    def problem(self, workload: Workload) -> problem.Problem:
-        """The search problem of *workload*."""
-        outside = model_facts.least_outside_weights(self.model.config)
-        strategies = problem.strategies(workload, self.gpu, self.num_parameters(), outside)
-        profiles = {s: self.profiles(s, workload.sequence_length) for s in strategies}
-        return problem.Problem(workload, self.num_layers, self.gpu, profiles)
-
-    @contextlib.contextmanager
-    def _tracing(self) -> Iterator[None]:
-        """Turn whatever a model's own code raises on ``meta`` into one line."""
-        try:
-            yield
-        except FactsError:
-            raise
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise RequestError(f"the training step of {self.model.name} cannot be traced: {reason}") from error
-
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "config": self.model.config,
-            "device_type": self.gpu.device_type,
-            "compute_capability": self.gpu.compute_capability,
-            "cublas_workspace_bytes": self.gpu.cublas_workspace_bytes,
-            "context_bytes": self.gpu.context_bytes,
-        }
-
-    def _meta_step(self, configuration: Configuration, like_layer: int | None = None) -> Any:
-        from shallowflow.runtime.simulated import make_meta_step
-
-        micro_batches = min(2, configuration.gradient_accumulation_steps)
-        return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches, like_layer)
+LEAST_PADDING_SHOWN = 0.02
 
 
 def plan(model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _message: None, **workload: Any) -> Plan:
@@ -238,8 +109,12 @@ def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:
 
 def _plan(session: Session, workload: Workload, solution: Solution, notes: tuple[str, ...]) -> Plan:
     best, gpu = solution.best, session.gpu
-    steps = math.ceil(workload.sequences / best.configuration.global_batch_size)
-    hours = steps * best.prediction.step_seconds / 3600
+    configuration = best.configuration
+    runs = session.profiles(configuration.layers[0].strategy, workload.sequence_length)
+
+    def wall(disk_bytes_per_second: float = wall_time.DISK_BYTES_PER_SECOND) -> WallTime:
+        return _wall_time(session, workload, best, runs, min(disk_bytes_per_second, wall_time.DISK_BYTES_PER_SECOND))
+
     return Plan(
         format_version=FORMAT_VERSION,
         model_name=session.model.name,
@@ -255,7 +130,21 @@ def _plan(session: Session, workload: Workload, solution: Solution, notes: tuple
         prediction=best.prediction,
         weight_error=best.weight_error,
         memory=solution.peak.parts,
-        offers=money.offers(load_instances(gpu.name), workload.region, workload.num_gpus, hours),
+        time=breakdown.step_time(
+            runs,
+            configuration.micro_batch_size,
+            configuration.rank,
+            gpu,
+            configuration.gradient_accumulation_steps,
+            best.prediction.communication_seconds,
+        ),
+        wall=wall(),
+        offers=money.offers(
+            load_instances(gpu.name),
+            workload.region,
+            workload.num_gpus,
+            lambda instance: wall(instance.disk_bytes_per_second).total_seconds / 3600,
+        ),
         alternatives=solution.alternatives,
         search=SearchRecord(
             method="exhaustive over uniform configurations",
@@ -269,15 +158,21 @@ def _plan(session: Session, workload: Workload, solution: Solution, notes: tuple
     )
 
 
-def _with_buckets(peak: TracedPeak) -> TracedPeak:
-    """Data parallelism's buckets: each gradient once more, as many bytes as the fp32 adapter has."""
-    buckets = sum(part.num_bytes for part in peak.parts if part.category == "adapter")
-    return replace(
-        peak,
-        resident_bytes=peak.resident_bytes + buckets,
-        peak_allocated_bytes=peak.peak_allocated_bytes + buckets,
-        peak_reserved_bytes=peak.peak_reserved_bytes + buckets,
-        parts=(*peak.parts, MemoryPart(category="gradient buckets", num_bytes=buckets)),
+def _wall_time(
+    session: Session, workload: Workload, chosen: Candidate, runs: LayerRuns, disk_bytes_per_second: float
+) -> WallTime:
+    configuration, gpu = chosen.configuration, session.gpu
+    micro_batch_size, rank = configuration.micro_batch_size, configuration.rank
+    steps = math.ceil(workload.sequences / configuration.global_batch_size)
+    evaluated = wall_time.NUM_EVALUATIONS * math.ceil(workload.num_eval_sequences / micro_batch_size)
+    return wall_time.wall_time(
+        num_parameters=session.num_parameters(),
+        total_tokens=workload.total_tokens,
+        training_seconds=steps * chosen.prediction.step_seconds,
+        evaluation_seconds=evaluated * breakdown.forward_seconds(runs, micro_batch_size, rank, gpu),
+        saved_bytes=sum(costs.gradient_bytes(profile, count, rank) for profile, count in runs),
+        host_to_device_bytes_per_second=gpu.pcie_bytes_per_second,
+        disk_bytes_per_second=disk_bytes_per_second,
     )
 
 
@@ -293,6 +188,11 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
     if "int8" in formats and session.gpu.device_type == "cuda":
         notes.append(
             "No step with int8 weights was recorded on a GPU: their products are priced as fp16's, which is a guess."
+        )
+    if workload.padding_share >= LEAST_PADDING_SHOWN:
+        notes.append(
+            f"{workload.padding_share:.0%} of the positions are padding, as documents are not packed: packed, they "
+            f"would fill {workload.packed_sequences:,} of the {workload.sequences:,} sequences."
         )
     if workload.num_gpus > 1:
         notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")

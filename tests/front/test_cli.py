@@ -118,7 +118,8 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
 
     assert done.code == 0, done.errors
     workload = json.loads(done.output)["workload"]
-    assert workload == {"num_sequences": None, **dict(given.values())}
+    unsaid = {"num_sequences": None, "num_eval_sequences": 0}
+    assert workload == {**unsaid, **dict(given.values())}
 
 
 def test_data_gives_the_size_of_the_work(tiny_folder: Path, data: Path) -> None:

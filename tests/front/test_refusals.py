@@ -145,3 +145,13 @@ def test_a_config_that_lies_is_told(folder: Callable[..., Path], changes: dict[s
 
     assert done.code == 2
     assert told in done.error()
+
+
+def test_a_device_that_is_not_there_is_not_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, exit code 2, and what would work."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    done = sfplan("calibrate", "--device", "cuda")
+
+    assert done.code == 2
+    assert done.error() == "this machine has no CUDA device; try --device cpu"

@@ -128,7 +128,7 @@ def first_layers(plan: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda plan: plan.update(format_version=2), "format_version is 2"),
+        (lambda plan: plan.update(format_version=1), "format_version is 1"),
         (lambda plan: plan.pop("prediction"), "prediction"),
         (lambda plan: plan["prediction"].update(step_seconds=-1), "prediction.step_seconds"),
         (lambda plan: plan["configuration"].update(rank=0), "configuration.rank"),

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 from shallowflow.planner import costs
 from shallowflow.planner.costs import OP_KINDS, SEGMENTS, Ints, StepProfile
@@ -18,6 +17,7 @@ from shallowflow.planner.profiler.trace import Trace
 from shallowflow.planner.strategies import Activations, Configuration, Strategy, StrategyRun, WeightFormat
 from shallowflow.runtime.build import empty_model, transformers_config
 from shallowflow.runtime.step import MicroBatch, make_trainee
+from tests import flops as flop_count
 from tests.planner import tiny
 from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
 from tests.strategies import FORMATS, POLICIES, same, step_profiles
@@ -257,7 +257,7 @@ def real_flops(family: str, chosen: Configuration) -> int:
     model = empty_model(transformers_config(FAMILIES[family], chosen.num_layers), "float32", "cpu")
     trainee = make_trainee(model, chosen, "float32")
     tokens = torch.randint(VOCABULARY, (chosen.micro_batch_size, chosen.sequence_length))
-    with FlopCounterMode(display=False) as counter:
+    with flop_count.counting() as counter:
         trainee.loss(MicroBatch(tokens, tokens, tokens.numel())).backward()
     return int(counter.get_total_flops())
 

@@ -16,9 +16,9 @@ from shallowflow.planner import costs
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LayerCost, LengthProfile, Unlike, layer_cost
 from shallowflow.planner.strategies import Activations, Strategy, WeightFormat
-from shallowflow.planning import RequestError, Session
 from shallowflow.profiles import ModelSpec, load_gpu, load_model
 from shallowflow.profiling import every_strategy, length_profile
+from shallowflow.session import RequestError, Session
 from tests.planner import tiny
 from tests.strategies import FORMATS, POLICIES, T4, step_profiles
 

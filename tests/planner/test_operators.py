@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from shallowflow.planner.costs import OP_KINDS
 from shallowflow.planner.profiler import operators
@@ -14,6 +13,7 @@ from shallowflow.planner.profiler.kernels import Target
 from shallowflow.planner.profiler.operators import OpCost
 from shallowflow.planner.profiler.recording import recording
 from shallowflow.planner.profiler.trace import Recorder
+from tests import flops
 from tests.runtime import tiny
 
 aten = torch.ops.aten
@@ -68,11 +68,7 @@ def test_a_step_has_the_operations_that_pytorch_counts() -> None:
     It has no rule for a CPU's fused attention, and is given CUDA's.
     """
     trainee, batch = tiny.trainee(), tiny.random_batch([7, 9])
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda *a, **_: sdpa_flop_count(*a[:3]),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *a, **_: sdpa_backward_flop_count(*a[:4]),
-    }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    with flops.counting() as counter:
         trainee.step([batch])
     recorder = Recorder(Target(device_type="cpu"))
     simulated, same = tiny.trainee(), tiny.random_batch([7, 9])

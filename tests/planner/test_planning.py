@@ -19,8 +19,9 @@ from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.problem import HEADROOM, budget_bytes
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import from_json, to_json
-from shallowflow.planning import RequestError, Session, make_plan
+from shallowflow.planning import make_plan
 from shallowflow.profiles import GpuSpec, ModelSpec, load_gpu, load_model
+from shallowflow.session import RequestError, Session
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -133,13 +134,15 @@ def test_a_plan_survives_its_file(work: Workload) -> None:
 
 
 def test_offers_cost_the_hours_of_all_steps() -> None:
-    """Hours are the number of steps times their predicted seconds, and every offer is for them."""
+    """Training takes the number of steps times their predicted seconds, and every offer pays the whole wall's hours."""
     plan = planned(WORK)
 
-    hours = plan.num_steps * plan.prediction.step_seconds / 3600
+    assert plan.wall.training_seconds == plan.num_steps * plan.prediction.step_seconds
+    hours = plan.wall.total_seconds / 3600
     assert plan.num_steps == math.ceil(math.ceil(WORK.total_tokens / 128) / 4)
     assert plan.offers
-    assert [offer.hours for offer in plan.offers] == pytest.approx([hours] * len(plan.offers))
+    assert all(offer.hours >= hours > plan.wall.training_seconds / 3600 for offer in plan.offers)
+    assert all(offer.on_demand_usd == offer.hours * offer.on_demand_usd_per_hour for offer in plan.offers)
 
 
 @pytest.mark.parametrize("as_folder", [True, False])

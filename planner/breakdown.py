@@ -1,0 +1,104 @@
+"""Where a step's time goes: by kind of operator, by layer, and whether device or host is the bound."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from shallowflow.profiles.specs import GpuSpec
+
+from . import costs, latency
+from .costs import OP_KINDS, LayerRuns
+from .plan import LayerTime, StepTime, TimePart
+
+KIND_NAMES = {
+    "float16": "fp16 products",
+    "bfloat16": "bf16 products",
+    "float32": "fp32 products",
+    "int8": "int8 products",
+    "batched float16": "fp16 products of attention",
+    "batched bfloat16": "bf16 products of attention",
+    "batched float32": "fp32 products of attention",
+    "attention float16": "fused attention in fp16",
+    "attention bfloat16": "fused attention in bf16",
+    "attention float32": "fused attention in fp32",
+    "dequantize": "dequantizing",
+    "memory": "element-wise and copies",
+    "host": "to and from the host",
+}
+HEAD_FORWARD_SHARE = 0.5
+"""Of the head's and the loss's time: logits are computed, then as many operations lead back through them."""
+
+
+def step_time(
+    runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec, accumulation: int, waiting: float = 0.0
+) -> StepTime:
+    """The time of one step of the model of *runs*, taken apart; *waiting* is for other GPUs."""
+    device, host = _sums(runs, micro_batch_size, rank, gpu)
+    return StepTime(
+        bound="host" if host[0] > device[0] else "device",
+        device_seconds=accumulation * device[0] + device[1],
+        host_seconds=accumulation * host[0] + host[1],
+        waiting_seconds=waiting,
+        kinds=_kinds(runs, micro_batch_size, rank, gpu, accumulation),
+        layers=_layers(runs, micro_batch_size, rank, gpu),
+        update_seconds=max(device[1], host[1]),
+    )
+
+
+def forward_seconds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec) -> float:
+    """One micro-batch's forward pass and loss, as an evaluation runs it."""
+    longest = 0.0
+    for side in (0, 1):
+        segments = [latency.profile_seconds(profile, micro_batch_size, rank, gpu)[side] for profile, _ in runs]
+        ahead = [
+            {name: 0.0 if name.endswith("_back") or name == "update" else seconds for name, seconds in found.items()}
+            for found in segments
+        ]
+        for found in ahead:
+            found["head"] *= HEAD_FORWARD_SHARE
+        longest = max(longest, costs.total_seconds(runs, ahead)[0])
+    return longest
+
+
+def _sums(
+    runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(micro-batch, update) on the device, and on the host."""
+    device, host = zip(*(latency.profile_seconds(p, micro_batch_size, rank, gpu) for p, _ in runs), strict=True)
+    return costs.total_seconds(runs, device), costs.total_seconds(runs, host)
+
+
+def _kinds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec, accumulation: int) -> tuple[TimePart, ...]:
+    """Seconds on the device by kind of operator, most first, each with the part that is no gap between kernels."""
+    found: list[TimePart] = []
+    for index, kind in enumerate(OP_KINDS):
+        sums = [0.0, 0.0]
+        for gaps in (0, 1):
+            segments = []
+            for profile, _ in runs:
+                flops, num_bytes = costs.operator_costs(profile, micro_batch_size, rank)
+                seconds = latency.operator_seconds(profile.op_kind, flops, num_bytes, gpu)
+                seconds = np.where(profile.op_kind == index, seconds - (1 - gaps) * gpu.kernel_gap_seconds, 0.0)
+                segments.append(costs.segment_seconds(profile, seconds))
+            micro_batch, update = costs.total_seconds(runs, segments)
+            sums[gaps] = accumulation * micro_batch + update
+        if sums[1]:
+            share = min(1.0, max(0.0, sums[0] / sums[1]))
+            found.append(TimePart(kind=KIND_NAMES[kind], seconds=sums[1], roofline_share=share))
+    return tuple(sorted(found, key=lambda part: -part.seconds))
+
+
+def _layers(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec) -> tuple[LayerTime, ...]:
+    """What a layer of each run takes in one micro-batch, on the device."""
+    found: list[LayerTime] = []
+    first = 0
+    for profile, count in runs:
+        segments, _ = latency.profile_seconds(profile, micro_batch_size, rank, gpu)
+        last = first + count - 1
+        found.append(
+            LayerTime(
+                first=first, last=last, forward_seconds=segments["inner"], backward_seconds=segments["inner_back"]
+            )
+        )
+        first = last + 1
+    return tuple(found)

@@ -1,0 +1,158 @@
+"""One model on one device: where profiles and traces come from, and what is remembered of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+from shallowflow.planner import problem
+from shallowflow.planner.costs import PROFILED_LAYERS, LayerRuns, StepProfile
+from shallowflow.planner.plan import MemoryPart, Workload
+from shallowflow.planner.profiler import cache
+from shallowflow.planner.solver import TracedPeak
+from shallowflow.planner.strategies import Configuration, Strategy, uniform
+from shallowflow.profiles import FactsError, model_facts
+from shallowflow.profiles.specs import GpuSpec, ModelSpec
+
+Progress = Callable[[str], None]
+
+
+class RequestError(ValueError):
+    """A request that contradicts itself: one line that says what, the value, and what would work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One model on one device: where profiles and traces come from."""
+
+    model: ModelSpec
+    gpu: GpuSpec
+    progress: Progress = field(default=lambda _message: None)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return model_facts.num_layers(self.model.config)
+
+    def num_parameters(self) -> int:
+        """Distinct parameters: as published, or counted once and remembered."""
+        if self.model.num_parameters is not None:
+            return self.model.num_parameters
+        name = cache.key("parameters", {"config": self.model.config})
+        known = cache.read_numbers(name)
+        if known is None:
+            from shallowflow.runtime.build import count_parameters
+
+            known = (count_parameters(self.model.config),)
+            cache.write_numbers(name, known)
+        return known[0]
+
+    def layer_kinds(self) -> tuple[int, ...]:
+        """For each layer, the first one that is like it."""
+        name = cache.key("kinds", {"config": self.model.config})
+        known = cache.read_numbers(name)
+        if known is None:
+            from shallowflow.runtime.build import layer_kinds
+
+            known = layer_kinds(self.model.config)
+            cache.write_numbers(name, known)
+        return known
+
+    def profiles(self, strategy: Strategy, sequence_length: int) -> LayerRuns:
+        """The profiles of all layers under *strategy*, in order."""
+        return [
+            (self.profile(strategy, sequence_length, kind), len(list(alike)))
+            for kind, alike in groupby(self.layer_kinds())
+        ]
+
+    def profile(self, strategy: Strategy, sequence_length: int, like_layer: int = 0) -> StepProfile:
+        """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
+        facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length, "like": like_layer}
+        name = cache.key("profile", facts)
+        known = cache.read_profile(name)
+        if known is not None:
+            return known
+        self.progress(f"tracing layers: {strategy}")
+        from shallowflow.planner.profiler.kernels import Target
+        from shallowflow.planner.profiler.profile import profile_step
+
+        def make(micro_batch_size: int, rank: int) -> Any:
+            return self._meta_step(
+                Configuration(
+                    layers=uniform(strategy, PROFILED_LAYERS),
+                    rank=rank,
+                    alpha=rank,
+                    sequence_length=sequence_length,
+                    micro_batch_size=micro_batch_size,
+                    gradient_accumulation_steps=2,
+                ),
+                like_layer,
+            )
+
+        with self._tracing():
+            made = profile_step(make, Target.of(self.gpu))
+        cache.write_profile(name, made)
+        return made
+
+    def trace(self, configuration: Configuration) -> TracedPeak:
+        """The whole step of *configuration* traced and replayed, or remembered."""
+        alone = replace(configuration, num_gpus=1)
+        name = cache.key("peak", {**self._facts(), "configuration": asdict(alone)})
+        known = cache.read_peak(name)
+        if known is None:
+            self.progress(f"tracing the whole step: micro-batch {configuration.micro_batch_size}")
+            from shallowflow.planner.profiler.kernels import Target
+            from shallowflow.planner.profiler.simulate import traced_peak
+
+            with self._tracing():
+                known = traced_peak(self._meta_step(alone), Target.of(self.gpu), self.gpu.context_bytes)
+            cache.write_peak(name, known)
+        return known if configuration.num_gpus == 1 else _with_buckets(known)
+
+    def problem(self, workload: Workload) -> problem.Problem:
+        """The search problem of *workload*."""
+        outside = model_facts.least_outside_weights(self.model.config)
+        strategies = problem.strategies(workload, self.gpu, self.num_parameters(), outside)
+        profiles = {s: self.profiles(s, workload.sequence_length) for s in strategies}
+        return problem.Problem(workload, self.num_layers, self.gpu, profiles)
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        """Turn whatever a model's own code raises on ``meta`` into one line."""
+        try:
+            yield
+        except FactsError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise RequestError(f"the training step of {self.model.name} cannot be traced: {reason}") from error
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "config": self.model.config,
+            "device_type": self.gpu.device_type,
+            "compute_capability": self.gpu.compute_capability,
+            "cublas_workspace_bytes": self.gpu.cublas_workspace_bytes,
+            "context_bytes": self.gpu.context_bytes,
+        }
+
+    def _meta_step(self, configuration: Configuration, like_layer: int | None = None) -> Any:
+        from shallowflow.runtime.simulated import make_meta_step
+
+        micro_batches = min(2, configuration.gradient_accumulation_steps)
+        return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches, like_layer)
+
+
+def _with_buckets(peak: TracedPeak) -> TracedPeak:
+    """Data parallelism's buckets: each gradient once more, as many bytes as the fp32 adapter has."""
+    buckets = sum(part.num_bytes for part in peak.parts if part.category == "adapter")
+    return replace(
+        peak,
+        resident_bytes=peak.resident_bytes + buckets,
+        peak_allocated_bytes=peak.peak_allocated_bytes + buckets,
+        peak_reserved_bytes=peak.peak_reserved_bytes + buckets,
+        parts=(*peak.parts, MemoryPart(category="gradient buckets", num_bytes=buckets)),
+    )
