@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -114,6 +114,30 @@ LayerRuns = Sequence[tuple[StepProfile, int]]
 """Profiles of consecutive layers, each with how many layers have it, in the model's order."""
 
 
+def with_head(profile: StepProfile, head: StepProfile) -> StepProfile:
+    """*profile* with the loss of *head*, a profile of the same model whose loss is computed in another way."""
+    segment = SEGMENTS.index("head")
+    kept, taken = profile.event_segment != segment, head.event_segment == segment
+    kept_ops, taken_ops = profile.op_segment != segment, head.op_segment == segment
+    numbers = head.events[taken]
+
+    def both(ours: Ints, theirs: Ints) -> Ints:
+        return np.concatenate([ours, theirs])
+
+    return replace(
+        profile,
+        sizes=both(profile.sizes, head.sizes),
+        events=both(profile.events[kept], numbers + np.sign(numbers) * len(profile.sizes)),
+        event_segment=both(profile.event_segment[kept], head.event_segment[taken]),
+        event_pass=both(profile.event_pass[kept], head.event_pass[taken]),
+        op_kind=both(profile.op_kind[kept_ops], head.op_kind[taken_ops]),
+        op_segment=both(profile.op_segment[kept_ops], head.op_segment[taken_ops]),
+        op_flops=both(profile.op_flops[kept_ops], head.op_flops[taken_ops]),
+        op_bytes=both(profile.op_bytes[kept_ops], head.op_bytes[taken_ops]),
+        recomputed=both(profile.recomputed, np.zeros_like(head.recomputed)),
+    )
+
+
 def level_changes(profile: StepProfile, micro_batch_size: int, rank: int) -> Ints:
     """By how many bytes each event of *profile* changes what is allocated."""
     sizes = _rounded(profile.sizes, micro_batch_size, rank, profile.alignment_bytes)
@@ -170,11 +194,15 @@ def footprint(runs: LayerRuns, micro_batch_size: int, rank: int, *, accumulates:
 
 def resident_bytes(runs: LayerRuns, micro_batch_size: int, rank: int) -> int:
     """What lives between steps: what is outside the layers, the layers, and every workspace that any of them needs."""
-    first = runs[0][0]
-    fixed = int(_rounded(first.fixed, micro_batch_size, rank, first.alignment_bytes).sum())
+    fixed = outside_bytes(runs[0][0], micro_batch_size, rank)
     workspaces = int(np.max([profile.workspaces for profile, _ in runs], axis=0).sum())
     layers = sum(count * resident_layer_bytes(profile, micro_batch_size, rank) for profile, count in runs)
     return fixed + workspaces + layers
+
+
+def outside_bytes(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
+    """What lives between steps outside the layers, workspaces not counted."""
+    return int(_rounded(profile.fixed, micro_batch_size, rank, profile.alignment_bytes).sum())
 
 
 def resident_layer_bytes(profile: StepProfile, micro_batch_size: int, rank: int) -> int:

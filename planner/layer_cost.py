@@ -90,7 +90,7 @@ def layer_cost(profile: StepProfile, micro_batch_size: int, rank: int, gpu: GpuS
         forward_transient_bytes=forward.high - max(0, forward.change),
         backward_transient_bytes=backward.high,
         recomputed_bytes=_recomputed(profile, micro_batch_size, rank),
-        host_bytes=_sent_to_host(profile, micro_batch_size, rank),
+        host_bytes=sent_to_host(profile, micro_batch_size, rank),
         forward_seconds=seconds["inner"],
         backward_seconds=seconds["inner_back"],
     )
@@ -104,7 +104,8 @@ def _recomputed(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
     return max(0, int(np.cumsum(steps[inner & again]).max(initial=0)))
 
 
-def _sent_to_host(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
+def sent_to_host(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
+    """What one inner layer sends to host memory for its backward pass."""
     _, num_bytes = costs.operator_costs(profile, micro_batch_size, rank)
     sent = (profile.op_kind == OP_KINDS.index("host")) & (profile.op_segment == SEGMENTS.index("inner"))
     return int(num_bytes[sent].sum())

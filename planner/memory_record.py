@@ -5,11 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .plan import MemoryPart
+
 RECORD_VERSION = 2
 
 
 class OutOfDeviceMemory(Exception):
     """A request that a device of some capacity does not serve."""
+
+
+@dataclass(frozen=True, slots=True)
+class TracedPeak:
+    """What tracing a whole step and replaying it through the allocator gave.
+
+    Attributes:
+        parts: the process's memory at the peak by category; sums to reserved plus context.
+        attention: the implementation that the model took.
+    """
+
+    resident_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    parts: tuple[MemoryPart, ...]
+    attention: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

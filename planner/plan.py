@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from .bounds import Meta
-from .strategies import MOST_TOKENS, Configuration, Positive
+from .proof import Proof
+from .strategies import MOST_TOKENS, Activations, Configuration, Positive
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Quantization = Literal["any", "fp16", "int8", "nf4"]
 Objective = Literal["time", "cost", "quality"]
@@ -30,6 +31,12 @@ class Workload:
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
         quantization: ``fp16`` means not quantized: bf16 where the chip has it, fp32 on a CPU.
         region: where prices are taken from.
+        micro_batch_size, loss_chunks, activations, double_quantization: decisions that are fixed; None leaves them to
+            the planner.
+        max_weight_error: the coarsest that the base weights may become, as a root mean square over layers.
+        headroom: the share of the device's memory that stays free; None for the planner's own.
+        max_process_bytes: what the process may take.
+        deadline_hours, budget_usd: for the whole run on the wall.
     """
 
     sequence_length: Annotated[int, Meta(ge=2, le=MOST_TOKENS)] = 2048
@@ -43,6 +50,15 @@ class Workload:
     quantization: Quantization = "any"
     objective: Objective = "time"
     region: str = "us-east-1"
+    micro_batch_size: Positive | None = None
+    loss_chunks: Positive | None = None
+    activations: Activations | None = None
+    double_quantization: bool | None = None
+    max_weight_error: Annotated[float, Meta(ge=0)] | None = None
+    headroom: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    max_process_bytes: Positive | None = None
+    deadline_hours: Annotated[float, Meta(gt=0)] | None = None
+    budget_usd: Annotated[float, Meta(gt=0)] | None = None
 
     @property
     def sequences(self) -> int:
@@ -165,7 +181,7 @@ class Candidate:
     """A configuration with its prediction and its quality.
 
     Attributes:
-        weight_error: mean relative error of the stored base weights; 0 for unquantized ones.
+        weight_error: relative error of the stored base weights, as a root mean square over layers.
     """
 
     configuration: Configuration
@@ -194,21 +210,40 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """What the limits cost, by the prices of the problem without whole numbers.
+
+    Attributes:
+        binding: the part of the step whose memory is the bound, or ``nothing``.
+        seconds_per_100_mib: by how much a step would be faster with so much more memory.
+        next_rank, next_rank_seconds: the next larger rank, and a step with it; None where the rank is fixed.
+    """
+
+    binding: str
+    seconds_per_100_mib: Seconds
+    next_rank: Positive | None
+    next_rank_seconds: Seconds | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRecord:
     """What was searched, so that "best" can be read for what it is.
 
     Attributes:
-        num_candidates: uniform configurations whose prediction was computed.
-        num_fitting: those predicted to fit and not refused by a whole trace.
-        num_traced: those traced whole, the chosen one and the alternatives included.
+        num_strategies: that a layer may be given.
+        num_cells: combinations of the decisions that hold for all layers.
+        num_nodes: parts that the cells were divided into.
+        num_traced: configurations that were traced whole, the chosen one and the alternatives included.
         num_rejected: those that seemed to fit, and did not when traced whole.
+        best_uniform_seconds: a step of the best configuration with one strategy for all layers; None if none fits.
     """
 
-    method: str
-    num_candidates: Annotated[int, Meta(ge=0)]
-    num_fitting: Annotated[int, Meta(ge=0)]
+    num_strategies: Annotated[int, Meta(ge=0)]
+    num_cells: Annotated[int, Meta(ge=0)]
+    num_nodes: Annotated[int, Meta(ge=0)]
     num_traced: Annotated[int, Meta(ge=0)]
     num_rejected: Annotated[int, Meta(ge=0)]
+    best_uniform_seconds: Seconds | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +282,8 @@ class Plan:
     offers: tuple[Offer, ...]
     alternatives: tuple[Candidate, ...]
     search: SearchRecord
+    sensitivity: Sensitivity
+    proof: Proof
     notes: tuple[str, ...]
     versions: dict[str, str]
 

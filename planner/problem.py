@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import numpy as np
 
 from shallowflow.profiles.specs import GpuSpec
 
 from . import communication, costs, latency, quality
-from .costs import LayerRuns
-from .plan import Candidate, Prediction, Workload
-from .strategies import Activations, Configuration, Strategy, WeightFormat, uniform
+from .chain import Chain, Choice, Counts, Group, Limits, backward_order
+from .costs import LayerRuns, StepProfile
+from .layer_cost import sent_to_host
+from .plan import Prediction, Workload
+from .strategies import Activations, Cell, Configuration, Strategy, StrategyRun, WeightFormat
 
-RANKS = (8, 16, 32, 64, 128)
-"""LoRA ranks to choose from where none is fixed."""
+LOSS_CHUNKS = (1, 4, 16)
+"""Parts that the loss may be computed in."""
 
 HEADROOM = 0.06
 """Share of a GPU's memory left free.
@@ -24,31 +29,70 @@ quantized weights leaves gaps between them that differ from run to run (`make ac
 
 BYTES_PER_WEIGHT: dict[WeightFormat, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "nf4": 0.5}
 
+SECOND = 10**12
+"""Picoseconds in one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A model, a device and a workload, with profiles of every strategy that is worth considering.
+    """A model, a device and a workload, with profiles of every strategy that is allowed.
 
     Attributes:
-        profiles: of each strategy, the layers' profiles in the model's order.
-        reserved_per_allocated: what the caching allocator reserves per allocated byte, for whoever was not traced.
+        kinds: for each layer, the first one that is like it.
+        profiles: of layers of each kind under each strategy that their code allows.
+        heads: by the parts that the loss is computed in, a profile of which only the loss is looked at.
+        rank: the adapter's.
+        host_bytes: of host memory that activations may be sent to.
+        beside_seconds: what a run takes on the wall beside its steps, where a deadline is set.
     """
 
     workload: Workload
-    num_layers: int
     gpu: GpuSpec
-    profiles: Mapping[Strategy, LayerRuns]
-    reserved_per_allocated: float = 1.0
+    kinds: tuple[int, ...]
+    profiles: Mapping[tuple[Strategy, int], StepProfile]
+    heads: Mapping[int, StepProfile]
+    rank: int
+    host_bytes: int | None = None
+    beside_seconds: float = 0.0
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.kinds)
 
     @property
     def budget_bytes(self) -> int:
         """What the allocator may reserve."""
-        return budget_bytes(self.gpu)
+        return budget_bytes(self.gpu, self.workload)
+
+    @property
+    def limits(self) -> Limits:
+        """What a choice of strategies may take, before anything is known of fragmentation."""
+        workload = self.workload
+        harm, step = None, None
+        if workload.max_weight_error is not None:
+            harm = int(self.num_layers * quality.harm_of(workload.max_weight_error))
+        if workload.deadline_hours is not None:
+            steps = -(-workload.sequences // workload.global_batch_size)
+            step = max(0, int((workload.deadline_hours * 3600 - self.beside_seconds) / steps * SECOND))
+        return Limits(memory_bytes=self.budget_bytes, harm=harm, host_bytes=self.host_bytes, step_picoseconds=step)
+
+    def runs(self, configuration: Configuration) -> LayerRuns:
+        """The profiles of *configuration*'s layers in order, the last with the loss as it is configured."""
+        pairs = zip(configuration.strategies(), self.kinds, strict=True)
+        runs = [(self.profiles[pair], len(list(alike))) for pair, alike in groupby(pairs)]
+        last, count = runs[-1]
+        runs[-1] = (costs.with_head(last, self.heads[configuration.loss_chunks]), count)
+        return runs
 
 
-def budget_bytes(gpu: GpuSpec) -> int:
-    """The device's memory less the CUDA context and the headroom."""
-    return int(gpu.memory_bytes * (1 - HEADROOM)) - gpu.context_bytes
+def budget_bytes(gpu: GpuSpec, workload: Workload | None = None) -> int:
+    """The device's memory less the headroom, or what the workload allows a process, less the CUDA context."""
+    headroom, most = HEADROOM, gpu.memory_bytes
+    if workload is not None:
+        headroom = HEADROOM if workload.headroom is None else workload.headroom
+        most = gpu.memory_bytes if workload.max_process_bytes is None else workload.max_process_bytes
+    return min(int(gpu.memory_bytes * (1 - headroom)), most) - gpu.context_bytes
 
 
 def unquantized_format(gpu: GpuSpec) -> WeightFormat:
@@ -57,78 +101,209 @@ def unquantized_format(gpu: GpuSpec) -> WeightFormat:
     return formats[gpu.compute_dtype]
 
 
-def strategies(workload: Workload, gpu: GpuSpec, num_parameters: int, num_outside: int) -> tuple[Strategy, ...]:
-    """The strategies allowed, less those whose weights alone exceed the budget.
-
-    Of *num_parameters*, at least *num_outside* lie outside the decoder layers and are never quantized, which bounds
-    the weights from below.
-    """
+def strategies(workload: Workload, gpu: GpuSpec) -> tuple[Strategy, ...]:
+    """Those that *workload* allows; where host and device are one, nothing is offloaded."""
     plain = unquantized_format(gpu)
-    if workload.quantization == "any":
-        formats: tuple[WeightFormat, ...] = (plain, "int8", "nf4")
-    else:
-        formats = (plain if workload.quantization == "fp16" else workload.quantization,)
-    activations: tuple[Activations, ...] = ("save", "recompute")
-    budget = budget_bytes(gpu)
-    inside = num_parameters - num_outside
-    outside_bytes = num_outside * BYTES_PER_WEIGHT[plain]
+    formats: tuple[tuple[WeightFormat, bool], ...] = (
+        (plain, False),
+        ("int8", False),
+        ("nf4", False),
+        ("nf4", True),
+    )
+    wanted = plain if workload.quantization == "fp16" else workload.quantization
+    policies: tuple[Activations, ...] = ("save", "recompute attention", "recompute mlp", "recompute")
+    if gpu.device_type == "cuda":
+        policies = (*policies, "offload")
     return tuple(
-        Strategy(weight_format=weight_format, activations=policy)
-        for weight_format in formats
-        if inside * BYTES_PER_WEIGHT[weight_format] + outside_bytes <= budget
-        for policy in activations
+        Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
+        for weight_format, twice in formats
+        if wanted in ("any", weight_format) and workload.double_quantization in (None, twice)
+        for policy in policies
+        if workload.activations in (None, policy)
     )
 
 
-def configurations(workload: Workload, num_layers: int, strategy: Strategy) -> Iterator[Configuration]:
-    """Every rank and micro-batch under *strategy*; the micro-batch divides each GPU's share of the global batch."""
-    ranks = [workload.rank] if workload.rank else [r for r in RANKS if r >= workload.min_rank] or [workload.min_rank]
+def cells(workload: Workload, rank: int, *, divisible_loss: bool = True) -> tuple[Cell, ...]:
+    """Every way to cut each GPU's share of the global batch into micro-batches, with every way to compute the loss."""
     share = workload.global_batch_size // workload.num_gpus
-    for rank in ranks:
-        for micro_batch_size in (n for n in range(1, share + 1) if share % n == 0):
-            yield Configuration(
-                layers=uniform(strategy, num_layers),
-                rank=rank,
-                alpha=2 * rank,
-                sequence_length=workload.sequence_length,
-                micro_batch_size=micro_batch_size,
-                gradient_accumulation_steps=share // micro_batch_size,
-                num_gpus=workload.num_gpus,
-            )
+    chunks = [n for n in LOSS_CHUNKS if n == 1 or (divisible_loss and workload.sequence_length % n == 0)]
+    if workload.loss_chunks is not None:
+        chunks = [workload.loss_chunks]
+    return tuple(
+        Cell(micro_batch_size=n, gradient_accumulation_steps=share // n, rank=rank, loss_chunks=parts)
+        for n in range(1, share + 1)
+        if share % n == 0 and workload.micro_batch_size in (None, n)
+        for parts in chunks
+    )
 
 
-def candidates(problem: Problem) -> list[Candidate]:
-    """Every configuration of *problem* with its prediction, composed from the profiles."""
-    return [
-        Candidate(
-            configuration=configuration,
-            prediction=predict(problem, strategy, configuration),
-            weight_error=quality.WEIGHT_ERROR[strategy.weight_format],
+def configuration(problem: Problem, cell: Cell, chain: Chain, counts: Counts) -> Configuration:
+    """*cell* with *counts* of each group's choices, in the order that makes the backward pass's peak the lowest."""
+    chosen: list[Strategy] = []
+    for group, count in zip(chain.groups, counts, strict=True):
+        for index in reversed(backward_order(group.choices)):
+            chosen += [group.choices[index].strategy] * count[index]
+    return configured(problem.workload, cell, chosen)
+
+
+def configured(workload: Workload, cell: Cell, layers: list[Strategy]) -> Configuration:
+    """*cell* with one strategy for each of the *layers*."""
+    runs: list[StrategyRun] = []
+    for strategy, alike in groupby(layers):
+        first = runs[-1].last + 1 if runs else 0
+        runs.append(StrategyRun(first=first, last=first + len(list(alike)) - 1, strategy=strategy))
+    return Configuration(
+        layers=tuple(runs),
+        rank=cell.rank,
+        alpha=2 * cell.rank,
+        sequence_length=workload.sequence_length,
+        micro_batch_size=cell.micro_batch_size,
+        gradient_accumulation_steps=cell.gradient_accumulation_steps,
+        num_gpus=workload.num_gpus,
+        loss_chunks=cell.loss_chunks,
+    )
+
+
+def chains(problem: Problem, considered: tuple[Cell, ...]) -> dict[Cell, Chain]:
+    """The inner problem of every cell, its penalties priced by the fastest step that memory might allow."""
+    groups: dict[int, tuple[Group, ...]] = {}
+    found: dict[Cell, Chain] = {}
+    for cell in considered:
+        if cell.micro_batch_size not in groups:
+            groups[cell.micro_batch_size] = _groups(problem, cell)
+        found[cell] = _around(problem, cell, groups[cell.micro_batch_size])
+    if not found:
+        return found
+    worth = quality.WORTH[problem.workload.objective] * min(_fastest_picoseconds(chain) for chain in found.values())
+    price = int(worth / (problem.num_layers * quality.harm(COARSEST)))
+    priced = {size: tuple(_priced(group, price) for group in made) for size, made in groups.items()}
+    return {cell: replace(chain, groups=priced[cell.micro_batch_size]) for cell, chain in found.items()}
+
+
+COARSEST = Strategy(weight_format="nf4", activations="save", double_quantization=True)
+
+
+def _priced(group: Group, price: int) -> Group:
+    choices = tuple(replace(choice, penalty_picoseconds=price * choice.harm) for choice in group.choices)
+    return replace(group, choices=choices)
+
+
+def _fastest_picoseconds(chain: Chain) -> int:
+    """A step with each layer's fastest strategy."""
+    device, host = chain.device_picoseconds, chain.host_picoseconds
+    for group in chain.groups:
+        device += group.num_layers * min(choice.device_picoseconds for choice in group.choices)
+        host += group.num_layers * min(choice.host_picoseconds for choice in group.choices)
+    return chain.gradient_accumulation_steps * max(device, host) + chain.update_picoseconds
+
+
+def _picoseconds(seconds: float) -> int:
+    return round(seconds * SECOND)
+
+
+def _groups(problem: Problem, cell: Cell) -> tuple[Group, ...]:
+    """Layers that are alike and next to each other; the first and the last are apart, as they hold more."""
+    made: dict[int, dict[str, tuple[Choice, ...]]] = {}
+    for kind in dict.fromkeys(problem.kinds):
+        places = [
+            _choices(problem, cell, strategy, profile)
+            for (strategy, of), profile in problem.profiles.items()
+            if of == kind
+        ]
+        made[kind] = {place: tuple(choice[place] for choice in places) for place in ("first", "inner", "last")}
+    first, *rest = problem.kinds
+    groups = [Group(num_layers=1, choices=made[first]["first"])]
+    for choices, alike in groupby(made[kind]["inner"] for kind in rest[:-1]):
+        groups.append(Group(num_layers=len(list(alike)), choices=choices))
+    if rest:
+        groups.append(Group(num_layers=1, choices=made[rest[-1]]["last"]))
+    return tuple(groups)
+
+
+def _choices(problem: Problem, cell: Cell, strategy: Strategy, profile: StepProfile) -> dict[str, Choice]:
+    """What a layer takes under *strategy* as the model's first, as an inner and as its last."""
+    size, rank = cell.micro_batch_size, cell.rank
+    accumulates = cell.gradient_accumulation_steps > 1
+    curve = costs.curves(profile, size, rank, accumulates=accumulates)
+    device, host = latency.profile_seconds(profile, size, rank, problem.gpu)
+    resident = costs.resident_layer_bytes(profile, size, rank)
+    if accumulates:
+        resident += costs.gradient_bytes(profile, 1, rank)
+    found: dict[str, Choice] = {}
+    for place in ("first", "inner", "last"):
+        ahead, back = curve[place], curve[f"{place}_back"]
+        high, change, release = ahead.high, ahead.change, 0
+        parts = [place, f"{place}_back"]
+        if place == "first":
+            embed = curve["embed"]
+            high, change = max(embed.high, embed.change + high), embed.change + change
+            release = curve["release"].change
+            parts += ["embed", "release"]
+        found[place] = Choice(
+            strategy=strategy,
+            resident_bytes=resident,
+            forward_high_bytes=high,
+            forward_change_bytes=change,
+            release_bytes=release,
+            backward_high_bytes=back.high,
+            backward_change_bytes=back.change,
+            device_picoseconds=_picoseconds(sum(device[part] for part in parts)),
+            host_picoseconds=_picoseconds(sum(host[part] for part in parts)),
+            harm=quality.harm(strategy),
+            host_bytes=sent_to_host(profile, size, rank),
         )
-        for strategy in problem.profiles
-        for configuration in configurations(problem.workload, problem.num_layers, strategy)
-    ]
+    return found
 
 
-def predict(problem: Problem, strategy: Strategy, configuration: Configuration) -> Prediction:
-    """The prediction for one uniform *configuration*."""
-    runs = problem.profiles[strategy]
+def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
+    """The chain of *groups* with what *cell* takes outside of the layers.
+
+    Workspaces are counted as if no layer needed one that another strategy does not: whoever traces the step whole
+    finds what is missing.
+    """
+    size, rank, num_layers = cell.micro_batch_size, cell.rank, problem.num_layers
+    accumulates = cell.gradient_accumulation_steps > 1
+    head = problem.heads[cell.loss_chunks]
+    curve = costs.curves(head, size, rank, accumulates=accumulates)
+    device, host = latency.profile_seconds(head, size, rank, problem.gpu)
+    profiles = list(problem.profiles.values())
+    workspaces = int(np.min([profile.workspaces for profile in profiles], axis=0).sum())
+    first = profiles[0]
+    gradients = costs.gradient_bytes(first, num_layers, rank)
+    buckets = gradients if problem.workload.num_gpus > 1 else 0
+    update = max(device["update"], host["update"]) * num_layers / costs.PROFILED_LAYERS
+    link = communication.pcie(problem.gpu.pcie_bytes_per_second)
+    waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus, link)
+    return Chain(
+        groups=groups,
+        gradient_accumulation_steps=cell.gradient_accumulation_steps,
+        fixed_bytes=costs.outside_bytes(first, size, rank) + workspaces + buckets,
+        head_high_bytes=curve["head"].high,
+        head_change_bytes=curve["head"].change,
+        update_high_bytes=curve["update"].high * num_layers // costs.PROFILED_LAYERS,
+        device_picoseconds=_picoseconds(device["head"]),
+        host_picoseconds=_picoseconds(host["head"]),
+        update_picoseconds=_picoseconds(update + waiting),
+    )
+
+
+def predict(problem: Problem, configuration: Configuration) -> Prediction:
+    """The prediction for *configuration*, composed from its layers' profiles; nothing of a chain is used."""
+    runs, gpu = problem.runs(configuration), problem.gpu
     micro_batch_size, rank = configuration.micro_batch_size, configuration.rank
-    gpu, num_gpus = problem.gpu, configuration.num_gpus
-    accumulation = configuration.gradient_accumulation_steps
+    num_gpus, accumulation = configuration.num_gpus, configuration.gradient_accumulation_steps
     footprint = costs.footprint(runs, micro_batch_size, rank, accumulates=accumulation > 1)
     gradient_bytes = sum(costs.gradient_bytes(profile, count, rank) for profile, count in runs)
     buckets = gradient_bytes if num_gpus > 1 else 0
     allocated = footprint.peak_allocated_bytes + buckets
-    reserved = int(allocated * problem.reserved_per_allocated)
     compute = latency.step_seconds(runs, micro_batch_size, rank, gpu).step(accumulation)
     waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, communication.pcie(gpu.pcie_bytes_per_second))
     tokens = configuration.global_batch_size * configuration.sequence_length
     return Prediction(
         resident_bytes=footprint.resident_bytes + buckets,
         peak_allocated_bytes=allocated,
-        peak_reserved_bytes=reserved,
-        peak_process_bytes=reserved + gpu.context_bytes,
+        peak_reserved_bytes=allocated,
+        peak_process_bytes=allocated + gpu.context_bytes,
         step_seconds=compute + waiting,
         communication_seconds=waiting,
         tokens_per_second=tokens / (compute + waiting),

@@ -1,8 +1,11 @@
-"""How much a weight format changes the weights."""
+"""How much a weight format changes the weights, what that is held to be worth, and which rank is enough."""
 
 from __future__ import annotations
 
-from .strategies import WeightFormat
+import math
+
+from .plan import Objective
+from .strategies import Strategy, WeightFormat
 
 WEIGHT_ERROR: dict[WeightFormat, float] = {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0, "int8": 0.009, "nf4": 0.091}
 """Root-mean-square error relative to the weights' own, for normally distributed weights.
@@ -10,3 +13,56 @@ WEIGHT_ERROR: dict[WeightFormat, float] = {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0
 Follows from the formats' definitions: int8 with one scale per row (LLM.int8, Dettmers et al., 2022), nf4 with one per
 64 weights (QLoRA, Dettmers et al., 2023); a test computes both. An order of harm, not a prediction of any loss.
 """
+DOUBLE_QUANTIZATION_ERROR = 0.012
+"""What nf4's constants lose, relative to themselves, when they are quantized to 8 bits; a test computes it."""
+
+HARM = 10**9
+"""Units of harm in a squared relative error of one."""
+
+WORTH: dict[Objective, float] = {"time": 0.02, "cost": 0.02, "quality": 100.0}
+"""By how much of a step's time all layers in nf4 are held to be worse than all in 16 bits; a choice, not a measurement.
+
+Small for ``time``, so that finer weights are taken where they cost next to nothing; so large for ``quality`` that a
+format twice as fine is taken at any price.
+"""
+
+BITS_PER_TOKEN = 1.0
+"""What there is to learn of a token: a loss of about 0.7 nats (LoRA Without Regret, Schulman et al., 2025)."""
+BITS_PER_PARAMETER = 2.0
+"""What a trained parameter holds (Physics of Language Models 3.3, Allen-Zhu and Li, 2024)."""
+RANKS = (8, 16, 32, 64, 128)
+"""LoRA ranks to choose from where none is fixed."""
+
+
+def weight_error(strategy: Strategy) -> float:
+    """The relative error that *strategy* makes in a layer's weights, as a root mean square."""
+    extra = DOUBLE_QUANTIZATION_ERROR if strategy.double_quantization else 0.0
+    return math.hypot(WEIGHT_ERROR[strategy.weight_format], extra)
+
+
+def harm(strategy: Strategy) -> int:
+    """The squared relative error of one layer, in units of 1 / HARM.
+
+    These add up over layers to what a model loses (the linearity theorem of Malinovskii et al., HIGGS, 2024).
+    """
+    return harm_of(weight_error(strategy))
+
+
+def harm_of(error: float) -> int:
+    """The harm of a layer whose weights have this relative *error*."""
+    return round(error * error * HARM)
+
+
+def mean_error(strategies: tuple[Strategy, ...]) -> float:
+    """The relative error over all layers, as a root mean square."""
+    return math.sqrt(sum(weight_error(strategy) ** 2 for strategy in strategies) / len(strategies))
+
+
+def enough_rank(total_tokens: int, parameters_per_rank: int, at_least: int) -> int:
+    """The smallest of RANKS whose adapter can hold what *total_tokens* teach, and no less than *at_least*.
+
+    A larger one learns no more (LoRA Without Regret); where none of them is enough, the largest.
+    """
+    needed = total_tokens * BITS_PER_TOKEN / (BITS_PER_PARAMETER * parameters_per_rank)
+    candidates = [rank for rank in RANKS if rank >= at_least] or [at_least]
+    return next((rank for rank in candidates if rank >= needed), candidates[-1])

@@ -29,9 +29,11 @@ class Infeasible(Exception):
     Attributes:
         smallest_bytes: the lowest process peak among all configurations, headroom included.
         memory_bytes: the device's.
+        reason: what it is that does not fit, where it is not memory.
     """
 
-    def __init__(self, smallest_bytes: int, memory_bytes: int, remedies: Sequence[Remedy]) -> None:
+    def __init__(self, smallest_bytes: int, memory_bytes: int, remedies: Sequence[Remedy], reason: str = "") -> None:
+        self.reason = reason
         self.smallest_bytes = smallest_bytes
         self.memory_bytes = memory_bytes
         self.remedies = tuple(remedies)
@@ -41,6 +43,7 @@ class Infeasible(Exception):
         """The refusal for JSON."""
         return {
             "error": "infeasible",
+            "reason": self.reason or "memory",
             "smallest_bytes": self.smallest_bytes,
             "memory_bytes": self.memory_bytes,
             "remedies": [asdict(remedy) for remedy in self.remedies],
@@ -52,6 +55,8 @@ class Infeasible(Exception):
             f"no plan fits in {memory:.2f} GiB: the smallest needs {smallest:.2f} GiB, "
             f"{smallest - memory:.2f} GiB too much."
         ]
+        if self.reason:
+            lines = [self.reason]
         if self.remedies:
             width = max(len(remedy.option) for remedy in self.remedies)
             lines.append("This would fit:")
@@ -76,6 +81,9 @@ def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterat
         yield (Change(f"--rank {SMALLEST_RANK}", replace(workload, rank=SMALLEST_RANK), gpu),)
     elif workload.rank is None and workload.min_rank > SMALLEST_RANK:
         yield (Change(f"--min-rank {SMALLEST_RANK}", replace(workload, min_rank=SMALLEST_RANK), gpu),)
+    free = replace(workload, micro_batch_size=None, loss_chunks=None, activations=None, double_quantization=None)
+    if free != workload:
+        yield (Change("the same without --fix", free, gpu),)
     shorter: list[Change] = []
     length = workload.sequence_length // 2
     while length >= SMALLEST_SEQUENCE:

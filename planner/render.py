@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
@@ -48,9 +49,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
     """``1 step``, ``2 steps``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def usd(amount: float | None) -> str:
@@ -67,7 +68,19 @@ def strategies(configuration: Configuration) -> str:
     """All layers' strategies in words."""
     if len(configuration.layers) == 1:
         return strategy(configuration.layers[0])
-    return "; ".join(f"layers {run.first}-{run.last}: {strategy(run)}" for run in configuration.layers)
+    return "; ".join(f"{_span(run)} {strategy(run)}" for run in configuration.layers)
+
+
+def _span(run: StrategyRun) -> str:
+    return str(run.first) if run.first == run.last else f"{run.first}-{run.last}"
+
+
+def summary(configuration: Configuration) -> str:
+    """How many layers have each strategy."""
+    if len(configuration.layers) == 1:
+        return strategy(configuration.layers[0])
+    held = Counter(str(one) for one in configuration.strategies())
+    return "; ".join(f"{count} x {name}" for name, count in held.most_common())
 
 
 def plan(value: Plan) -> RenderableType:
@@ -169,7 +182,11 @@ def _headline(value: Plan) -> RenderableType:
     plural = "" if configuration.num_gpus == 1 else "s"
     title = Text(f"{value.model_name} on {gpus} {value.gpu.upper()}{plural}", style="bold")
     grid = Table.grid(padding=(0, 2))
-    grid.add_row("layers", f"{configuration.num_layers} x {strategies(configuration)}")
+    if len(configuration.layers) == 1:
+        grid.add_row("layers", f"{configuration.num_layers} x {strategies(configuration)}")
+    else:
+        for index, run in enumerate(configuration.layers):
+            grid.add_row("" if index else "layers", f"{_span(run):<7}{strategy(run)}")
     grid.add_row("adapter", f"LoRA rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
     grid.add_row("compute", f"{value.compute_dtype}, {value.attention} attention, AdamW")
     grid.add_row(
@@ -178,6 +195,8 @@ def _headline(value: Plan) -> RenderableType:
         f" x {gpus} GPU{plural}"
         f" = {configuration.global_batch_size} sequences of {configuration.sequence_length} tokens per step",
     )
+    if configuration.loss_chunks > 1:
+        grid.add_row("loss", f"in {configuration.loss_chunks} chunks of tokens")
     return Group(title, grid)
 
 
@@ -280,7 +299,7 @@ def _row(candidate: Candidate, value: Plan) -> tuple[str, ...]:
     if candidate.weight_error != value.weight_error:
         gains.append("finer weights" if candidate.weight_error < value.weight_error else "coarser weights")
     return (
-        strategies(configuration),
+        summary(configuration),
         str(configuration.rank),
         batch,
         gib(prediction.peak_process_bytes),
@@ -290,15 +309,49 @@ def _row(candidate: Candidate, value: Plan) -> tuple[str, ...]:
 
 
 def _why(value: Plan) -> RenderableType:
-    search = value.search
+    search, proof = value.search, value.proof
     lines = [
-        f"Best by {value.workload.objective} of {search.num_candidates} uniform configurations; "
-        f"{search.num_fitting} seem to fit in {gib(value.budget_bytes)}, the memory less context and headroom.",
-        f"The steps shown were traced whole{_rejected(search.num_rejected)}; "
-        "the others are composed from traces of single layers.",
+        f"{_standing(value)} Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each layer in "
+        f"{counted(search.num_cells, 'combination')} of micro-batch and loss; memory {gib(value.budget_bytes)}, less "
+        "what a traced step is fragmented by. `sfplan verify` checks the proof.",
+        f"Had no step any fragmentation, something might be {proof.unfragmented_gap:.2%} faster.",
+        *_price(value),
+        f"The steps shown were traced whole{_rejected(search.num_rejected)}.",
     ]
     lines += list(value.notes)
     return Text("\n".join(lines), style="dim")
+
+
+def _standing(value: Plan) -> str:
+    best = {"time": "fastest", "cost": "cheapest", "quality": "finest"}[value.workload.objective]
+    if value.proof.status == "optimal":
+        return f"Proven to be the {best} there is."
+    if value.proof.status == "within":
+        return f"Proven to be within {value.proof.gap:.2%} of the {best} there is."
+    return "It fits; nothing is proven of what is better."
+
+
+def _price(value: Plan) -> list[str]:
+    """What the limits cost, and what mixing strategies gains."""
+    lines: list[str] = []
+    worth = value.sensitivity
+    if worth.seconds_per_100_mib > 0:
+        lines.append(
+            f"What binds is the memory of the {worth.binding}: 100 MiB more would save "
+            f"{duration(worth.seconds_per_100_mib)} a step."
+        )
+    else:
+        lines.append("Memory does not bind: more of it would not make the step faster.")
+    if worth.next_rank is not None and worth.next_rank_seconds is not None:
+        change = worth.next_rank_seconds - value.prediction.step_seconds
+        lines.append(f"Rank {worth.next_rank} would take {duration(max(0.0, change))} more a step.")
+    uniform = value.search.best_uniform_seconds
+    if uniform is None:
+        lines.append("No single strategy for all layers fits.")
+    elif uniform > value.prediction.step_seconds * 1.0005:
+        longer = uniform / value.prediction.step_seconds - 1
+        lines.append(f"The best single strategy for all layers takes {longer:.1%} longer.")
+    return lines
 
 
 def _rejected(count: int) -> str:

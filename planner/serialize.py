@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import msgspec
 
@@ -19,7 +20,12 @@ class PlanError(ValueError):
 
 def to_json(plan: Plan) -> str:
     """*plan* as indented JSON text with a final newline."""
-    return msgspec.json.format(msgspec.json.encode(plan), indent=2).decode() + "\n"
+    text = msgspec.json.format(msgspec.json.encode(plan), indent=2).decode()
+    return _NUMBERS.sub(lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
+
+
+_NUMBERS = re.compile(r"\[[\s\d,-]+\]")
+"""A list of whole numbers, which takes one line."""
 
 
 def from_json(text: str | bytes, where: str = "plan") -> Plan:

@@ -1,175 +1,306 @@
-"""Exhaustive search over uniform configurations, each winner checked by tracing its whole step."""
+"""The best plan over all cells, its own whole step traced, with the proof that there is no better."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from .plan import Candidate, MemoryPart, Objective, Prediction
-from .problem import Problem, candidates
-from .strategies import Configuration
+from . import problem as posing
+from . import quality
+from .branch import BranchAndBound
+from .chain import Chain, Limits, Taken, taken
+from .memory_record import TracedPeak
+from .neighbours import Chosen
+from .plan import Candidate, Sensitivity
+from .problem import Problem
+from .proof import OPTIMAL_GAP, Proof, Status, Tables, bound, gap
+from .strategies import Cell, Configuration, Strategy
 
+MOST_TRACES = 24
+"""Whole steps that are traced at most before the search gives up on a plan that fits."""
+MOST_TRACES_EACH = 4
+"""The same for one alternative."""
+LEAST_CUT_BYTES = 4 * 2**20
+"""By how much a cell's memory is cut at least when a step of it did not fit."""
+MOST_NODES = 1_500
+"""Parts that one cell is divided into at most."""
+FEW_NODES = 60
+"""The same, for alternatives, which are to be good and need no proof."""
 NUM_ALTERNATIVES = 4
-MOST_TRIED = 8
-"""Candidates that are tried at most as alternatives."""
-
-
-SAME_SPEED = 0.02
-"""Predicted times are put in steps of this ratio; within one, finer weights come first."""
-
-
-@dataclass(frozen=True, slots=True)
-class TracedPeak:
-    """What tracing a whole step and replaying it through the allocator gave.
-
-    Attributes:
-        parts: the process's memory at the peak by category; sums to reserved plus context.
-        attention: the implementation that the model took.
-    """
-
-    resident_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    parts: tuple[MemoryPart, ...]
-    attention: str
-
+LEANER = 0.9
+"""Of the plan's memory, for the alternative that needs less."""
+MUCH_LEANER = (0.8, 0.7, 0.6)
+"""The same, where other kinds of alternatives are too few."""
+FINER = 0.5
+"""Of the plan's harm, for the alternative whose weights are finer."""
 
 Trace = Callable[[Configuration], TracedPeak]
 
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The best configuration that fits, and the next best.
+    """The best configuration that fits, with its proof, and others that are near.
 
     Attributes:
-        num_candidates, num_fitting, num_traced, num_rejected: see SearchRecord.
+        num_cells, num_nodes, num_traced, num_rejected: see SearchRecord.
+        best_uniform_seconds: a step of the best configuration with one strategy for all layers, by composition.
     """
 
     best: Candidate
     peak: TracedPeak
+    proof: Proof
+    sensitivity: Sensitivity
     alternatives: tuple[Candidate, ...]
-    num_candidates: int
-    num_fitting: int
+    num_cells: int
+    num_nodes: int
     num_traced: int
     num_rejected: int
+    best_uniform_seconds: float | None
 
 
-def preference(objective: Objective) -> Callable[[Candidate], tuple[float, ...]]:
-    """The order in which *objective* prefers candidates: smaller is better."""
+@dataclass(slots=True)
+class _CellSearch:
+    """One cell: its chain, and how much of its memory is left after what traced steps were fragmented by."""
 
-    def fastest(candidate: Candidate) -> tuple[float, ...]:
-        prediction = candidate.prediction
-        return (
-            math.floor(math.log(prediction.step_seconds) / math.log(1 + SAME_SPEED)),
-            candidate.weight_error,
-            prediction.step_seconds,
-            prediction.peak_reserved_bytes,
+    cell: Cell
+    chain: Chain
+    limits: Limits
+    search: BranchAndBound = field(init=False)
+    first: BranchAndBound = field(init=False)
+    cuts: int = 0
+
+    def __post_init__(self) -> None:
+        self.search = self.first = BranchAndBound(self.chain, self.limits)
+
+    def cut(self, to_bytes: int) -> None:
+        self.cuts += 1
+        self.limits = replace(self.limits, memory_bytes=to_bytes)
+        self.search = BranchAndBound(self.chain, self.limits)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What fits when traced whole."""
+
+    at: _CellSearch
+    chosen: Chosen
+    configuration: Configuration
+    peak: TracedPeak
+
+
+class _Solver:
+    """All cells of a problem, and what was traced of them."""
+
+    def __init__(self, problem: Problem, trace: Trace) -> None:
+        self.problem = problem
+        self._trace = trace
+        self.traced: dict[Configuration, TracedPeak] = {}
+        self.num_rejected = 0
+
+    def cells(self, chains: dict[Cell, Chain], limits: Limits) -> list[_CellSearch]:
+        return [_CellSearch(cell, chain, limits) for cell, chain in chains.items()]
+
+    def found(self, cells: Sequence[_CellSearch], most_traces: int, most_nodes: int) -> _Found | None:
+        """The best that fits when it is traced whole; cells are cut by what a step of theirs did not fit by."""
+        budget = self.problem.budget_bytes
+        for _ in range(most_traces):
+            best = _best(cells, most_nodes)
+            if best is None:
+                return None
+            at, chosen = best
+            configuration = posing.configuration(self.problem, at.cell, at.chain, chosen.counts)
+            if configuration not in self.traced:
+                self.traced[configuration] = self._trace(configuration)
+            peak = self.traced[configuration]
+            if peak.peak_reserved_bytes <= budget:
+                return _Found(at, chosen, configuration, peak)
+            self.num_rejected += 1
+            excess = max(LEAST_CUT_BYTES, peak.peak_reserved_bytes - budget)
+            at.cut(chosen.taken.peak_bytes - excess * (1 + at.cuts // 2))
+        return None
+
+    def candidate(self, found: _Found) -> Candidate:
+        """What was found, with its traced prediction."""
+        composed = posing.predict(self.problem, found.configuration)
+        peak = found.peak
+        prediction = replace(
+            composed,
+            resident_bytes=peak.resident_bytes,
+            peak_allocated_bytes=peak.peak_allocated_bytes,
+            peak_reserved_bytes=peak.peak_reserved_bytes,
+            peak_process_bytes=peak.peak_reserved_bytes + self.problem.gpu.context_bytes,
+            traced=True,
+        )
+        return Candidate(
+            configuration=found.configuration,
+            prediction=prediction,
+            weight_error=quality.mean_error(found.configuration.strategies()),
         )
 
-    def finest(candidate: Candidate) -> tuple[float, ...]:
-        return (candidate.weight_error, -candidate.configuration.rank, *fastest(candidate))
 
-    return finest if objective == "quality" else fastest
-
-
-def solve(problem: Problem, trace: Trace) -> Solution | None:
-    """The best uniform configuration by the workload's objective whose own traced step fits; None when none does.
-
-    A candidate that seems to fit is traced whole; if its reserved bytes exceed the budget, it and everything of its
-    strategy that needs as much is dropped, and the next is tried. Alternatives are found in the same way.
-    """
-    everything = candidates(problem)
-    fitting = sorted(
-        (c for c in everything if c.prediction.peak_reserved_bytes <= problem.budget_bytes),
-        key=preference(problem.workload.objective),
-    )
-    verifier = _Verifier(trace, problem.budget_bytes)
-    for index, candidate in enumerate(fitting):
-        best = verifier.verify(candidate)
-        if best is None:
+def _best(cells: Sequence[_CellSearch], most_nodes: int) -> tuple[_CellSearch, Chosen] | None:
+    """The best over all cells; one whose bound is no better than what is known is not looked into."""
+    best: tuple[_CellSearch, Chosen] | None = None
+    least = float("inf")
+    for at in sorted(cells, key=lambda at: at.search.bound_seconds):
+        if at.search.bound_seconds >= least:
             continue
-        peak = verifier.peak
-        alternatives: list[Candidate] = []
-        for other in _different(candidate, fitting[index + 1 :])[:MOST_TRIED]:
-            verified = verifier.verify(other)
-            alternatives += [verified] if verified else []
-            if len(alternatives) == NUM_ALTERNATIVES:
-                break
-        return Solution(
-            best=best,
-            peak=peak,
-            alternatives=tuple(sorted(alternatives, key=preference(problem.workload.objective))),
-            num_candidates=len(everything),
-            num_fitting=1 + sum(not verifier.is_refused(c) for c in fitting[index + 1 :]),
-            num_traced=verifier.num_traced,
-            num_rejected=len(verifier.rejected),
-        )
-    return None
+        chosen = at.search.search(least, most_nodes).best
+        if chosen is not None:
+            best, least = (at, chosen), chosen.taken.score_picoseconds / posing.SECOND
+    return best
 
 
-class _Verifier:
-    """Traces candidates whole and remembers what did not fit.
-
-    Attributes:
-        peak: of the candidate that was found to fit last.
-    """
-
-    def __init__(self, trace: Trace, budget_bytes: int) -> None:
-        self.trace = trace
-        self.budget_bytes = budget_bytes
-        self.rejected: list[Candidate] = []
-        self.num_traced = 0
-        self.peak: TracedPeak
-
-    def is_refused(self, candidate: Candidate) -> bool:
-        """Whether it, or one of its strategy that needs no more, did not fit."""
-        return any(_needs_as_much(candidate, other) for other in self.rejected)
-
-    def verify(self, candidate: Candidate) -> Candidate | None:
-        """*candidate* with its traced prediction; None if it does not fit."""
-        if self.is_refused(candidate):
-            return None
-        self.num_traced += 1
-        peak = self.trace(candidate.configuration)
-        if peak.peak_reserved_bytes > self.budget_bytes:
-            self.rejected.append(candidate)
-            return None
-        self.peak = peak
-        return _traced(candidate, peak)
-
-
-def smallest(problem: Problem) -> Candidate | None:
-    """The candidate with the lowest predicted peak; None without candidates."""
-    return min(candidates(problem), key=lambda c: c.prediction.peak_reserved_bytes, default=None)
-
-
-def _needs_as_much(candidate: Candidate, other: Candidate) -> bool:
-    same = candidate.configuration.layers == other.configuration.layers
-    return same and candidate.prediction.peak_allocated_bytes >= other.prediction.peak_allocated_bytes
-
-
-def _with_reserved(prediction: Prediction, reserved_bytes: int) -> Prediction:
-    context = prediction.peak_process_bytes - prediction.peak_reserved_bytes
-    return replace(prediction, peak_reserved_bytes=reserved_bytes, peak_process_bytes=reserved_bytes + context)
-
-
-def _traced(candidate: Candidate, peak: TracedPeak) -> Candidate:
-    prediction = replace(
-        _with_reserved(candidate.prediction, peak.peak_reserved_bytes),
-        resident_bytes=peak.resident_bytes,
-        peak_allocated_bytes=peak.peak_allocated_bytes,
-        traced=True,
+def solve(problem: Problem, considered: tuple[Cell, ...], trace: Trace) -> Solution | None:
+    """The best configuration in the cells *considered* whose own traced step fits; None when none was found."""
+    chains = posing.chains(problem, considered)
+    solver = _Solver(problem, trace)
+    cells = solver.cells(chains, problem.limits)
+    found = solver.found(cells, MOST_TRACES, MOST_NODES) if cells else None
+    if found is None:
+        return None
+    alternatives = _alternatives(solver, chains, found)
+    return Solution(
+        best=solver.candidate(found),
+        peak=found.peak,
+        proof=_proof(cells, found, problem.limits),
+        sensitivity=_sensitivity(problem, found),
+        alternatives=alternatives,
+        num_cells=len(cells),
+        num_nodes=sum(len(at.search.proof.nodes) for at in cells),
+        num_traced=len(solver.traced),
+        num_rejected=solver.num_rejected,
+        best_uniform_seconds=_best_uniform(chains, {at.cell: at.limits for at in cells}),
     )
-    return replace(candidate, prediction=prediction)
 
 
-def _different(best: Candidate, rest: Sequence[Candidate]) -> list[Candidate]:
-    """The best of each other strategy, then the best other rank or micro-batch of any."""
-    chosen: list[Candidate] = []
-    seen = {best.configuration.layers}
-    for candidate in rest:
-        if candidate.configuration.layers not in seen:
-            seen.add(candidate.configuration.layers)
-            chosen.append(candidate)
-    return [*chosen, *[c for c in rest if c not in chosen][:1]]
+def _proof(cells: Sequence[_CellSearch], found: _Found, limits: Limits) -> Proof:
+    tables = Tables()
+    proved = tuple(tables.cell(at.cell, at.chain, at.limits.memory_bytes, at.search.proof) for at in cells)
+    before = tuple(tables.cell(at.cell, at.chain, limits.memory_bytes, at.first.root) for at in cells if at.cuts)
+    proof = Proof(
+        status="feasible",
+        gap=0.0,
+        unfragmented_gap=0.0,
+        score_picoseconds=found.chosen.taken.score_picoseconds,
+        bound_picoseconds=0,
+        budget_bytes=limits.memory_bytes,
+        harm=limits.harm,
+        host_bytes=limits.host_bytes,
+        step_picoseconds=limits.step_picoseconds,
+        strategies=tuple(tables.strategies),
+        tables=tuple(tables.tables),
+        cells=proved,
+        unfragmented=before,
+    )
+    bounds = {cell.cell: bound(proof, cell) for cell in proved}
+    cut = {cell.cell for cell in before}
+    loose = [bound(proof, cell) for cell in before] + [b for cell, b in bounds.items() if cell not in cut]
+    shown = gap(proof.score_picoseconds, list(bounds.values()))
+    status: Status = "optimal" if shown <= OPTIMAL_GAP else "within"
+    return replace(
+        proof,
+        status=status,
+        gap=shown,
+        unfragmented_gap=gap(proof.score_picoseconds, loose),
+        bound_picoseconds=min((b for b in bounds.values() if b is not None), default=proof.score_picoseconds),
+    )
+
+
+def _sensitivity(problem: Problem, found: _Found) -> Sensitivity:
+    """What the limits are worth, by the prices of the relaxation, and what the next rank costs."""
+    at = found.at
+    per_byte, binding = at.search.memory_price()
+    rank = next((rank for rank in quality.RANKS if rank > problem.rank), None)
+    next_seconds: float | None = None
+    if rank is not None and problem.workload.rank is None:
+        wider = replace(problem, rank=rank)
+        cell = replace(at.cell, rank=rank)
+        chain = posing.chains(wider, (cell,))[cell]
+        chosen = BranchAndBound(chain, at.limits).search(most_nodes=FEW_NODES).best
+        next_seconds = None if chosen is None else chosen.taken.step_picoseconds / posing.SECOND
+    return Sensitivity(
+        binding=binding,
+        seconds_per_100_mib=per_byte * 100 * 2**20,
+        next_rank=rank if next_seconds is not None else None,
+        next_rank_seconds=next_seconds,
+    )
+
+
+def _alternatives(solver: _Solver, chains: dict[Cell, Chain], found: _Found) -> tuple[Candidate, ...]:
+    """Other configurations that fit when traced, each the best of its kind, best first."""
+    known = {found.configuration}
+    near: list[tuple[int, Candidate]] = []
+    for cells in _variants(solver, chains, found):
+        other = solver.found(cells, MOST_TRACES_EACH, FEW_NODES)
+        if other is not None and other.configuration not in known:
+            known.add(other.configuration)
+            near.append((other.chosen.taken.score_picoseconds, solver.candidate(other)))
+        if len(near) == NUM_ALTERNATIVES:
+            break
+    return tuple(candidate for _, candidate in sorted(near, key=lambda item: item[0]))
+
+
+def _variants(solver: _Solver, chains: dict[Cell, Chain], found: _Found) -> Iterator[list[_CellSearch]]:
+    """Kinds of configurations that are not the plan, each as the cells to look for it in."""
+    cell, limits = found.at.cell, found.at.limits
+    own = {cell: found.at.chain}
+    sizes = {other: chain for other, chain in chains.items() if other.micro_batch_size != cell.micro_batch_size}
+    yield solver.cells(sizes, limits)
+    single = _single(found.at.chain, limits)
+    if len(found.configuration.layers) > 1 and single is not None:
+        yield solver.cells({cell: single}, limits)
+    memory, harm = found.chosen.taken.peak_bytes, found.chosen.taken.harm
+    yield solver.cells(own, replace(limits, memory_bytes=int(LEANER * memory)))
+    if harm:
+        yield solver.cells(own, replace(limits, harm=int(FINER * harm)))
+    for wanted in sorted({strategy.weight_format for strategy in _strategies(found.at.chain)}):
+        alone = _only(found.at.chain, {s for s in _strategies(found.at.chain) if s.weight_format == wanted})
+        if alone is not None:
+            yield solver.cells({cell: alone}, limits)
+    for other, chain in chains.items():
+        if other.micro_batch_size == cell.micro_batch_size and other != cell:
+            yield solver.cells({other: chain}, limits)
+    for share in MUCH_LEANER:
+        yield solver.cells(own, replace(limits, memory_bytes=int(share * memory)))
+
+
+def _single(chain: Chain, limits: Limits) -> Chain | None:
+    """*chain* with the one strategy that is best for all layers; None if there is none within *limits*."""
+    allowed = [(needs.score_picoseconds, alone) for alone, needs in _uniform(chain) if needs.within(limits)]
+    return min(allowed, key=lambda item: item[0])[1] if allowed else None
+
+
+def _strategies(chain: Chain) -> list[Strategy]:
+    return list(dict.fromkeys(choice.strategy for group in chain.groups for choice in group.choices))
+
+
+def _uniform(chain: Chain) -> Iterator[tuple[Chain, Taken]]:
+    """For every strategy that all groups of *chain* have, the chain with no other, and what it takes."""
+    for strategy in _strategies(chain):
+        alone = _only(chain, {strategy})
+        if alone is not None:
+            yield alone, taken(alone, tuple((group.num_layers,) for group in alone.groups))
+
+
+def _only(chain: Chain, wanted: set[Strategy]) -> Chain | None:
+    """*chain* with no choices but *wanted*; None if a group is left with none."""
+    groups = [replace(g, choices=tuple(c for c in g.choices if c.strategy in wanted)) for g in chain.groups]
+    return replace(chain, groups=tuple(groups)) if all(group.choices for group in groups) else None
+
+
+def _best_uniform(chains: dict[Cell, Chain], limits: dict[Cell, Limits]) -> float | None:
+    """The step of the best configuration with one strategy, held to the same limits as the plan."""
+    fitting = [needs for cell, chain in chains.items() for _, needs in _uniform(chain) if needs.within(limits[cell])]
+    best = min(fitting, key=lambda found: found.score_picoseconds, default=None)
+    return None if best is None else best.step_picoseconds / posing.SECOND
+
+
+def smallest(problem: Problem, considered: tuple[Cell, ...]) -> Configuration | None:
+    """The configuration with one strategy that needs the least memory; None without any."""
+    found = [
+        (needs.peak_bytes, posing.configured(problem.workload, cell, _strategies(alone) * problem.num_layers))
+        for cell, chain in posing.chains(problem, considered).items()
+        for alone, needs in _uniform(chain)
+    ]
+    return min(found, key=lambda item: item[0])[1] if found else None

@@ -55,6 +55,7 @@ class Configuration:
         micro_batch_size: sequences per forward pass and GPU.
         gradient_accumulation_steps: micro-batches per optimizer update and GPU.
         num_gpus: data-parallel replicas.
+        loss_chunks: parts into which a micro-batch's tokens are divided for the head and the loss.
     """
 
     layers: tuple[StrategyRun, ...]
@@ -64,11 +65,22 @@ class Configuration:
     micro_batch_size: Positive
     gradient_accumulation_steps: Positive
     num_gpus: Positive = 1
+    loss_chunks: Positive = 1
 
     @property
     def global_batch_size(self) -> int:
         """Sequences per optimizer update over all GPUs."""
         return self.micro_batch_size * self.gradient_accumulation_steps * self.num_gpus
+
+    @property
+    def cell(self) -> Cell:
+        """The decisions that hold for all layers."""
+        return Cell(
+            micro_batch_size=self.micro_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            rank=self.rank,
+            loss_chunks=self.loss_chunks,
+        )
 
     @property
     def num_layers(self) -> int:
@@ -78,6 +90,16 @@ class Configuration:
     def strategies(self) -> tuple[Strategy, ...]:
         """One strategy per layer."""
         return tuple(run.strategy for run in self.layers for _ in range(run.first, run.last + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """The decisions that hold for all layers."""
+
+    micro_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    rank: Positive
+    loss_chunks: Positive
 
 
 def uniform(strategy: Strategy, num_layers: int) -> tuple[StrategyRun, ...]:

@@ -28,6 +28,14 @@ def overflows_fp16(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type")).startswith(_OVERFLOWING)
 
 
+_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_width_scale")
+
+
+def changes_logits(config: Mapping[str, Any]) -> bool:
+    """Whether what the head computes is not yet the logits, as it is capped or scaled."""
+    return any(config.get(name) not in (None, 1, 1.0) for name in _CHANGED_LOGITS)
+
+
 def size(config: Mapping[str, Any], name: str) -> int | None:
     """The size called *name* in most configurations, under any spelling; None where it is not stated."""
     for spelling in _SPELLINGS[name]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+
+from shallowflow.profiles import model_facts
 
 IGNORED_LABEL = -100
 
@@ -18,23 +20,73 @@ def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def chunked(model: Any, input_ids: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
-    """``summed`` of *model*'s logits, *chunk_tokens* at a time, each chunk's logits computed again for its gradient.
+    """``summed`` of *model*'s logits, *chunk_tokens* at a time; the head is frozen.
+
+    Each chunk's gradient is computed beside its loss, so nothing is computed twice and one chunk's logits are held.
 
     Raises:
         ValueError: the model changes its logits after the head, which chunks would miss.
     """
-    if getattr(model.config, "final_logit_softcapping", None) or getattr(model.config, "logit_scale", None):
-        raise ValueError(f"{model.config.model_type} scales its logits after the head; use the whole loss")
+    if model_facts.changes_logits(model.config.to_dict()):
+        raise ValueError(f"{model.config.model_type} changes its logits after the head; use the whole loss")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     head = base.get_output_embeddings()
-    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    rows, wanted = hidden.flatten(0, -2), labels.flatten()
+    apply: Callable[..., torch.Tensor] = _Chunked.apply
+    return apply(rows, head.weight, head.bias, wanted, chunk_tokens, wants_gradient)
 
-    def part(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return summed(head(rows), wanted)
 
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, wanted in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
-        total = total + checkpoint(part, rows, wanted, use_reentrant=False, preserve_rng_state=False)
-    made: torch.Tensor = total
-    return made
+class _Chunked(torch.autograd.Function):
+    """Cross-entropy of ``rows @ weight.T + bias``, a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        chunk_tokens: int,
+        wants_gradient: bool,
+    ) -> torch.Tensor:
+        total = rows.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(rows) if wants_gradient else None
+        for first in range(0, len(rows), chunk_tokens):
+            here = slice(first, first + chunk_tokens)
+            total += _chunk(rows[here], weight, bias, labels[here], None if gradient is None else gradient[here])
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the gradient of a chunked loss serves one backward pass")
+        return gradient.mul_(outer[0]), None, None, None, None, None
+
+
+def _chunk(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> torch.Tensor:
+    """The summed loss of a few rows; *gradient*, with respect to them, is written where it is wanted.
+
+    In fp32 and in place: the logits become probabilities, less one at the label, which is the loss's gradient.
+    """
+    logits = torch.nn.functional.linear(rows, weight, bias).float()
+    learned = (labels != IGNORED_LABEL).unsqueeze(-1)
+    label = labels.unsqueeze(-1).clamp_min(0)
+    logits.sub_(logits.amax(-1, keepdim=True))
+    at_label = logits.gather(-1, label)
+    sums = logits.exp_().sum(-1, keepdim=True)
+    loss = ((sums.log() - at_label) * learned).sum()
+    if gradient is not None:
+        logits.mul_(learned / sums)
+        logits.scatter_add_(-1, label, -learned.to(logits.dtype))
+        torch.mm(logits.to(rows.dtype), weight, out=gradient)
+    return loss

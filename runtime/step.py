@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from shallowflow.planner.strategies import Configuration
 
 from . import activations, build, quantized
-from .loss import summed
+from .loss import chunked, summed
 from .precision import LossScale
 
 LEARNING_RATE = 2e-4
@@ -60,6 +60,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
+    loss_chunks: int = 1
 
     def resident_tensors(self) -> list[Resident]:
         """Everything held between steps, but the optimizer's state."""
@@ -112,6 +113,8 @@ class Trainee:
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy over the target tokens, in fp32."""
+        if self.loss_chunks > 1:
+            return chunked(self.model, batch.input_ids, batch.labels, -(-batch.labels.numel() // self.loss_chunks))
         return summed(self.model(input_ids=batch.input_ids, use_cache=False).logits, batch.labels)
 
 
@@ -140,4 +143,4 @@ def make_trainee(
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, foreach=True)
     scale = LossScale.for_dtype(compute_dtype)
-    return Trainee(adapted, layers, optimizer, scale, parameters)
+    return Trainee(adapted, layers, optimizer, scale, parameters, configuration.loss_chunks)

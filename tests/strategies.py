@@ -19,12 +19,14 @@ from shallowflow.planner.plan import (
     Plan,
     Prediction,
     SearchRecord,
+    Sensitivity,
     StepTime,
     TimePart,
     WallTime,
     Workload,
 )
-from shallowflow.planner.problem import HEADROOM, Problem, candidates
+from shallowflow.planner.problem import HEADROOM, LOSS_CHUNKS, Problem, cells, configured, predict
+from shallowflow.planner.proof import Proof
 from shallowflow.planner.strategies import Activations, Configuration, Strategy, StrategyRun, WeightFormat
 from shallowflow.profiles import load_gpu
 
@@ -45,7 +47,7 @@ def rows(*highest: int) -> st.SearchStrategy[list[int]]:
 
 
 @st.composite
-def step_profiles(draw: st.DrawFn) -> StepProfile:
+def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfile:
     """Steps of three layers that hold something from their forward to their backward pass.
 
     Backward passes take something while they run; those of the first micro-batch leave gradients, which the update
@@ -54,6 +56,8 @@ def step_profiles(draw: st.DrawFn) -> StepProfile:
     saved = {place: draw(rows(10**4, 10**6, 10**4, 10**3)) for place in ("embed", "first", "inner", "last", "head")}
     scratch = {place: draw(rows(10**6, 10**6, 10**4, 0)) for place in ("first", "inner", "last")}
     gradients = draw(st.lists(st.tuples(st.just(0), st.just(0), st.integers(1, 10**5), st.just(0)), max_size=3))
+    if like is not None:
+        gradients = [tuple(row) for row in like.gradients.tolist()]
     sizes: list[list[int]] = []
     events: list[tuple[int, str, int]] = []
 
@@ -97,6 +101,26 @@ def step_profiles(draw: st.DrawFn) -> StepProfile:
 
 
 @st.composite
+def with_other_sizes(draw: st.DrawFn, like: StepProfile) -> StepProfile:
+    """The same step with other layers: as much outside of them, the same adapters, and the same update of them."""
+    other = draw(step_profiles(like))
+    update = SEGMENTS.index("update")
+    ours, theirs = like.op_segment == update, other.op_segment != update
+    operators = {
+        name: np.concatenate([getattr(other, name)[theirs], getattr(like, name)[ours]])
+        for name in ("op_kind", "op_segment", "op_flops", "op_bytes")
+    }
+    return replace(
+        other,
+        **operators,
+        fixed=like.fixed,
+        workspaces=like.workspaces,
+        gradients=like.gradients,
+        alignment_bytes=like.alignment_bytes,
+    )
+
+
+@st.composite
 def layer_runs(draw: st.DrawFn, num_layers: int) -> LayerRuns:
     """Layers all alike, or of two kinds."""
     split = draw(st.integers(1, num_layers))
@@ -124,12 +148,20 @@ def workloads(draw: st.DrawFn, most_sequences: int = 48) -> Workload:
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Problems in which nothing, something or everything fits."""
+    """Problems of a few layers in which nothing, something or everything fits; kinds of layers alternate or not."""
     chosen = draw(st.lists(st.sampled_from(STRATEGIES), unique=True, min_size=1, max_size=3))
-    num_layers = draw(st.integers(1, 40))
-    profiles = {strategy: draw(layer_runs(num_layers)) for strategy in chosen}
-    roomy = Problem(draw(workloads(most_sequences=12)), num_layers, replace(T4, memory_bytes=2**62), profiles)
-    needs = sorted(candidate.prediction.peak_reserved_bytes for candidate in candidates(roomy))
+    kinds = draw(st.sampled_from([(0,), (0, 0), (0, 0, 0, 0), (0, 1, 0, 1), (0, 0, 2, 2, 2)]))
+    first = draw(step_profiles())
+    profiles = {(s, k): draw(with_other_sizes(first)) for s in chosen for k in sorted(set(kinds))}
+    heads = {chunks: draw(with_other_sizes(first)) for chunks in LOSS_CHUNKS}
+    work = draw(workloads(most_sequences=6))
+    rank = work.rank or work.min_rank
+    roomy = Problem(work, replace(T4, memory_bytes=2**62), kinds, profiles, heads, rank)
+    needs = sorted(
+        predict(roomy, configured(work, cell, [strategy] * len(kinds))).peak_reserved_bytes
+        for cell in cells(work, rank)
+        for strategy in chosen
+    )
     budget = draw(st.sampled_from(needs)) + draw(st.sampled_from([-1, 0, 10**6]))
     return replace(roomy, gpu=replace(T4, memory_bytes=int((budget + T4.context_bytes) / (1 - HEADROOM)) + 1))
 
@@ -258,7 +290,33 @@ def plans(draw: st.DrawFn) -> Plan:
         offers=tuple(draw(st.lists(offers, max_size=2))),
         alternatives=tuple(draw(st.lists(candidate, max_size=2))),
         search=SearchRecord(
-            method=draw(words), num_candidates=4, num_fitting=3, num_traced=2, num_rejected=draw(st.integers(0, 9))
+            num_strategies=4,
+            num_cells=3,
+            num_nodes=draw(st.integers(0, 9)),
+            num_traced=2,
+            num_rejected=draw(st.integers(0, 9)),
+            best_uniform_seconds=draw(st.none() | amounts),
+        ),
+        sensitivity=Sensitivity(
+            binding=draw(words),
+            seconds_per_100_mib=draw(amounts),
+            next_rank=draw(st.none() | st.just(32)),
+            next_rank_seconds=draw(st.none() | amounts),
+        ),
+        proof=Proof(
+            status=draw(st.sampled_from(["optimal", "within", "feasible"])),
+            gap=draw(amounts),
+            unfragmented_gap=draw(amounts),
+            score_picoseconds=draw(byte_counts),
+            bound_picoseconds=draw(byte_counts),
+            budget_bytes=draw(byte_counts),
+            harm=None,
+            host_bytes=draw(st.none() | byte_counts),
+            step_picoseconds=None,
+            strategies=tuple(draw(st.lists(st.sampled_from(STRATEGIES), max_size=2))),
+            tables=(),
+            cells=(),
+            unfragmented=(),
         ),
         notes=tuple(draw(st.lists(words, max_size=2))),
         versions=draw(st.dictionaries(words, words, max_size=3)),

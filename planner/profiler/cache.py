@@ -20,7 +20,7 @@ import numpy as np
 import platformdirs
 
 from shallowflow.planner.costs import StepProfile
-from shallowflow.planner.solver import TracedPeak
+from shallowflow.planner.memory_record import TracedPeak
 
 _UNREADABLE = (OSError, ValueError, RecursionError)
 """What reading a damaged entry raises; msgspec's and Unicode's errors are ValueErrors."""

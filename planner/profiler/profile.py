@@ -208,7 +208,9 @@ def mark_layers(step: TraceableStep, recorder: Recorder) -> list[Any]:
 
         return hook
 
-    handles: list[Any] = [step.model.register_forward_pre_hook(lambda *_: recorder.mark("embed"))]
+    find_decoder = getattr(step.model, "get_decoder", None)  # a loss in chunks calls it, and not the whole model
+    entry = find_decoder() if find_decoder else step.model
+    handles: list[Any] = [entry.register_forward_pre_hook(lambda *_: recorder.mark("embed"))]
     for index, layer in enumerate(step.layers):
         handles += [layer.register_forward_pre_hook(entering(index)), layer.register_forward_hook(left(index))]
     return handles

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from shallowflow.planner.memory_record import Timeline
+from shallowflow.planner.memory_record import Timeline, TracedPeak
 from shallowflow.planner.plan import MemoryPart
-from shallowflow.planner.solver import TracedPeak
 
 from .attribution import by_category, live_at, timeline
 from .kernels import Target

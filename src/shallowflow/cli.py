@@ -21,7 +21,7 @@ from shallowflow.inspection import (
     profile_command,
     simulate_command,
 )
-from shallowflow.options import DEFAULT_MODEL, DEFAULTS, workload_options
+from shallowflow.options import DEFAULT_MODEL, DEFAULTS, fixed_fields, workload_options
 from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Objective, Plan, Quantization, Workload
 from shallowflow.planner.remedies import Infeasible
@@ -58,6 +58,7 @@ def cli() -> None:
     \b
     sfplan MODEL --gpu t4               how to train it, its memory, speed and price
     sfplan train PLAN --data FILE       the run: exactly that plan
+    sfplan verify PLAN                  whether a plan's proof holds
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
     """
@@ -81,6 +82,12 @@ def plan_command(
     min_rank: int | None,
     quantization: Quantization,
     objective: Objective,
+    headroom: float | None,
+    max_process_gib: float | None,
+    max_weight_error: float | None,
+    deadline_hours: float | None,
+    budget_usd: float | None,
+    fixed: tuple[str, ...],
     region: str,
     as_json: bool,
     output: Path | None,
@@ -92,6 +99,7 @@ def plan_command(
     \b
     sfplan Llama-3.1-8B --gpu t4
     sfplan Qwen2.5-1.5B --gpu t4 --sequence-length 1024 --tokens 5000000
+    sfplan Qwen2.5-1.5B --gpu t4 --max-process-gib 10 --fix micro_batch_size=2
     """
     from shallowflow.hub import find_model
     from shallowflow.terminal import status
@@ -100,17 +108,22 @@ def plan_command(
     work, notes = _work(tokens, data, eval_data, sequence_length)
     if rank and min_rank and rank < min_rank:
         raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
-    workload = Workload(
-        sequence_length=sequence_length,
-        global_batch_size=global_batch_size,
-        num_gpus=gpus,
-        rank=rank,
-        min_rank=min_rank or DEFAULTS.min_rank,
-        quantization=quantization,
-        objective=objective,
-        region=region,
-        **work,
-    )
+    options: dict[str, Any] = {
+        "sequence_length": sequence_length,
+        "global_batch_size": global_batch_size,
+        "num_gpus": gpus,
+        "rank": rank,
+        "min_rank": min_rank or DEFAULTS.min_rank,
+        "quantization": quantization,
+        "objective": objective,
+        "region": region,
+        "headroom": headroom,
+        "max_process_bytes": None if max_process_gib is None else max(1, int(max_process_gib * 2**30)),
+        "max_weight_error": max_weight_error,
+        "deadline_hours": deadline_hours,
+        "budget_usd": budget_usd,
+    }
+    workload = Workload(**{**options, **work, **fixed_fields(fixed)})
     _check_writable(output)
     device = load_gpu(gpu)
     try:
@@ -228,6 +241,36 @@ def train_command(
         console().print(results(record, output))
     if record.outcome == "interrupted":
         sys.exit(130)
+
+
+@cli.command("verify")
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def verify_command(plan: Path, as_json: bool) -> None:
+    """Check the proof that PLAN carries, without the search that made it.
+
+    Ends with 1 where the proof does not hold.
+
+    \b
+    sfplan verify plan.json
+    """
+    from shallowflow.planner.verify import doubts
+
+    loaded = _read_plan(plan)
+    found = doubts(loaded, load_gpu(loaded.gpu))
+    if as_json:
+        verdict = {"holds": not found, "status": loaded.proof.status, "gap": loaded.proof.gap, "doubts": found}
+        click.echo(msgspec.json.format(msgspec.json.encode(verdict), indent=2).decode())
+    elif not found:
+        nodes = sum(len(cell.nodes) for cell in loaded.proof.cells)
+        click.echo(
+            f"The proof holds: {loaded.proof.status}, gap {loaded.proof.gap:.1e}, "
+            f"{len(loaded.proof.cells)} cells, {nodes} nodes."
+        )
+    else:
+        click.echo("\n".join(["The proof does not hold:", *(f"  {doubt}" for doubt in found)]), err=True)
+    if found:
+        sys.exit(1)
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:

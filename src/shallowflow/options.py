@@ -9,9 +9,45 @@ from typing import get_args
 import click
 
 from shallowflow.planner.plan import Objective, Quantization, Workload
+from shallowflow.planner.problem import HEADROOM
+from shallowflow.planner.strategies import Activations
+from shallowflow.session import RequestError
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 DEFAULTS = Workload()
+POSITIVE = click.FloatRange(min=0, min_open=True)
+MOST_FIXED = 65_536
+FIXABLE = ("micro_batch_size", "loss_chunks", "rank", "activations", "quantization", "double_quantization")
+
+
+def fixed_fields(fixed: tuple[str, ...]) -> dict[str, object]:
+    """Fields of a workload from ``KEY=VALUE`` texts.
+
+    Raises:
+        RequestError: a key is none, or a value is of another kind.
+    """
+    found: dict[str, object] = {}
+    for text in fixed:
+        key, separator, value = text.partition("=")
+        if not separator or key not in FIXABLE:
+            raise RequestError(f"--fix {text!r} pins nothing; give KEY=VALUE with one of {', '.join(FIXABLE)}")
+        found[key] = _field(key, value)
+    return found
+
+
+def _field(key: str, value: str) -> object:
+    texts: dict[str, tuple[str, ...]] = {
+        "activations": get_args(Activations),
+        "quantization": get_args(Quantization),
+        "double_quantization": ("true", "false"),
+    }
+    if key in texts:
+        if value not in texts[key]:
+            raise RequestError(f"--fix {key}={value}: not one of {', '.join(texts[key])}")
+        return value == "true" if key == "double_quantization" else value
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_FIXED:
+        raise RequestError(f"--fix {key}={value}: not a whole number from 1 to {MOST_FIXED}")
+    return int(value)
 
 
 def workload_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -54,6 +90,22 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             default=DEFAULTS.objective,
             show_default=True,
             help="What the best plan is best at.",
+        ),
+        click.option(
+            "--headroom",
+            type=click.FloatRange(0, 1, max_open=True),
+            help=f"Share of the GPU's memory that stays free.  [default: {HEADROOM}]",
+        ),
+        click.option("--max-process-gib", type=POSITIVE, help="What the process may take of the GPU's memory."),
+        click.option("--max-weight-error", type=click.FloatRange(min=0), help="How coarse the base weights may be."),
+        click.option("--deadline-hours", type=POSITIVE, help="When the run must be over, on the wall."),
+        click.option("--budget-usd", type=POSITIVE, help="What the run may cost, on demand."),
+        click.option(
+            "--fix",
+            "fixed",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help=f"Pin a decision: {', '.join(FIXABLE)}.",
         ),
         click.option("--region", default=DEFAULTS.region, show_default=True, help="Where prices are taken from."),
     ]

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from shallowflow.planner import breakdown, costs, money, problem, solver, wall_time
+from shallowflow.planner import breakdown, costs, money, problem, quality, solver, wall_time
 from shallowflow.planner.costs import LayerRuns
 from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, WallTime, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
 from shallowflow.planner.solver import Solution
+from shallowflow.planner.strategies import Cell
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.load import gpu_names, load_gpu, load_instances, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.session import Progress, RequestError, Session
 
 LEAST_PADDING_SHOWN = 0.02
+MOST_DEADLINE_ROUNDS = 3
+"""Of solving again where a run takes longer beside its steps than was allowed for."""
 
 
 def plan(model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _message: None, **workload: Any) -> Plan:
@@ -55,7 +59,7 @@ def make_plan(
     progress: Progress = lambda _message: None,
     notes: tuple[str, ...] = (),
 ) -> Plan:
-    """The best plan for *workload* among all uniform configurations; *notes* are carried along.
+    """The best plan for *workload* among all configurations; *notes* are carried along.
 
     Raises:
         RequestError: the workload contradicts itself or the model.
@@ -63,11 +67,67 @@ def make_plan(
     """
     _check(workload, model, gpu)
     session = Session(model, gpu, progress)
-    posed = session.problem(workload)
-    solution = solver.solve(posed, session.trace) if posed.profiles else None
-    if solution is None:
-        raise _infeasible(session, workload)
-    return _plan(session, workload, solution, notes)
+    timed = replace(workload, deadline_hours=_deadline_hours(workload, gpu))
+    considered, rank = space(session, workload)
+    posed = session.problem(timed, considered, rank)
+    made: Plan | None = None
+    beside = _beside_seconds(session, workload)
+    for _ in range(MOST_DEADLINE_ROUNDS):
+        posed = replace(posed, beside_seconds=beside)
+        solution = solver.solve(posed, considered, session.trace) if posed.profiles else None
+        if solution is None:
+            raise _infeasible(session, posed, considered, workload)
+        made = _plan(session, posed, workload, solution, notes)
+        if timed.deadline_hours is None or made.wall.total_seconds <= timed.deadline_hours * 3600:
+            return made
+        beside = made.wall.total_seconds - made.wall.training_seconds
+    raise _infeasible(session, posed, considered, workload)
+
+
+def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
+    """The cells to search for *workload*, and the adapter's rank in all of them."""
+    divisible = not model_facts.changes_logits(session.model.config)
+    if not divisible and (workload.loss_chunks or 1) > 1:
+        raise RequestError(
+            f"{session.model.name} changes its logits after the head, so its loss is not computed in chunks; "
+            "try loss_chunks=1"
+        )
+    rank = workload.rank
+    if rank is None:
+        per_rank = session.parameters_per_rank(workload.sequence_length)
+        rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank)
+        widest = model_facts.size(session.model.config, "hidden_size") or rank
+        rank = max(workload.min_rank, min(rank, widest))
+    return problem.cells(workload, rank, divisible_loss=divisible), rank
+
+
+def _deadline_hours(workload: Workload, gpu: GpuSpec) -> float | None:
+    """When the run must be over, for the time or for the money."""
+    if workload.budget_usd is None:
+        return workload.deadline_hours
+    prices = [
+        price.on_demand_usd_per_hour
+        for instance in load_instances(gpu.name)
+        if instance.num_gpus >= workload.num_gpus
+        for price in instance.prices
+        if price.region == workload.region
+    ]
+    if not prices:
+        raise RequestError(f"no shipped instance has {workload.num_gpus} x {gpu.title}, so --budget-usd has no price")
+    hours = workload.budget_usd / min(prices)
+    return hours if workload.deadline_hours is None else min(hours, workload.deadline_hours)
+
+
+def _beside_seconds(session: Session, workload: Workload) -> float:
+    """What a run takes at least beside its steps."""
+    return wall_time.wall_time(
+        num_parameters=session.num_parameters(),
+        total_tokens=workload.total_tokens,
+        training_seconds=0.0,
+        evaluation_seconds=0.0,
+        saved_bytes=0,
+        host_to_device_bytes_per_second=session.gpu.pcie_bytes_per_second,
+    ).total_seconds
 
 
 def _check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
@@ -75,6 +135,18 @@ def _check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
         raise RequestError(
             f"a global batch of {workload.global_batch_size} sequences does not divide over {workload.num_gpus} GPUs; "
             f"try --global-batch-size {math.ceil(workload.global_batch_size / workload.num_gpus) * workload.num_gpus}"
+        )
+    share = workload.global_batch_size // workload.num_gpus
+    if workload.micro_batch_size is not None and share % workload.micro_batch_size:
+        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise RequestError(
+            f"micro-batches of {workload.micro_batch_size} do not divide the {share} sequences of one GPU's step; "
+            f"try one of {divisors}"
+        )
+    if workload.loss_chunks is not None and workload.sequence_length % workload.loss_chunks:
+        raise RequestError(
+            f"{workload.loss_chunks} chunks do not divide a sequence of {workload.sequence_length} tokens; "
+            "try a power of two"
         )
     if model_facts.is_mixture_of_experts(model.config):
         raise RequestError(f"{model.name} is a mixture of experts, which cannot be planned yet; try a dense model")
@@ -107,10 +179,12 @@ def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:
         )
 
 
-def _plan(session: Session, workload: Workload, solution: Solution, notes: tuple[str, ...]) -> Plan:
+def _plan(
+    session: Session, posed: problem.Problem, workload: Workload, solution: Solution, notes: tuple[str, ...]
+) -> Plan:
     best, gpu = solution.best, session.gpu
     configuration = best.configuration
-    runs = session.profiles(configuration.layers[0].strategy, workload.sequence_length)
+    runs = posed.runs(configuration)
 
     def wall(disk_bytes_per_second: float = wall_time.DISK_BYTES_PER_SECOND) -> WallTime:
         return _wall_time(session, workload, best, runs, min(disk_bytes_per_second, wall_time.DISK_BYTES_PER_SECOND))
@@ -124,7 +198,7 @@ def _plan(session: Session, workload: Workload, solution: Solution, notes: tuple
         compute_dtype=gpu.compute_dtype,
         attention=solution.peak.attention,
         memory_bytes=gpu.memory_bytes,
-        budget_bytes=problem.budget_bytes(gpu),
+        budget_bytes=problem.budget_bytes(gpu, workload),
         workload=workload,
         configuration=best.configuration,
         prediction=best.prediction,
@@ -147,12 +221,15 @@ def _plan(session: Session, workload: Workload, solution: Solution, notes: tuple
         ),
         alternatives=solution.alternatives,
         search=SearchRecord(
-            method="exhaustive over uniform configurations",
-            num_candidates=solution.num_candidates,
-            num_fitting=solution.num_fitting,
+            num_strategies=len({strategy for strategy, _ in posed.profiles}),
+            num_cells=solution.num_cells,
+            num_nodes=solution.num_nodes,
             num_traced=solution.num_traced,
             num_rejected=solution.num_rejected,
+            best_uniform_seconds=solution.best_uniform_seconds,
         ),
+        sensitivity=solution.sensitivity,
+        proof=solution.proof,
         notes=(*notes, *_notes(session, workload, (best, *solution.alternatives))),
         versions=cache.versions(),
     )
@@ -207,17 +284,64 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
     return tuple(notes)
 
 
-def _infeasible(session: Session, workload: Workload) -> Infeasible:
-    """The refusal, with the smallest peak traced whole and remedies that each fit when traced whole."""
+def _infeasible(
+    session: Session, posed: problem.Problem, considered: tuple[Cell, ...], workload: Workload
+) -> Infeasible:
+    """The refusal, with remedies that each fit when traced whole."""
     gpu = session.gpu
+    for loosened, refusal in _beyond_memory(posed, workload):
+        solution = solver.solve(loosened, considered, session.trace)
+        if solution is not None:
+            return refusal(_plan(session, loosened, workload, solution, ()))
     peak = _smallest_process_bytes(session, workload)
     remedies: list[Remedy] = []
+    if workload.max_process_bytes is not None:
+        option = f"--max-process-gib {math.ceil(peak / 2**30 * 100) / 100:g}"
+        roomy = replace(workload, max_process_bytes=math.ceil(peak / 2**30 * 100) * 2**30 // 100)
+        remedies += _first_that_fits(session, (Change(option, roomy, gpu),))
     for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()]):
         remedies += _first_that_fits(session, group)
         if len(remedies) == MOST_REMEDIES:
             break
-    needed = math.ceil(peak / (1 - problem.HEADROOM))  # the memory of which headroom leaves the peak
+    if workload.max_process_bytes is not None and workload.max_process_bytes < gpu.memory_bytes:
+        return Infeasible(peak, workload.max_process_bytes, remedies)
+    headroom = problem.HEADROOM if workload.headroom is None else workload.headroom
+    needed = math.ceil(peak / (1 - headroom))  # the memory of which headroom leaves the peak
     return Infeasible(needed, gpu.memory_bytes, remedies)
+
+
+def _beyond_memory(
+    posed: problem.Problem, workload: Workload
+) -> Iterator[tuple[problem.Problem, Callable[[Plan], Infeasible]]]:
+    """The problem without one of its other limits, and what to say if that can be solved."""
+    timed = posed.workload
+    if timed.deadline_hours is not None:
+
+        def too_slow(plan: Plan) -> Infeasible:
+            hours = plan.wall.total_seconds / 3600
+            option = f"--deadline-hours {math.ceil(hours * 100) / 100:g}"
+            if workload.budget_usd is not None and plan.offers:
+                option = f"--budget-usd {math.ceil(plan.offers[0].on_demand_usd * 100) / 100:g}"
+            remedy = Remedy(option=option, peak_process_bytes=plan.prediction.peak_process_bytes)
+            reason = (
+                f"no plan ends within {timed.deadline_hours:.2f} h: the best without that limit takes {hours:.2f} h."
+            )
+            return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
+
+        yield replace(posed, workload=replace(timed, deadline_hours=None)), too_slow
+    if timed.max_weight_error is not None:
+
+        def too_coarse(plan: Plan) -> Infeasible:
+            option = f"--max-weight-error {math.ceil(plan.weight_error * 1e4) / 1e4:g}"
+            remedy = Remedy(option=option, peak_process_bytes=plan.prediction.peak_process_bytes)
+            reason = (
+                f"no plan keeps the weight error within {timed.max_weight_error:g}: "
+                f"the finest that fits has {plan.weight_error:.4f}."
+            )
+            return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
+
+        finest = replace(timed, max_weight_error=None, objective="quality")
+        yield replace(posed, workload=finest), too_coarse
 
 
 def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy]:
@@ -229,16 +353,23 @@ def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy
         session.progress(f"trying {change.option}")
         changed = replace(session, gpu=change.gpu)
         peak = _smallest_process_bytes(changed, change.workload)
-        if peak <= problem.budget_bytes(change.gpu) + change.gpu.context_bytes:
+        if peak <= problem.budget_bytes(change.gpu, change.workload) + change.gpu.context_bytes:
             return [Remedy(option=change.option, peak_process_bytes=peak)]
     return []
 
 
 def _smallest_process_bytes(session: Session, workload: Workload) -> int:
-    """The lowest process peak over all strategies, weights too large for the GPU included, traced whole."""
-    roomy = replace(session.gpu, memory_bytes=2**62)
-    strategies = [s for s in problem.strategies(workload, roomy, 0, 0) if s.activations == "recompute"]
-    profiles = {s: session.profiles(s, workload.sequence_length) for s in strategies}
-    candidate = solver.smallest(problem.Problem(workload, session.num_layers, session.gpu, profiles))
-    assert candidate is not None
-    return session.trace(candidate.configuration).peak_reserved_bytes + session.gpu.context_bytes
+    """The lowest process peak of all configurations with one strategy, weights too large for the GPU included."""
+    least = replace(workload, max_weight_error=None, deadline_hours=None)
+    considered, rank = space(session, least)
+    smallest_batch = min(cell.micro_batch_size for cell in considered)
+    most_chunks = max(cell.loss_chunks for cell in considered)
+    considered = tuple(c for c in considered if (c.micro_batch_size, c.loss_chunks) == (smallest_batch, most_chunks))
+    allowed = problem.strategies(least, session.gpu)
+    lean = [s for s in allowed if s.activations in ("recompute", "offload")] or list(allowed)
+    bits = min(problem.BYTES_PER_WEIGHT[s.weight_format] for s in lean)
+    lean = [s for s in lean if problem.BYTES_PER_WEIGHT[s.weight_format] == bits]
+    posed = session.problem(least, considered, rank, only=lambda strategy: strategy in lean)
+    configuration = solver.smallest(posed, considered)
+    assert configuration is not None
+    return session.trace(configuration).peak_reserved_bytes + session.gpu.context_bytes

@@ -14,7 +14,7 @@ from shallowflow.planner.strategies import Activations, Strategy, WeightFormat
 from shallowflow.planning import check_sizes
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.profiles.specs import GpuSpec
-from shallowflow.session import Progress, RequestError, Session
+from shallowflow.session import PARTIAL, Progress, RequestError, Session
 
 
 def profile(
@@ -76,10 +76,6 @@ def model_profile(session: Session, sequence_length: int, micro_batch_size: int,
         kinds=tuple(kinds),
         refused=tuple(refused.items()),
     )
-
-
-PARTIAL = ("recompute attention", "recompute mlp")
-"""Policies that need a module of their own in each layer, which some architectures lack."""
 
 
 def every_strategy(gpu: GpuSpec) -> tuple[Strategy, ...]:

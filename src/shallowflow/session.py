@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 from shallowflow.planner import problem
-from shallowflow.planner.costs import PROFILED_LAYERS, LayerRuns, StepProfile
+from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
+from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart, Workload
 from shallowflow.planner.profiler import cache
-from shallowflow.planner.solver import TracedPeak
-from shallowflow.planner.strategies import Configuration, Strategy, uniform
+from shallowflow.planner.strategies import Cell, Configuration, Strategy, uniform
 from shallowflow.profiles import FactsError, model_facts
+from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 
 Progress = Callable[[str], None]
+
+PARTIAL = ("recompute attention", "recompute mlp")
+"""Policies that need a module of their own in each layer, which some architectures lack."""
+OFFLOAD_SHARE = 0.5
+"""Of the host's memory, for activations; loading and the process itself take the rest."""
+FP32_BYTES = 4
 
 
 class RequestError(ValueError):
@@ -61,16 +67,13 @@ class Session:
             cache.write_numbers(name, known)
         return known
 
-    def profiles(self, strategy: Strategy, sequence_length: int) -> LayerRuns:
-        """The profiles of all layers under *strategy*, in order."""
-        return [
-            (self.profile(strategy, sequence_length, kind), len(list(alike)))
-            for kind, alike in groupby(self.layer_kinds())
-        ]
-
-    def profile(self, strategy: Strategy, sequence_length: int, like_layer: int = 0) -> StepProfile:
+    def profile(
+        self, strategy: Strategy, sequence_length: int, like_layer: int = 0, loss_chunks: int = 1
+    ) -> StepProfile:
         """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
         facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length, "like": like_layer}
+        if loss_chunks > 1:
+            facts["loss_chunks"] = loss_chunks
         name = cache.key("profile", facts)
         known = cache.read_profile(name)
         if known is not None:
@@ -88,6 +91,7 @@ class Session:
                     sequence_length=sequence_length,
                     micro_batch_size=micro_batch_size,
                     gradient_accumulation_steps=2,
+                    loss_chunks=loss_chunks,
                 ),
                 like_layer,
             )
@@ -112,12 +116,56 @@ class Session:
             cache.write_peak(name, known)
         return known if configuration.num_gpus == 1 else _with_buckets(known)
 
-    def problem(self, workload: Workload) -> problem.Problem:
-        """The search problem of *workload*."""
-        outside = model_facts.least_outside_weights(self.model.config)
-        strategies = problem.strategies(workload, self.gpu, self.num_parameters(), outside)
-        profiles = {s: self.profiles(s, workload.sequence_length) for s in strategies}
-        return problem.Problem(workload, self.num_layers, self.gpu, profiles)
+    def problem(
+        self,
+        workload: Workload,
+        considered: tuple[Cell, ...],
+        rank: int,
+        only: Callable[[Strategy], bool] = lambda _strategy: True,
+    ) -> problem.Problem:
+        """The search problem of *workload* with an adapter of *rank*, in the cells *considered*, over *only* some."""
+        kinds = self.layer_kinds()
+        wanted = list(filter(only, problem.strategies(workload, self.gpu)))
+        profiles = self._profiles(wanted, workload.sequence_length)
+        last = next((strategy for strategy, kind in profiles if kind == kinds[-1]), None)
+        heads: dict[int, StepProfile] = {}
+        for chunks in {cell.loss_chunks for cell in considered}:
+            if last is not None:
+                heads[chunks] = self.profile(last, workload.sequence_length, kinds[-1], chunks)
+        return problem.Problem(workload, self.gpu, kinds, profiles, heads, rank, self._host_bytes(workload))
+
+    def _profiles(self, wanted: Sequence[Strategy], sequence_length: int) -> dict[tuple[Strategy, int], StepProfile]:
+        """Of each kind of layer under each of *wanted*, but for those that the model's code does not allow."""
+        found: dict[tuple[Strategy, int], StepProfile] = {}
+        refusal: RequestError | None = None
+        for strategy in wanted:
+            for kind in sorted(set(self.layer_kinds())):
+                try:
+                    found[strategy, kind] = self.profile(strategy, sequence_length, kind)
+                except RequestError as error:
+                    if strategy.activations not in PARTIAL:
+                        raise
+                    refusal = error
+        if wanted and not found:
+            assert refusal is not None
+            raise refusal
+        return found
+
+    def parameters_per_rank(self, sequence_length: int) -> int:
+        """How many parameters the adapter has for each unit of its rank."""
+        plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
+        per_layer = {
+            kind: int(self.profile(plain, sequence_length, kind).gradients[:, 2].sum()) // FP32_BYTES
+            for kind in set(self.layer_kinds())
+        }
+        return sum(per_layer[kind] for kind in self.layer_kinds())
+
+    def _host_bytes(self, workload: Workload) -> int | None:
+        """What activations may take of the memory of the smallest machine that has the GPUs."""
+        hosts = [i for i in load_instances(self.gpu.name) if i.num_gpus >= workload.num_gpus]
+        if not hosts:
+            return None
+        return int(min(host.ram_bytes for host in hosts) * OFFLOAD_SHARE) // workload.num_gpus
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallowflow.planner.costs import StepProfile
+from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart
 from shallowflow.planner.profiler import cache
-from shallowflow.planner.solver import TracedPeak
 from shallowflow.planner.strategies import Strategy
 from tests.planner import tiny
 from tests.strategies import json_values

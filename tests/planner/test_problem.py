@@ -1,4 +1,4 @@
-"""The search problem: which strategies and configurations there are, and what is predicted of each."""
+"""The search problem: which strategies and cells there are, and that a chain takes what composition says."""
 
 from __future__ import annotations
 
@@ -9,88 +9,136 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowflow.planner import problem as posing
-from shallowflow.planner.plan import Workload
-from shallowflow.planner.problem import RANKS, Problem, candidates
+from shallowflow.planner import quality
+from shallowflow.planner.chain import taken
+from shallowflow.planner.plan import Quantization, Workload
+from shallowflow.planner.problem import LOSS_CHUNKS, Problem, cells, chains, configured, predict
+from shallowflow.planner.strategies import Strategy
+from shallowflow.profiles import load_gpu
 from tests.strategies import STRATEGIES, T4, problems, workloads
 
+CPU = load_gpu("cpu")
+FORMATS: dict[str, Quantization] = {"fp16": "fp16", "int8": "int8", "nf4": "nf4"}
 
-@given(workloads(), st.integers(1, 80))
-def test_configurations_divide_the_global_batch(workload: Workload, num_layers: int) -> None:
-    """Every micro-batch that divides a GPU's share comes once per rank, and multiplies back to the global batch."""
-    strategy = STRATEGIES[0]
 
-    found = list(posing.configurations(workload, num_layers, strategy))
+@given(workloads(), st.booleans())
+def test_cells_divide_the_global_batch(workload: Workload, divisible: bool) -> None:
+    """Every micro-batch that divides a GPU's share comes once with every loss, and multiplies back to the batch."""
+    found = cells(workload, 16, divisible_loss=divisible)
 
     share = workload.global_batch_size // workload.num_gpus
     divisors = {n for n in range(1, share + 1) if share % n == 0}
-    ranks = {c.rank for c in found}
-    assert {c.global_batch_size for c in found} == {workload.global_batch_size}
-    assert {(c.rank, c.micro_batch_size) for c in found} == {(r, n) for r in ranks for n in divisors}
-    assert len(found) == len(ranks) * len(divisors)
-    assert {c.strategies() for c in found} == {num_layers * (strategy,)}
-    assert {c.sequence_length for c in found} == {workload.sequence_length}
+    chunks = {n for n in LOSS_CHUNKS if n == 1 or (divisible and workload.sequence_length % n == 0)}
+    assert {cell.micro_batch_size * cell.gradient_accumulation_steps for cell in found} == {share}
+    assert {(cell.micro_batch_size, cell.loss_chunks) for cell in found} == {(n, c) for n in divisors for c in chunks}
+    assert len(found) == len(divisors) * len(chunks)
+
+
+@given(workloads(), st.data())
+def test_what_is_fixed_is_all_there_is(workload: Workload, data: st.DataObject) -> None:
+    """A pinned micro-batch, loss, policy or format is the only one."""
+    whole = cells(workload, 16)
+    one = data.draw(st.sampled_from(whole))
+    pinned = replace(workload, micro_batch_size=one.micro_batch_size, loss_chunks=one.loss_chunks)
+    assert cells(pinned, 16) == (one,)
+
+    strategy = data.draw(st.sampled_from(posing.strategies(workload, T4)))
+    wanted = replace(
+        workload,
+        quantization=FORMATS[strategy.weight_format],
+        activations=strategy.activations,
+        double_quantization=strategy.double_quantization,
+    )
+    assert posing.strategies(wanted, T4) == (strategy,)
 
 
 @given(workloads())
-def test_ranks_are_the_one_fixed_or_all_from_the_least(workload: Workload) -> None:
-    """A fixed rank is the only one; otherwise none is below the least, and the least itself is never missed."""
-    ranks = {c.rank for c in posing.configurations(workload, 2, STRATEGIES[0])}
+def test_strategies_are_those_of_the_format_and_the_device(workload: Workload) -> None:
+    """Every format that is wanted comes with every policy; nothing is offloaded where host and device are one."""
+    found = {gpu.name: posing.strategies(workload, gpu) for gpu in (T4, CPU)}
 
-    if workload.rank is not None:
-        assert ranks == {workload.rank}
-    else:
-        assert min(ranks) >= workload.min_rank
-        assert ranks == {r for r in RANKS if r >= workload.min_rank} or ranks == {workload.min_rank}
+    wanted = {"any": {"fp16", "int8", "nf4"}}.get(workload.quantization, {workload.quantization})
+    assert {strategy.weight_format for strategy in found["t4"]} == wanted
+    assert len(set(found["t4"])) == len(found["t4"]) == 5 * (len(wanted) + ("nf4" in wanted))
+    assert not any(strategy.activations == "offload" for strategy in found["cpu"])
 
 
-@settings(max_examples=50)
-@given(problems())
-def test_predictions_add_up(problem: Problem) -> None:
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.data())
+def test_a_chain_takes_what_composition_says(problem: Problem, data: st.DataObject) -> None:
+    """Bytes to the byte and seconds to the rounding, for any mix; only workspaces may be counted lower."""
+    considered = cells(problem.workload, problem.rank)
+    cell = data.draw(st.sampled_from(considered))
+    chain = chains(problem, considered)[cell]
+    counts = []
+    for group in chain.groups:
+        picks = [data.draw(st.integers(0, len(group.choices) - 1)) for _ in range(group.num_layers)]
+        counts.append(tuple(picks.count(index) for index in range(len(group.choices))))
+
+    configuration = posing.configuration(problem, cell, chain, tuple(counts))
+
+    found, composed = taken(chain, tuple(counts)), predict(problem, configuration)
+    assert configuration.cell == cell
+    assert found.peak_bytes == composed.peak_allocated_bytes
+    assert found.step_picoseconds / 1e12 == pytest.approx(composed.step_seconds, rel=1e-9, abs=1e-9)
+    assert found.harm == sum(quality.harm(strategy) for strategy in configuration.strategies())
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems(), st.data())
+def test_predictions_add_up(problem: Problem, data: st.DataObject) -> None:
     """Reserved covers allocated, the process adds the context, time adds communication, and tokens come of time."""
-    for found in candidates(problem):
-        prediction, chosen = found.prediction, found.configuration
-        assert prediction.resident_bytes <= prediction.peak_allocated_bytes <= prediction.peak_reserved_bytes
-        assert prediction.peak_process_bytes == prediction.peak_reserved_bytes + problem.gpu.context_bytes
-        assert 0 <= prediction.communication_seconds <= prediction.step_seconds
-        tokens = chosen.global_batch_size * chosen.sequence_length
-        assert prediction.tokens_per_second * prediction.step_seconds == pytest.approx(tokens)
-        assert not prediction.traced
+    cell = data.draw(st.sampled_from(cells(problem.workload, problem.rank)))
+    strategy = next(iter(problem.profiles))[0]
+    chosen = configured(problem.workload, cell, [strategy] * problem.num_layers)
+
+    prediction = predict(problem, chosen)
+
+    assert prediction.resident_bytes <= prediction.peak_allocated_bytes <= prediction.peak_reserved_bytes
+    assert prediction.peak_process_bytes == prediction.peak_reserved_bytes + problem.gpu.context_bytes
+    assert 0 <= prediction.communication_seconds <= prediction.step_seconds
+    tokens = chosen.global_batch_size * chosen.sequence_length
+    assert prediction.tokens_per_second * prediction.step_seconds == pytest.approx(tokens)
+    assert not prediction.traced
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(problems(), st.integers(2, 4))
 def test_more_gpus_cost_memory_and_waiting(problem: Problem, num_gpus: int) -> None:
     """A replica among several also holds its gradients' buckets and waits for the others."""
     batch = problem.workload.global_batch_size // problem.workload.num_gpus
-    posed = [
-        replace(problem, workload=replace(problem.workload, num_gpus=count, global_batch_size=count * batch))
-        for count in (1, num_gpus)
-    ]
+    strategy = next(iter(problem.profiles))[0]
+    found = []
+    for count in (1, num_gpus):
+        work = replace(problem.workload, num_gpus=count, global_batch_size=count * batch)
+        posed = replace(problem, workload=work)
+        cell = cells(work, problem.rank)[0]
+        found.append(predict(posed, configured(work, cell, [strategy] * problem.num_layers)))
 
-    alone, many = (candidates(p) for p in posed)
-
-    for one, other in zip(alone, many, strict=True):
-        assert one.prediction.communication_seconds == 0
-        assert other.prediction.step_seconds >= one.prediction.step_seconds
-        assert other.prediction.peak_allocated_bytes >= one.prediction.peak_allocated_bytes
-        buckets = other.prediction.resident_bytes - one.prediction.resident_bytes
-        assert (buckets > 0) == (other.prediction.communication_seconds > 0)
+    one, other = found
+    assert one.communication_seconds == 0
+    assert other.step_seconds >= one.step_seconds
+    assert other.peak_allocated_bytes >= one.peak_allocated_bytes
+    assert (other.resident_bytes > one.resident_bytes) == (other.communication_seconds > 0)
 
 
-@given(workloads(), st.integers(10**6, 10**11), st.integers(0, 100), st.integers(0, 10**11))
-def test_strategies_grow_with_memory_and_never_leave_what_fits(
-    workload: Workload, num_parameters: int, outside_percent: int, more: int
-) -> None:
-    """A larger GPU allows what a smaller one did, and only weights that alone exceed the budget are left out."""
-    outside = num_parameters * outside_percent // 100
-    gpus = [T4, replace(T4, memory_bytes=T4.memory_bytes + more), replace(T4, memory_bytes=2**62)]
+@given(st.integers(1, 10**12), st.integers(1, 10**8), st.integers(1, 300))
+def test_a_rank_is_enough_or_the_largest(tokens: int, per_rank: int, at_least: int) -> None:
+    """More tokens never need less, and the rank chosen holds what they teach unless it is the largest."""
+    rank = quality.enough_rank(tokens, per_rank, at_least)
 
-    small, large, every = (posing.strategies(workload, gpu, num_parameters, outside) for gpu in gpus)
+    assert rank >= at_least
+    assert quality.enough_rank(2 * tokens, per_rank, at_least) >= rank
+    holds = rank * per_rank * quality.BITS_PER_PARAMETER >= tokens * quality.BITS_PER_TOKEN
+    assert holds or rank == max(quality.RANKS[-1], at_least)
 
-    assert set(small) <= set(large) <= set(every)
-    size = {"fp16": 2.0, "int8": 1.0, "nf4": 0.5}
-    for strategy in every:
-        weights = 2 * outside + size[strategy.weight_format] * (num_parameters - outside)
-        assert (strategy in small) == (weights <= posing.budget_bytes(T4))
-    wanted = {"any": {"fp16", "int8", "nf4"}}.get(workload.quantization, {workload.quantization})
-    assert {strategy.weight_format for strategy in every} == wanted
+
+def test_harm_adds_up_to_the_error() -> None:
+    """Of a mix it is the mean of squares; double quantization is a little worse than nf4 alone."""
+    nf4, twice = (Strategy(weight_format="nf4", activations="save", double_quantization=d) for d in (False, True))
+    int8 = Strategy(weight_format="int8", activations="save")
+
+    assert quality.mean_error((nf4, nf4)) == pytest.approx(0.091)
+    assert quality.mean_error((nf4, int8)) ** 2 == pytest.approx((0.091**2 + 0.009**2) / 2)
+    assert quality.harm(nf4) < quality.harm(twice) < 1.05 * quality.harm(nf4)
+    assert [quality.harm(s) for s in STRATEGIES if s.weight_format == "fp16"] == [0] * 5

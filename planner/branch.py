@@ -1,0 +1,280 @@
+"""The best choice for one chain, with its proof: branch and bound over HiGHS's linear relaxation."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .certificate import SCALE, Node, Tree
+from .chain import Chain, Limits, dominated
+from .neighbours import Chosen, Neighbours
+from .relaxation import Bounds, Floats, Point, Relaxation
+
+MOST_NODES = 4_000
+"""Parts of a chain's choices that are looked into before the search stops with what it has."""
+WHOLE = 1e-6
+"""A count this near to a whole number is taken for it."""
+NEGLIGIBLE = 1e-7
+"""A bound this near to the best score, as a share of it, promises nothing better."""
+MOST_TRIED = 4
+"""Counts by which a part is divided in thought, before it is divided by one of them."""
+KNOWN = 2
+"""Times that a count was divided, after which what that did is known well enough not to be tried again."""
+
+
+MOMENTS = {"head": "loss", "update": "update", "forward": "forward pass", "backward": "backward pass"}
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a search came to.
+
+    Attributes:
+        best: None if nothing better than the cutoff was found.
+        bound_seconds: no choice within the limits scores less; infinite if there is none.
+        tree: the proof of it.
+    """
+
+    best: Chosen | None
+    bound_seconds: float
+    tree: Tree
+
+
+@dataclass(slots=True, order=True)
+class _Open:
+    """A part that may hold something better; where *point* is another part's, it is still to be looked into."""
+
+    score_seconds: float
+    number: int
+    point: Point = field(compare=False)
+    bounds: Bounds = field(compare=False)
+    seen: bool = field(compare=False, default=True)
+
+
+class BranchAndBound:
+    """The search in one *chain* within *limits*; its root is solved at once.
+
+    Attributes:
+        best: the best that was found so far.
+    """
+
+    def __init__(self, chain: Chain, limits: Limits) -> None:
+        self.chain, self.limits = chain, limits
+        self.best: Chosen | None = None
+        self._dominated = tuple(tuple(dominated(group.choices)) for group in chain.groups)
+        self._relaxation = Relaxation(chain, limits, self._dominated)
+        self._neighbours = Neighbours(chain, limits, self._relaxation)
+        self._nodes: list[Node] = []
+        self._leaf_bounds: dict[int, float] = {}
+        self._open: list[_Open] = []
+        columns = len(self._relaxation.columns)
+        self._raised, self._times = np.zeros((2, columns)), np.zeros((2, columns))
+        point = self._solved({})
+        self._plain = point
+        if point.score_seconds < float("inf"):
+            point = self._relaxation.strengthened(point)
+        self._root = point
+        self._push(point, {})
+
+    @property
+    def bound_seconds(self) -> float:
+        """The best that may still be."""
+        return min(self._leaf_bounds.values())
+
+    @property
+    def root(self) -> Tree:
+        """A proof of the bound that was known before anything was divided."""
+        return Tree(nodes=(self._root.node,), dominated=self._dominated)
+
+    def memory_price(self) -> tuple[float, str]:
+        """Seconds of the score that a byte of memory is worth at the root, and what of the step needs it most."""
+        prices = [price for price in self._plain.node.prices if price.row in MOMENTS]
+        if not prices:
+            return 0.0, "nothing"
+        total = sum(price.amount for price in prices) / SCALE / 1e12
+        return total, MOMENTS[max(prices, key=lambda price: price.amount).row]
+
+    @property
+    def proof(self) -> Tree:
+        """The tree as it is now."""
+        return Tree(nodes=tuple(self._nodes), dominated=self._dominated)
+
+    def search(self, cutoff_seconds: float = float("inf"), most_nodes: int = MOST_NODES) -> Search:
+        """Look for a choice that scores less than *cutoff_seconds*, until none can or there are *most_nodes*.
+
+        May be called again, with another cutoff.
+        """
+        while self._open and len(self._nodes) < most_nodes:
+            node = heapq.heappop(self._open)
+            least = min(cutoff_seconds, self._best_seconds())
+            if node.score_seconds < least * (1 - NEGLIGIBLE):
+                self._look_near(node)
+                least = min(cutoff_seconds, self._best_seconds())
+            if node.score_seconds >= least * (1 - NEGLIGIBLE):
+                heapq.heappush(self._open, node)
+                break
+            if node.seen:
+                self._divide(self._narrowed(node, least))
+            else:
+                self._look_into(node)
+        found = self.best if self._best_seconds() < cutoff_seconds else None
+        return Search(found, self.bound_seconds, self.proof)
+
+    def _best_seconds(self) -> float:
+        return float("inf") if self.best is None else self.best.taken.score_picoseconds / 1e12
+
+    def _solved(self, bounds: Bounds) -> Point:
+        point = self._relaxation.best(bounds)
+        if point is None:  # HiGHS cannot say
+            nothing = np.zeros(len(self._relaxation.columns))
+            point = Point(0.0, nothing, nothing, Node())
+        return point
+
+    def _push(self, point: Point, bounds: Bounds, score_seconds: float | None = None) -> int:
+        """A new part; with *score_seconds* one of which only that is known, and *point* is of what it is a part of."""
+        number, seen = len(self._nodes), score_seconds is None
+        score = point.score_seconds if score_seconds is None else score_seconds
+        self._nodes.append(point.node)
+        self._leaf_bounds[number] = score
+        if score < float("inf"):
+            heapq.heappush(self._open, _Open(score, number, point, bounds, seen))
+        return number
+
+    def _look_into(self, node: _Open) -> None:
+        node.point, node.seen = self._solved(node.bounds), True
+        node.score_seconds = node.point.score_seconds
+        self._nodes[node.number] = node.point.node
+        self._leaf_bounds[node.number] = node.score_seconds
+        if node.score_seconds < float("inf"):
+            heapq.heappush(self._open, node)
+
+    def _limits_of(self, node: _Open, column: int) -> tuple[int, int]:
+        return node.bounds.get(column, (0, int(self._relaxation.layers[column])))
+
+    def _narrowed(self, node: _Open, cutoff_seconds: float) -> _Open:
+        """*node* without the counts that its point's prices alone show to be no better than *cutoff_seconds*."""
+        gap = cutoff_seconds - node.score_seconds
+        if not gap < float("inf"):
+            return node
+        reduced = node.point.reduced_seconds
+        for column in np.flatnonzero(np.abs(reduced) > gap / (2 * self._relaxation.layers)).tolist():
+            least, most = self._limits_of(node, column)
+            moves = int(gap / abs(reduced[column]))
+            at_least, at_most = node.point.counts[column] < least + WHOLE, node.point.counts[column] > most - WHOLE
+            score = node.score_seconds + (moves + 1) * abs(float(reduced[column]))
+            if reduced[column] > 0 and at_least and least + moves < most:
+                node = self._cut(node, column, least + moves, keeps_lower=True, score_seconds=score)
+            elif reduced[column] < 0 and at_most and most - moves > least:
+                node = self._cut(node, column, most - moves - 1, keeps_lower=False, score_seconds=score)
+        return node
+
+    def _cut(self, node: _Open, column: int, most: int, *, keeps_lower: bool, score_seconds: float) -> _Open:
+        """Divide *node* where one child promises nothing better than *score_seconds*; the other is returned."""
+        least, greatest = self._limits_of(node, column)
+        sides = [{**node.bounds, column: (least, most)}, {**node.bounds, column: (most + 1, greatest)}]
+        numbers = [0, 0]
+        for side, bounds in enumerate(sides):
+            stays = (side == 0) == keeps_lower
+            numbers[side] = self._push(node.point, bounds, score_seconds=node.score_seconds if stays else score_seconds)
+        self._branch(node.number, column, most, numbers)
+        kept = 0 if keeps_lower else 1
+        self._open = [part for part in self._open if part.number != numbers[kept]]
+        heapq.heapify(self._open)
+        return _Open(node.score_seconds, numbers[kept], node.point, sides[kept])
+
+    def _branch(self, number: int, column: int, most: int, children: list[int]) -> None:
+        where = self._relaxation.columns[column]
+        self._nodes[number] = Node(split=(where.group, where.choice, most), children=(children[0], children[1]))
+        del self._leaf_bounds[number]
+
+    def _divide(self, node: _Open) -> None:
+        """Divide *node* by a count that is not whole, or by a choice whose own worst moment is not allowed for."""
+        counts = node.point.counts
+        rest = np.abs(counts - np.round(counts))
+        if float(rest.max()) > WHOLE:
+            column, sides = self._most_telling(node, rest)
+        else:
+            if self._neighbours.nearest(counts)[1].taken.within(self.limits):
+                return  # nothing here scores less than this point, which can be chosen
+            broken = self._relaxation.broken_choice(counts, node.bounds)
+            column, most = (broken, 0) if broken is not None else self._unsettled(node)
+            if column < 0:
+                return
+            sides = self._sides(node, column, most)
+        children = [self._push(point, bounds) for bounds, point in sides]
+        self._branch(node.number, column, sides[0][0][column][1], children)
+
+    def _sides(self, node: _Open, column: int, most: int) -> list[tuple[Bounds, Point]]:
+        """The two parts of *node* that have at most so many of *column*, and more."""
+        least, greatest = self._limits_of(node, column)
+        boxes = ({**node.bounds, column: (least, most)}, {**node.bounds, column: (most + 1, greatest)})
+        return [(bounds, self._solved(bounds)) for bounds in boxes]
+
+    def _most_telling(self, node: _Open, rest: Floats) -> tuple[int, list[tuple[Bounds, Point]]]:
+        """The count whose division raises both parts' bounds most, by what earlier divisions did or by trial."""
+        counts = node.point.counts
+        chosen, best_merit, best_sides = -1, -1.0, None
+        for column in np.argsort(-rest, kind="stable")[:MOST_TRIED].tolist():
+            if rest[column] <= WHOLE:
+                break
+            most = int(np.floor(counts[column]))
+            shares = (counts[column] - most, most + 1 - counts[column])
+            sides = None
+            if min(self._times[:, column]) >= KNOWN:
+                rises = [self._raised[s, column] / self._times[s, column] * shares[s] for s in (0, 1)]
+            else:
+                sides = self._sides(node, column, most)
+                rises = [point.score_seconds - node.score_seconds for _, point in sides]
+                for side, rise in enumerate(rises):
+                    if rise < float("inf"):
+                        self._raised[side, column] += rise / shares[side]
+                        self._times[side, column] += 1
+            merit = max(rises[0], 1e-9) * max(rises[1], 1e-9)
+            if merit > best_merit:
+                chosen, best_merit, best_sides = column, merit, sides
+        if best_sides is None:
+            best_sides = self._sides(node, chosen, int(np.floor(counts[chosen])))
+        return chosen, best_sides
+
+    def _unsettled(self, node: _Open) -> tuple[int, int]:
+        """A column whose count is not settled in *node*, and where to divide it; -1 if there is none."""
+        for column in np.argsort(-node.point.counts, kind="stable").tolist():
+            count = round(float(node.point.counts[column]))
+            least, most = self._limits_of(node, column)
+            if least < most:
+                return column, count - 1 if count > least else count
+        return -1, 0
+
+    def _look_near(self, node: _Open) -> None:
+        """Keep the best of the whole choices near the best point of *node*; at the root with more effort."""
+        for chosen in self._near(node):
+            if chosen.taken.score_picoseconds < self._best_seconds() * 1e12:
+                self.best = chosen
+
+    def _near(self, node: _Open) -> Iterator[Chosen]:
+        if not node.seen:
+            return
+        at_root = node.number == 0
+        starts = [node.point.counts]
+        if at_root:
+            whole = self._relaxation.whole_counts({})
+            starts += [] if whole is None else [whole.astype(np.float64)]
+        for start in starts:
+            counts, chosen = self._neighbours.nearest(start)
+            fits = chosen.taken.within(self.limits)
+            if at_root and not fits:
+                repaired = self._neighbours.repaired(counts, chosen)
+                if repaired is not None:
+                    (counts, chosen), fits = repaired, True
+            if fits:
+                yield chosen
+                if at_root:
+                    yield from self._neighbours.improved(counts, chosen)
+
+
+def solve(chain: Chain, limits: Limits, most_nodes: int = MOST_NODES) -> Search:
+    """The best choice for *chain* within *limits*, with its proof."""
+    return BranchAndBound(chain, limits).search(most_nodes=most_nodes)

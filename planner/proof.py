@@ -1,0 +1,310 @@
+"""The proof that a plan carries: tables of what every strategy takes, prices per cell, and their check.
+
+Checking needs the proof alone. It shares no code with the search but the values that both speak of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, get_args
+
+from .bounds import Meta
+from .certificate import Node, Price, Row, Tree, Unproven, Whole, lower_bound
+from .chain import Chain, Choice, Group, Limits
+from .strategies import Cell, Configuration, Strategy
+
+Status = Literal["optimal", "within", "feasible"]
+OPTIMAL_GAP = 1e-6
+"""A bound this near to the score, as a share of it, says that there is nothing better."""
+
+NUMBERS = tuple(field.name for field in fields(Choice) if field.name != "strategy")
+ROWS: tuple[Row, ...] = get_args(Row)
+MOST_BYTES = 2**62
+Int = Annotated[int, Meta(ge=-MOST_BYTES, le=MOST_BYTES)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableGroup:
+    """Consecutive layers that are alike.
+
+    Attributes:
+        choices: for each strategy that they may be given, its number, and what it takes: NUMBERS.
+    """
+
+    num_layers: Annotated[int, Meta(ge=1)]
+    choices: tuple[tuple[Int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellProof:
+    """That nothing in *cell* scores less than its bound.
+
+    Attributes:
+        table: number of the cell's table.
+        outside: what the step takes outside the layers, as a Chain has it.
+        memory_bytes: how much may be allocated by composition: the budget, less what traced steps were fragmented by.
+        nodes: the tree, one row of numbers a node: ``0, group, choice, most, child, child`` divides;
+            ``1 or 2, device share`` and its prices prove, 2 that nothing is within the limits. A price is
+            ``row, group + 1, choice + 1, amount, divisor or 0``, and with a divisor one reference a group.
+        dominated: for every group and choice the number of a choice that is no worse, or -1.
+    """
+
+    cell: Cell
+    table: Whole
+    outside: tuple[Int, ...]
+    memory_bytes: Int
+    nodes: tuple[tuple[Int, ...], ...]
+    dominated: tuple[tuple[Int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """How good a plan is shown to be.
+
+    Attributes:
+        gap: by how much of its score the plan might be beaten in the cells as they are; *unfragmented_gap*: had no
+            step any fragmentation.
+        score_picoseconds: the plan's step, and what its coarser weights are held to be worth.
+        harm, host_bytes, step_picoseconds: limits, where there are any.
+        unfragmented: of cells whose memory was cut, a bound on what they held before.
+    """
+
+    status: Status
+    gap: Annotated[float, Meta(ge=0)]
+    unfragmented_gap: Annotated[float, Meta(ge=0)]
+    score_picoseconds: Whole
+    bound_picoseconds: Whole
+    budget_bytes: Whole
+    harm: Whole | None
+    host_bytes: Whole | None
+    step_picoseconds: Whole | None
+    strategies: tuple[Strategy, ...]
+    tables: tuple[tuple[TableGroup, ...], ...]
+    cells: tuple[CellProof, ...]
+    unfragmented: tuple[CellProof, ...]
+
+
+_OUTSIDE = tuple(field.name for field in fields(Chain) if field.name not in ("groups", "gradient_accumulation_steps"))
+
+
+class Tables:
+    """The tables of many chains, each kept once."""
+
+    def __init__(self) -> None:
+        self.strategies: list[Strategy] = []
+        self.tables: list[tuple[TableGroup, ...]] = []
+        self._known: dict[tuple[Group, ...], int] = {}
+
+    def cell(self, cell: Cell, chain: Chain, memory_bytes: int, tree: Tree) -> CellProof:
+        """The proof of one cell as a plan carries it."""
+        if chain.groups not in self._known:
+            self._known[chain.groups] = len(self.tables)
+            self.tables.append(tuple(self._group(group) for group in chain.groups))
+        return CellProof(
+            cell=cell,
+            table=self._known[chain.groups],
+            outside=tuple(getattr(chain, name) for name in _OUTSIDE),
+            memory_bytes=memory_bytes,
+            nodes=tuple(_node_row(node) for node in tree.nodes),
+            dominated=tuple(tuple(-1 if by is None else by for by in group) for group in tree.dominated),
+        )
+
+    def _group(self, group: Group) -> TableGroup:
+        for choice in group.choices:
+            if choice.strategy not in self.strategies:
+                self.strategies.append(choice.strategy)
+        rows = [
+            (self.strategies.index(choice.strategy), *(getattr(choice, name) for name in NUMBERS))
+            for choice in group.choices
+        ]
+        return TableGroup(num_layers=group.num_layers, choices=tuple(rows))
+
+
+def _node_row(node: Node) -> tuple[int, ...]:
+    if node.split is not None and node.children is not None:
+        return (0, *node.split, *node.children)
+    row = [2 if node.infeasible else 1, node.device_share]
+    for price in node.prices:
+        group, choice = (0 if number is None else number + 1 for number in (price.group, price.choice))
+        row += [ROWS.index(price.row), group, choice, price.amount, price.divisor or 0, *price.references]
+    return tuple(row)
+
+
+def _node(row: Sequence[int], num_groups: int) -> Node:
+    """The inverse of ``_node_row``; Unproven where *row* is none."""
+    if row and row[0] == 0 and len(row) == 6:
+        return Node(split=(row[1], row[2], row[3]), children=(row[4], row[5]))
+    if len(row) < 2 or row[0] not in (1, 2) or row[1] < 0:
+        raise Unproven("a node is neither a division nor a leaf")
+    prices: list[Price] = []
+    rest = list(row[2:])
+    while rest:
+        if len(rest) < 5 or not 0 <= rest[0] < len(ROWS) or min(rest[1:5]) < 0:
+            raise Unproven("a price is none")
+        kind, group, choice, amount, divisor = rest[:5]
+        references = tuple(rest[5 : 5 + num_groups]) if divisor else ()
+        if divisor and (len(references) != num_groups or min(references) < 0):
+            raise Unproven("a price that divides lacks references")
+        del rest[: 5 + len(references)]
+        prices.append(
+            Price(
+                row=ROWS[kind],
+                amount=amount,
+                group=group - 1 if group else None,
+                choice=choice - 1 if choice else None,
+                divisor=divisor or None,
+                references=references,
+            )
+        )
+    return Node(device_share=row[1], prices=tuple(prices), infeasible=row[0] == 2)
+
+
+def chain_of(proof: Proof, cell: CellProof) -> Chain:
+    """The chain that *cell*'s part of *proof* is about; Unproven where the tables do not hold one."""
+    if cell.table >= len(proof.tables):
+        raise Unproven(f"there is no table {cell.table}")
+    groups: list[Group] = []
+    for group in proof.tables[cell.table]:
+        for row in group.choices:
+            if len(row) != 1 + len(NUMBERS) or not 0 <= row[0] < len(proof.strategies):
+                raise Unproven("a row of a table is not what a strategy takes")
+        choices = tuple(
+            Choice(strategy=proof.strategies[row[0]], **dict(zip(NUMBERS, row[1:], strict=True)))
+            for row in group.choices
+        )
+        if not choices:
+            raise Unproven("a group of layers has no choices")
+        groups.append(Group(num_layers=group.num_layers, choices=choices))
+    if len(cell.outside) != len(_OUTSIDE):
+        raise Unproven("a cell does not say what its step takes outside the layers")
+    outside = dict(zip(_OUTSIDE, cell.outside, strict=True))
+    return Chain(groups=tuple(groups), gradient_accumulation_steps=cell.cell.gradient_accumulation_steps, **outside)
+
+
+def bound(proof: Proof, cell: CellProof) -> int | None:
+    """What everything in *cell* scores at least, in picoseconds; None if nothing there is within the limits.
+
+    Raises:
+        Unproven: the proof shows less than that.
+    """
+    chain = chain_of(proof, cell)
+    limits = Limits(
+        memory_bytes=cell.memory_bytes,
+        harm=proof.harm,
+        host_bytes=proof.host_bytes,
+        step_picoseconds=proof.step_picoseconds,
+    )
+    nodes = tuple(_node(row, len(chain.groups)) for row in cell.nodes)
+    dominated = tuple(tuple(None if by < 0 else by for by in group) for group in cell.dominated)
+    return lower_bound(chain, limits, Tree(nodes=nodes, dominated=dominated))
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What a plan takes by its proof's own tables, layer by layer."""
+
+    peak_bytes: int
+    step_picoseconds: int
+    score_picoseconds: int
+    harm: int
+    host_bytes: int
+
+
+def weigh(proof: Proof, configuration: Configuration) -> tuple[CellProof, Weighed]:
+    """The cell of *configuration*, and what it takes.
+
+    Raises:
+        Unproven: the proof does not speak of it.
+    """
+    cell = next((cell for cell in proof.cells if cell.cell == configuration.cell), None)
+    if cell is None:
+        raise Unproven("the proof does not speak of the plan's own micro-batch, rank and loss")
+    chain = chain_of(proof, cell)
+    strategies = configuration.strategies()
+    if len(strategies) != sum(group.num_layers for group in chain.groups):
+        raise Unproven(f"the plan has {len(strategies)} layers, its proof another number")
+    layers: list[Choice] = []
+    for group in chain.groups:
+        for strategy in strategies[len(layers) : len(layers) + group.num_layers]:
+            found = next((choice for choice in group.choices if choice.strategy == strategy), None)
+            if found is None:
+                raise Unproven(f"the proof does not speak of {strategy}")
+            layers.append(found)
+    return cell, _weighed(chain, layers)
+
+
+def _weighed(chain: Chain, layers: Sequence[Choice]) -> Weighed:
+    level = chain.fixed_bytes + sum(layer.resident_bytes for layer in layers)
+    levels = [level]
+    for layer in layers:
+        levels.append(level + layer.forward_high_bytes)
+        level += layer.forward_change_bytes
+    level += sum(layer.release_bytes for layer in layers)
+    levels.append(level + chain.head_high_bytes)
+    level += chain.head_change_bytes
+    for layer in reversed(layers):
+        levels.append(level + layer.backward_high_bytes)
+        level += layer.backward_change_bytes
+    levels.append(level + chain.update_high_bytes)
+    device = chain.device_picoseconds + sum(layer.device_picoseconds for layer in layers)
+    host = chain.host_picoseconds + sum(layer.host_picoseconds for layer in layers)
+    step = chain.gradient_accumulation_steps * max(device, host) + chain.update_picoseconds
+    return Weighed(
+        peak_bytes=max(levels),
+        step_picoseconds=step,
+        score_picoseconds=step + sum(layer.penalty_picoseconds for layer in layers),
+        harm=sum(layer.harm for layer in layers),
+        host_bytes=sum(layer.host_bytes for layer in layers),
+    )
+
+
+def verify(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+    """What is wrong with *proof* as one of *configuration*, in a space of the *expected* cells; nothing if it holds."""
+    try:
+        return _doubts(proof, configuration, expected)
+    except Unproven as error:
+        return [str(error)]
+
+
+def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+    found: list[str] = []
+    missing = set(expected) - {cell.cell for cell in proof.cells}
+    if missing:
+        found.append(f"{len(missing)} of {len(expected)} cells have no proof, such as {next(iter(missing))}")
+    own, weighed = weigh(proof, configuration)
+    within = (
+        ("memory", weighed.peak_bytes, own.memory_bytes),
+        ("weight error", weighed.harm, proof.harm),
+        ("host memory", weighed.host_bytes, proof.host_bytes),
+        ("time", weighed.step_picoseconds, proof.step_picoseconds),
+    )
+    found += [
+        f"the plan's {name} is {value}, more than its limit of {limit}"
+        for name, value, limit in within
+        if limit is not None and value > limit
+    ]
+    if weighed.score_picoseconds != proof.score_picoseconds:
+        found.append(f"the plan scores {weighed.score_picoseconds}, its proof says {proof.score_picoseconds}")
+    cut = {cell.cell for cell in proof.unfragmented}
+    whole = [cell for cell in proof.cells if cell.cell not in cut]
+    for cell in (*whole, *proof.unfragmented):
+        if cell.memory_bytes < proof.budget_bytes:
+            found.append(f"a cell was searched with {cell.memory_bytes} bytes, not the budget of {proof.budget_bytes}")
+    bounds = {cell.cell: bound(proof, cell) for cell in proof.cells}
+    before = [bound(proof, cell) for cell in proof.unfragmented] + [bounds[cell.cell] for cell in whole]
+    for name, claimed, shown in (
+        ("gap", proof.gap, gap(weighed.score_picoseconds, list(bounds.values()))),
+        ("unfragmented_gap", proof.unfragmented_gap, gap(weighed.score_picoseconds, before)),
+    ):
+        if shown > claimed + OPTIMAL_GAP / 1000:
+            found.append(f"{name} is said to be {claimed:.2g} and shown to be {shown:.2g}")
+    if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:
+        found.append(f"a plan that might be beaten by {proof.gap:.2g} is said to be optimal")
+    return found
+
+
+def gap(score_picoseconds: int, bounds: Sequence[int | None]) -> float:
+    """By how much of its score something else might be better, where every part of the space has one of *bounds*."""
+    least = min((bound for bound in bounds if bound is not None), default=score_picoseconds)
+    return max(0.0, 1 - least / score_picoseconds)

@@ -1,0 +1,32 @@
+"""Whether a plan is what it says: its proof, and what the proof must speak of."""
+
+from __future__ import annotations
+
+from shallowflow.profiles import model_facts
+from shallowflow.profiles.specs import GpuSpec
+
+from . import problem, proof
+from .plan import Plan
+
+PARTIAL = ("recompute attention", "recompute mlp")
+"""Policies that some models' code does not allow, so that a proof need not speak of them."""
+
+
+def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
+    """What is wrong with *plan* as the best for its workload on *gpu*; nothing if its proof holds.
+
+    What the proof takes for given is not looked into: the tables of what each strategy takes, which come from traces.
+    """
+    found: list[str] = []
+    divisible = not model_facts.changes_logits(plan.model_config)
+    expected = problem.cells(plan.workload, plan.configuration.rank, divisible_loss=divisible)
+    spoken = set(plan.proof.strategies)
+    missing = [s for s in problem.strategies(plan.workload, gpu) if s not in spoken and s.activations not in PARTIAL]
+    if missing:
+        found.append(f"the proof does not speak of {missing[0]}")
+    budget = problem.budget_bytes(gpu, plan.workload)
+    if plan.proof.budget_bytes != budget or plan.budget_bytes != budget:
+        found.append(f"the memory to spend is {budget} bytes, the proof speaks of {plan.proof.budget_bytes}")
+    if plan.prediction.peak_reserved_bytes > budget:
+        found.append(f"the plan reserves {plan.prediction.peak_reserved_bytes} bytes of {budget}")
+    return found + proof.verify(plan.proof, plan.configuration, expected)

@@ -1,0 +1,153 @@
+"""The search's answer is the enumeration's, its proof shows it, and a proof of anything better is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from shallowflow.planner.branch import BranchAndBound, solve
+from shallowflow.planner.certificate import Node, Tree, Unproven, lower_bound
+from shallowflow.planner.chain import Chain, Choice, Limits, backward_order, dominated, no_worse, taken
+from tests.planner.chains import MIB, best, chains, choices, limited, ways
+
+EXACT = 1e-9
+
+
+@settings(max_examples=400)
+@given(limited())
+def test_the_answer_is_the_enumerations(problem: tuple[Chain, Limits]) -> None:
+    """Neither more nor less than the best score, or None precisely where nothing is within the limits."""
+    chain, limits = problem
+
+    found = solve(chain, limits)
+
+    expected = best(chain, limits)
+    if expected is None:
+        assert found.best is None
+        assert lower_bound(chain, limits, found.tree) is None
+        return
+    assert found.best is not None
+    assert found.best.taken.score_picoseconds == expected.score_picoseconds
+    assert found.best.taken == taken(chain, found.best.counts)
+    assert found.best.taken.within(limits)
+    shown = lower_bound(chain, limits, found.tree)
+    assert shown is not None
+    assert expected.score_picoseconds * (1 - 2e-7) <= shown <= expected.score_picoseconds * (1 + EXACT) + 1
+
+
+@settings(max_examples=150)
+@given(limited(), st.integers(0, 40))
+def test_a_proof_that_is_cut_short_shows_less_and_nothing_wrong(problem: tuple[Chain, Limits], nodes: int) -> None:
+    """However early a search ends, no choice within the limits scores less than its bound."""
+    chain, limits = problem
+    search = BranchAndBound(chain, limits)
+
+    found = search.search(most_nodes=nodes)
+
+    expected = best(chain, limits)
+    for tree in (found.tree, search.root):
+        shown = lower_bound(chain, limits, tree)
+        if expected is not None:
+            assert shown is not None
+            assert shown <= expected.score_picoseconds * (1 + EXACT) + 1
+
+
+@settings(max_examples=150)
+@given(limited(), st.data())
+def test_a_cutoff_leaves_out_only_what_is_no_better(problem: tuple[Chain, Limits], data: st.DataObject) -> None:
+    """Called again with a higher cutoff, a search finds what it left out."""
+    chain, limits = problem
+    expected = best(chain, limits)
+    assume(expected is not None and expected.score_picoseconds > 0)
+    assert expected is not None
+    seconds = expected.score_picoseconds / 1e12
+    search = BranchAndBound(chain, limits)
+
+    low = search.search(seconds * data.draw(st.sampled_from([0.5, 0.99])))
+    high = search.search(seconds * 1.01)
+
+    assert low.best is None
+    assert high.best is not None
+    assert high.best.taken.score_picoseconds == expected.score_picoseconds
+
+
+@settings(max_examples=150)
+@given(limited())
+def test_a_better_bound_than_is_true_is_not_shown(problem: tuple[Chain, Limits]) -> None:
+    """Whatever prices a leaf has, what they show holds; a leaf said to be infeasible must show it."""
+    chain, limits = problem
+    found = solve(chain, limits)
+    expected = best(chain, limits)
+    assume(expected is not None)
+    assert expected is not None
+
+    for number, node in enumerate(found.tree.nodes):
+        if node.split is not None:
+            continue
+        dearer = tuple(replace(price, amount=2 * price.amount + 1) for price in node.prices)
+        for changed in (replace(node, prices=dearer), replace(node, device_share=node.device_share // 2)):
+            nodes = (*found.tree.nodes[:number], changed, *found.tree.nodes[number + 1 :])
+            try:
+                shown = lower_bound(chain, limits, replace(found.tree, nodes=nodes))
+            except Unproven:
+                continue
+            assert shown is not None
+            assert shown <= expected.score_picoseconds * (1 + EXACT) + 1
+
+
+@given(limited())
+def test_a_planted_infeasible_leaf_is_caught(problem: tuple[Chain, Limits]) -> None:
+    """That nothing is within the limits cannot be said of a chain of which something is."""
+    chain, limits = problem
+    assume(best(chain, limits) is not None)
+    everything = tuple(tuple(None for _ in group.choices) for group in chain.groups)
+
+    for prices in ((), solve(chain, limits).tree.nodes[0].prices):
+        with pytest.raises(Unproven, match="infeasible"):
+            lower_bound(chain, limits, Tree(nodes=(Node(prices=prices, infeasible=True),), dominated=everything))
+
+
+@given(chains())
+def test_more_memory_is_never_slower(chain: Chain) -> None:
+    """The best score falls or stays as the limit grows."""
+    peaks = sorted({found.peak_bytes for _, found in ways(chain)})
+    scores: list[float] = []
+    for peak in peaks[:: max(1, len(peaks) // 5)]:
+        found = solve(chain, Limits(memory_bytes=peak)).best
+        scores.append(float("inf") if found is None else found.taken.score_picoseconds)
+
+    assert scores == sorted(scores, reverse=True)
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6).flatmap(lambda n: st.tuples(*(choices(i) for i in n))))
+def test_what_is_dominated_can_be_replaced(group: tuple[Choice, ...]) -> None:
+    """Whatever dominates is no worse, and is dominated by nothing itself."""
+    by = dominated(group)
+
+    for index, better in enumerate(by):
+        if better is not None:
+            assert by[better] is None
+            assert no_worse(group[better], group[index])
+    assert any(better is None for better in by)
+
+
+@settings(max_examples=60)
+@given(chains(), st.data())
+def test_no_order_of_a_groups_layers_has_a_lower_backward_peak(chain: Chain, data: st.DataObject) -> None:
+    """Layers that free come first, then those that leave something; no permutation of them does better."""
+    group = chain.groups[0].choices
+    made = [group[data.draw(st.integers(0, len(group) - 1))] for _ in range(4)]
+
+    def peak(order: list[Choice]) -> int:
+        level = highest = 1000 * MIB
+        for choice in order:
+            highest = max(highest, level + choice.backward_high_bytes)
+            level += choice.backward_change_bytes
+        return highest
+
+    ordered = [made[i] for i in backward_order(made)]
+    shuffled = data.draw(st.permutations(made))
+    assert peak(ordered) <= peak(shuffled)
