@@ -151,7 +151,9 @@ def _best(cells: Sequence[_CellSearch], most_nodes: int) -> tuple[_CellSearch, C
     return best
 
 
-def solve(problem: Problem, considered: tuple[Cell, ...], trace: Trace) -> Solution | None:
+def solve(
+    problem: Problem, considered: tuple[Cell, ...], trace: Trace, num_alternatives: int = NUM_ALTERNATIVES
+) -> Solution | None:
     """The best configuration in the cells *considered* whose own traced step fits; None when none was found."""
     chains = posing.chains(problem, considered)
     solver = _Solver(problem, trace)
@@ -159,7 +161,7 @@ def solve(problem: Problem, considered: tuple[Cell, ...], trace: Trace) -> Solut
     found = solver.found(cells, MOST_TRACES, MOST_NODES) if cells else None
     if found is None:
         return None
-    alternatives = _alternatives(solver, chains, found)
+    alternatives = _alternatives(solver, chains, found, num_alternatives)
     return Solution(
         best=solver.candidate(found),
         peak=found.peak,
@@ -227,17 +229,17 @@ def _sensitivity(problem: Problem, found: _Found) -> Sensitivity:
     )
 
 
-def _alternatives(solver: _Solver, chains: dict[Cell, Chain], found: _Found) -> tuple[Candidate, ...]:
+def _alternatives(solver: _Solver, chains: dict[Cell, Chain], found: _Found, wanted: int) -> tuple[Candidate, ...]:
     """Other configurations that fit when traced, each the best of its kind, best first."""
     known = {found.configuration}
     near: list[tuple[int, Candidate]] = []
     for cells in _variants(solver, chains, found):
+        if len(near) == wanted:
+            break
         other = solver.found(cells, MOST_TRACES_EACH, FEW_NODES)
         if other is not None and other.configuration not in known:
             known.add(other.configuration)
             near.append((other.chosen.taken.score_picoseconds, solver.candidate(other)))
-        if len(near) == NUM_ALTERNATIVES:
-            break
     return tuple(candidate for _, candidate in sorted(near, key=lambda item: item[0]))
 
 

@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
         self._names: dict[int, str] = {}
         self._parameters: dict[int, str] = {}
         self._head: int | None = None
+        self._decoder: int | None = None
         self._past_head = False
         self._backward_module = ""
         self.workspaces: dict[tuple[str, str], int] = {}
@@ -156,6 +157,8 @@ class Recorder(TorchDispatchMode):
         find_head = getattr(model, "get_output_embeddings", None)
         head = find_head() if find_head else None
         self._head = self._head if head is None else id(head)
+        find_decoder = getattr(model, "get_decoder", None)
+        self._decoder = id(find_decoder()) if find_decoder else self._decoder
 
     def owned(self, parameter: torch.Tensor, tensor: torch.Tensor, category: str) -> None:
         """Say that *tensor* is *category* and belongs to the module of *parameter*."""
@@ -175,6 +178,11 @@ class Recorder(TorchDispatchMode):
         """Global forward hook, called when the forward raised, too."""
         if len(self._modules) > 1:
             self._modules.pop()
+        if id(module) == self._decoder:  # a loss in chunks calls no head
+            self._past_head = True
+            hidden = next(iter(output.values()), None) if isinstance(output, dict) else output
+            for tensor in _differentiable(hidden):
+                tensor.register_hook(self._before_head)
         if id(module) in self._names:
             for tensor in _differentiable(output):
                 tensor.register_hook(functools.partial(self._enter_backward, self._names[id(module)]))

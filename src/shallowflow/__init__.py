@@ -34,6 +34,7 @@ _HOMES = {
     "plan": "planning",
     "profile": "profiling",
     "simulate": "planner.profiler.user_step",
+    "trade_offs": "tradeoffs",
     "train": "runtime.run",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "plan",
     "profile",
     "simulate",
+    "trade_offs",
     "train",
 ]
 

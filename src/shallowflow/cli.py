@@ -23,11 +23,11 @@ from shallowflow.inspection import (
 )
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS, fixed_fields, workload_options
 from shallowflow.planner.memory_record import OutOfDeviceMemory
-from shallowflow.planner.plan import Objective, Plan, Quantization, Workload
+from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, from_json, to_json
 from shallowflow.planning import make_plan
-from shallowflow.profiles import FactsError, load_gpu, validate_config
+from shallowflow.profiles import FactsError, GpuSpec, load_gpu, validate_config
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 
@@ -59,6 +59,7 @@ def cli() -> None:
     sfplan MODEL --gpu t4               how to train it, its memory, speed and price
     sfplan train PLAN --data FILE       the run: exactly that plan
     sfplan verify PLAN                  whether a plan's proof holds
+    sfplan frontier MODEL               what memory and finer weights buy
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
     """
@@ -69,29 +70,7 @@ def cli() -> None:
 @workload_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan to a file.")
-def plan_command(
-    model: str,
-    gpu: str,
-    gpus: int,
-    sequence_length: int,
-    tokens: int | None,
-    data: Path | None,
-    eval_data: Path | None,
-    global_batch_size: int,
-    rank: int | None,
-    min_rank: int | None,
-    quantization: Quantization,
-    objective: Objective,
-    headroom: float | None,
-    max_process_gib: float | None,
-    max_weight_error: float | None,
-    deadline_hours: float | None,
-    budget_usd: float | None,
-    fixed: tuple[str, ...],
-    region: str,
-    as_json: bool,
-    output: Path | None,
-) -> None:
+def plan_command(model: str, as_json: bool, output: Path | None, **options: Any) -> None:
     """Find the best way to fine-tune MODEL on a GPU, without a GPU.
 
     MODEL is a shipped name, a folder or config.json, or a Hub id where there is a network.
@@ -105,27 +84,8 @@ def plan_command(
     from shallowflow.terminal import status
 
     spec = find_model(model)
-    work, notes = _work(tokens, data, eval_data, sequence_length)
-    if rank and min_rank and rank < min_rank:
-        raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
-    options: dict[str, Any] = {
-        "sequence_length": sequence_length,
-        "global_batch_size": global_batch_size,
-        "num_gpus": gpus,
-        "rank": rank,
-        "min_rank": min_rank or DEFAULTS.min_rank,
-        "quantization": quantization,
-        "objective": objective,
-        "region": region,
-        "headroom": headroom,
-        "max_process_bytes": None if max_process_gib is None else max(1, int(max_process_gib * 2**30)),
-        "max_weight_error": max_weight_error,
-        "deadline_hours": deadline_hours,
-        "budget_usd": budget_usd,
-    }
-    workload = Workload(**{**options, **work, **fixed_fields(fixed)})
+    device, workload, notes = _request(**options)
     _check_writable(output)
-    device = load_gpu(gpu)
     try:
         with status(f"planning {spec.name}") as tell:
             made = make_plan(spec, device, workload, progress=tell, notes=notes)
@@ -139,6 +99,62 @@ def plan_command(
         except OSError as error:
             raise RequestError(f"cannot write {output}: {error.strerror}") from None
     _show(made, as_json)
+
+
+@cli.command("frontier")
+@click.argument("model", default=DEFAULT_MODEL)
+@workload_options
+@click.option("--json", "as_json", is_flag=True, help="Print the points as JSON.")
+def frontier_command(model: str, as_json: bool, **options: Any) -> None:
+    """Show what memory and finer weights buy: plans that no other beats in memory, time and weight error at once.
+
+    Each is a plan for a part of the GPU's memory, traced whole.
+
+    \b
+    sfplan frontier Llama-3.2-1B --gpu t4 --sequence-length 1024
+    """
+    from shallowflow.hub import find_model
+    from shallowflow.terminal import console, status
+    from shallowflow.tradeoffs import find_trade_offs
+
+    spec = find_model(model)
+    device, workload, _ = _request(**options)
+    with status(f"planning {spec.name}") as tell:
+        points = find_trade_offs(spec, device, workload, progress=tell)
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(points), indent=2).decode())
+        return
+    from shallowflow.planner import render
+
+    console().print(render.frontier(spec.name, device.name, points))
+
+
+def _request(
+    gpu: str,
+    gpus: int,
+    tokens: int | None,
+    data: Path | None,
+    eval_data: Path | None,
+    rank: int | None,
+    min_rank: int | None,
+    max_process_gib: float | None,
+    fixed: tuple[str, ...],
+    **same: Any,
+) -> tuple[GpuSpec, Workload, tuple[str, ...]]:
+    """The GPU, the workload and notes on it, from what the command line says; *same* are the workload's own fields."""
+    work, notes = _work(tokens, data, eval_data, same["sequence_length"])
+    if rank and min_rank and rank < min_rank:
+        raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
+    options: dict[str, Any] = {
+        **same,
+        "num_gpus": gpus,
+        "rank": rank,
+        "min_rank": min_rank or DEFAULTS.min_rank,
+        "max_process_bytes": None if max_process_gib is None else max(1, int(max_process_gib * 2**30)),
+        **work,
+        **fixed_fields(fixed),
+    }
+    return load_gpu(gpu), Workload(**options), notes
 
 
 def _work(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,19 @@ def plan(model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _mes
         RequestError: the workload contradicts itself or the model.
         Infeasible: nothing fits; carries remedies that do.
     """
+    return make_plan(load_model(str(model)), load_gpu(gpu), workload_of(workload), progress=progress)
+
+
+def workload_of(entries: Mapping[str, Any]) -> Workload:
+    """A workload of these *entries*; RequestError where one is unknown or wrong."""
     try:
-        wanted = msgspec.convert(workload, type=Workload, strict=True)
+        wanted = msgspec.convert(dict(entries), type=Workload, strict=True)
     except msgspec.ValidationError as error:
         raise RequestError(f"bad workload: {error}") from None
-    unknown = sorted(set(workload) - set(Workload.__dataclass_fields__))
+    unknown = sorted(set(entries) - set(Workload.__dataclass_fields__))
     if unknown:
         raise RequestError(f"unknown workload {unknown[0]!r}; there are {', '.join(Workload.__dataclass_fields__)}")
-    return make_plan(load_model(str(model)), load_gpu(gpu), wanted, progress=progress)
+    return wanted
 
 
 def make_plan(
@@ -58,6 +63,7 @@ def make_plan(
     *,
     progress: Progress = lambda _message: None,
     notes: tuple[str, ...] = (),
+    num_alternatives: int = solver.NUM_ALTERNATIVES,
 ) -> Plan:
     """The best plan for *workload* among all configurations; *notes* are carried along.
 
@@ -74,7 +80,7 @@ def make_plan(
     beside = _beside_seconds(session, workload)
     for _ in range(MOST_DEADLINE_ROUNDS):
         posed = replace(posed, beside_seconds=beside)
-        solution = solver.solve(posed, considered, session.trace) if posed.profiles else None
+        solution = _solved(session, posed, considered, num_alternatives)
         if solution is None:
             raise _infeasible(session, posed, considered, workload)
         made = _plan(session, posed, workload, solution, notes)
@@ -82,6 +88,24 @@ def make_plan(
             return made
         beside = made.wall.total_seconds - made.wall.training_seconds
     raise _infeasible(session, posed, considered, workload)
+
+
+def _solved(
+    session: Session, posed: problem.Problem, considered: tuple[Cell, ...], num_alternatives: int
+) -> Solution | None:
+    if not posed.profiles:
+        return None
+    return solver.solve(posed, considered, session.trace, num_alternatives)
+
+
+def smallest_process_bytes(model: ModelSpec, gpu: GpuSpec, workload: Workload, progress: Progress) -> int:
+    """What the smallest step of *workload* takes of *gpu*, whether that has so much or not.
+
+    Raises:
+        RequestError: the workload contradicts itself or the model.
+    """
+    _check(workload, model, gpu)
+    return _smallest_process_bytes(Session(model, gpu, progress), workload)
 
 
 def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
@@ -290,7 +314,7 @@ def _infeasible(
     """The refusal, with remedies that each fit when traced whole."""
     gpu = session.gpu
     for loosened, refusal in _beyond_memory(posed, workload):
-        solution = solver.solve(loosened, considered, session.trace)
+        solution = _solved(session, loosened, considered, 0)
         if solution is not None:
             return refusal(_plan(session, loosened, workload, solution, ()))
     peak = _smallest_process_bytes(session, workload)

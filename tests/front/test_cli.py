@@ -111,15 +111,22 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
         "quantization": ("quantization", "nf4"),
         "objective": ("objective", "cost"),
         "region": ("region", "eu-west-1"),
+        "headroom": ("headroom", 0.1),
+        "max-weight-error": ("max_weight_error", 0.5),
+        "deadline-hours": ("deadline_hours", 1000.0),
+        "budget-usd": ("budget_usd", 900.0),
     }
+    fixed = {"micro_batch_size": 3, "loss_chunks": 4, "activations": "recompute", "double_quantization": True}
     words = [word for option, (_, value) in given.items() for word in (f"--{option}", value)]
+    words += [word for key, value in fixed.items() for word in ("--fix", f"{key}={value}".lower())]
+    words += ["--max-process-gib", 10]
 
     done = sfplan(tiny_folder, "--gpu", "t4", "--json", *words)
 
     assert done.code == 0, done.errors
     workload = json.loads(done.output)["workload"]
-    unsaid = {"num_sequences": None, "num_eval_sequences": 0}
-    assert workload == {**unsaid, **dict(given.values())}
+    unsaid = {"num_sequences": None, "num_eval_sequences": 0, "max_process_bytes": 10 * 2**30}
+    assert workload == {**unsaid, **fixed, **dict(given.values())}
 
 
 def test_data_gives_the_size_of_the_work(tiny_folder: Path, data: Path) -> None:
@@ -198,9 +205,9 @@ def test_gpus_are_listed() -> None:
 
 def test_what_does_not_fit_says_what_would(folder: Callable[..., Path]) -> None:
     """Exit code 1, by how much it does not fit, and remedies that each make a plan; the same facts in JSON."""
-    wide = folder(vocab_size=100_000, max_position_embeddings=2**20)
+    wide = folder(vocab_size=250_000, max_position_embeddings=2**20)
     words = (wide, "--gpu", "h100", "--rank", 8, "--global-batch-size", 1)
-    too_long = ("--sequence-length", 2**16)
+    too_long = ("--sequence-length", 2**20)
 
     text, refused = sfplan(*words, *too_long), sfplan(*words, *too_long, "--json")
 

@@ -279,7 +279,7 @@ def test_logits_changed_after_the_head_are_refused() -> None:
     capped = tiny.base()
     capped.config.final_logit_softcapping = 30.0
 
-    with pytest.raises(ValueError, match="scales its logits after the head"):
+    with pytest.raises(ValueError, match="changes its logits after the head"):
         chunked(capped, torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), 8)
 
 

@@ -1,0 +1,163 @@
+"""Proofs from the command line, decisions that are pinned, limits beyond memory, and the frontier."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shallowflow
+from shallowflow.planner.serialize import from_json
+from tests.front.shell import Done, sfplan
+
+T4 = ("--gpu", "t4", "--sequence-length", 32, "--global-batch-size", 4, "--rank", 8, "--tokens", 5000)
+
+
+@pytest.fixture(scope="module")
+def proven(tiny_folder: Path) -> str:
+    """A plan for the tiny model on a T4 of which most stays free, so that memory binds."""
+    done = sfplan(tiny_folder, *T4, "--max-process-gib", 0.16, "--json")
+    assert done.code == 0, done.errors
+    return done.output
+
+
+def verdict(tmp_path: Path, content: object) -> tuple[Done, dict[str, Any]]:
+    """What ``sfplan verify`` says of *content*."""
+    file = tmp_path / "plan.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    said = sfplan("verify", file)
+    as_json = sfplan("verify", file, "--json")
+    assert said.code == as_json.code
+    return said, json.loads(as_json.output) if as_json.output else {}
+
+
+def test_a_plans_proof_holds(proven: str, tmp_path: Path) -> None:
+    """The verdict is in words and in JSON, and the plan is optimal."""
+    said, facts = verdict(tmp_path, proven)
+
+    assert said.code == 0 and said.errors == ""
+    assert said.output.startswith("The proof holds: optimal")
+    assert facts == {"holds": True, "status": "optimal", "gap": facts["gap"], "doubts": []}
+    assert from_json(proven).proof.status == "optimal"
+
+
+def edits() -> list[Callable[[Any], None]]:
+    """Ways to make a plan say more than it shows."""
+
+    def better(plan: Any) -> None:
+        plan["proof"]["score_picoseconds"] //= 2
+
+    def fewer(plan: Any) -> None:
+        del plan["proof"]["cells"][0]
+
+    def worse(plan: Any) -> None:
+        plan["configuration"]["layers"] = [
+            {
+                "first": 0,
+                "last": plan["configuration"]["layers"][-1]["last"],
+                "strategy": {"weight_format": "nf4", "activations": "offload", "double_quantization": True},
+            }
+        ]
+
+    def roomier(plan: Any) -> None:
+        plan["proof"]["budget_bytes"] += 2**30
+
+    def cheaper(plan: Any) -> None:
+        for cell in plan["proof"]["cells"]:
+            cell["nodes"] = [[2, 0]]
+
+    def faster(plan: Any) -> None:
+        for table in plan["proof"]["tables"]:
+            for group in table:
+                group["choices"] = [[*row[:7], row[7] // 2, row[8] // 2, *row[9:]] for row in group["choices"]]
+
+    return [better, fewer, worse, roomier, cheaper, faster]
+
+
+@pytest.mark.parametrize("edit", edits(), ids=lambda edit: edit.__name__)
+def test_a_plan_that_says_more_than_it_shows_is_caught(
+    edit: Callable[[Any], None], proven: str, tmp_path: Path
+) -> None:
+    """Exit code 1, and a reason; no traceback."""
+    plan = json.loads(proven)
+    edit(plan)
+
+    said, facts = verdict(tmp_path, plan)
+
+    assert said.code == 1
+    assert said.errors.startswith("The proof does not hold:\n")
+    assert not facts["holds"] and facts["doubts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--fix", "speed=9"), "pins nothing; give KEY=VALUE"),
+        (("--fix", "rank"), "pins nothing; give KEY=VALUE"),
+        (("--fix", "rank=big"), "not a whole number"),
+        (("--fix", "activations=forget"), "not one of save, recompute attention"),
+        (("--fix", "micro_batch_size=3"), "do not divide the 4 sequences .* try one of 1, 2, 4"),
+        (("--fix", "loss_chunks=5"), "do not divide a sequence of 32 tokens"),
+    ],
+)
+def test_a_decision_that_cannot_be_pinned_is_refused(words: tuple[str, ...], said: str, tiny_folder: Path) -> None:
+    """One line, exit code 2."""
+    done = sfplan(tiny_folder, *T4, *words)
+
+    assert done.code == 2 and done.output == ""
+    assert len(done.errors.splitlines()) == 1
+    assert re.search(said, done.errors)
+
+
+def test_what_is_pinned_is_planned(tiny_folder: Path) -> None:
+    """Every decision that is given is the plan's."""
+    pins = ("micro_batch_size=2", "loss_chunks=4", "activations=recompute mlp", "quantization=int8", "rank=4")
+
+    done = sfplan(tiny_folder, *T4, *(word for pin in pins for word in ("--fix", pin)), "--json")
+
+    assert done.code == 0, done.errors
+    chosen = from_json(done.output).configuration
+    assert (chosen.micro_batch_size, chosen.loss_chunks, chosen.rank) == (2, 4, 4)
+    assert {(s.weight_format, s.activations) for s in chosen.strategies()} == {("int8", "recompute mlp")}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--deadline-hours", "0.0001"), "no plan ends within 0.00 h"),
+        (("--budget-usd", "0.0001"), "no plan ends within 0.00 h"),
+        (("--quantization", "nf4", "--max-weight-error", "0.01"), "no plan keeps the weight error within 0.01"),
+        (("--max-process-gib", "0.141"), "no plan fits in 0.14 GiB"),
+    ],
+)
+def test_a_limit_that_nothing_meets_comes_with_one_that_something_does(
+    words: tuple[str, ...], reason: str, tiny_folder: Path
+) -> None:
+    """Exit code 1; the remedies, given instead, make a plan."""
+    done = sfplan(tiny_folder, *T4, *words, "--json")
+
+    assert done.code == 1
+    assert done.errors.startswith(f"Error: {reason}")
+    remedy = json.loads(done.output)["remedies"][0]["option"].split()
+    changed = sfplan(tiny_folder, *T4, *words, *remedy, "--json")
+    assert changed.code == 0, changed.errors
+
+
+def test_the_frontier_is_the_same_from_everywhere(tiny_folder: Path) -> None:
+    """More memory is never slower by the same weights; JSON, words and Python say the same."""
+    words = ("frontier", tiny_folder, *T4)
+    as_json, said = sfplan(*words, "--json"), sfplan(*words)
+
+    assert as_json.code == said.code == 0, as_json.errors
+    points = json.loads(as_json.output)
+    asked: dict[str, Any] = {"sequence_length": 32, "global_batch_size": 4, "rank": 8, "total_tokens": 5000}
+    made = shallowflow.trade_offs(str(tiny_folder), "t4", **asked)
+    assert [point["step_seconds"] for point in points] == [point.step_seconds for point in made]
+    assert len(said.output.splitlines()) == 2 + len(points)
+    for leaner, roomier in itertools.pairwise(made):
+        assert leaner.peak_process_bytes <= roomier.peak_process_bytes
