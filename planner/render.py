@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from . import quality
 from .frontier import FrontierPoint
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
@@ -30,6 +31,9 @@ COLOURS = {
     "fragmentation": "red",
     "context": "white",
 }
+LEAST_GAP_SHOWN = 5e-5
+LEAST_PART_SHOWN = 0.0005
+"""Of the memory, for a category to be named."""
 MOST_SHOWN = 3
 """Strategies of an alternative that are named."""
 LEAST_SHOWN = 0.03
@@ -238,7 +242,7 @@ def _memory(value: Plan) -> RenderableType:
     grid.add_column()
     grid.add_column(justify="right")
     grid.add_column(justify="right")
-    for index, part in enumerate(value.memory):
+    for index, part in enumerate(p for p in value.memory if p.num_bytes >= LEAST_PART_SHOWN * total):
         edge += part.num_bytes / total * BAR_WIDTH
         colour, shade = COLOURS.get(part.category, "white"), SHADES[index % len(SHADES)]
         bar.append(shade * (round(edge) - filled), style=colour)
@@ -336,12 +340,11 @@ def _row(candidate: Candidate, value: Plan) -> tuple[str, ...]:
 
 
 def _why(value: Plan) -> RenderableType:
-    search, proof = value.search, value.proof
+    search = value.search
     lines = [
         f"{_standing(value)} Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each layer in "
         f"{counted(search.num_cells, 'combination')} of micro-batch and loss; memory {gib(value.budget_bytes)}, less "
         "what a traced step is fragmented by. `sfplan verify` checks the proof.",
-        f"Had no step any fragmentation, something might be {proof.unfragmented_gap:.2%} faster.",
         *_price(value),
         f"The steps shown were traced whole{_rejected(search.num_rejected)}.",
     ]
@@ -350,11 +353,13 @@ def _why(value: Plan) -> RenderableType:
 
 
 def _standing(value: Plan) -> str:
-    best = {"time": "fastest", "cost": "cheapest", "quality": "finest"}[value.workload.objective]
-    if value.proof.status == "optimal":
-        return f"Proven to be the {best} there is."
-    if value.proof.status == "within":
-        return f"Proven to be within {value.proof.gap:.2%} of the {best} there is."
+    objective, proof = value.workload.objective, value.proof
+    worth = quality.WORTH[objective]
+    held = f"{worth:.0%} of a step" if worth < 1 else f"{worth:g} steps"
+    if proof.status == "optimal":
+        return f"Proven optimal by {objective}, nf4 throughout being held as bad as {held}."
+    if proof.status == "within":
+        return f"Proven to be within {proof.gap:.2%} of the best by {objective}, nf4 throughout being held as bad as {held}."
     return "It fits; nothing is proven of what is better."
 
 
@@ -362,6 +367,9 @@ def _price(value: Plan) -> list[str]:
     """What the limits cost, and what mixing strategies gains."""
     lines: list[str] = []
     worth = value.sensitivity
+    if value.proof.unfragmented_gap >= LEAST_GAP_SHOWN:
+        gain = value.proof.unfragmented_gap
+        lines.append(f"Had no step any fragmentation, something might be {gain:.2%} better.")
     if worth.seconds_per_100_mib > 0:
         lines.append(
             f"What binds is the memory of the {worth.binding}: 100 MiB more would save "
