@@ -359,7 +359,8 @@ def _standing(value: Plan) -> str:
     if proof.status == "optimal":
         return f"Proven optimal by {objective}, nf4 throughout being held as bad as {held}."
     if proof.status == "within":
-        return f"Proven to be within {proof.gap:.2%} of the best by {objective}, nf4 throughout being held as bad as {held}."
+        best = f"within {proof.gap:.2%} of the best by {objective}"
+        return f"Proven to be {best}, nf4 throughout being held as bad as {held}."
     return "It fits; nothing is proven of what is better."
 
 

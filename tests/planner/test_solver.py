@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from shallowflow.planner import problem as posing
 from shallowflow.planner import proof as proving
 from shallowflow.planner.certificate import Unproven
+from shallowflow.planner.chain import taken
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart
 from shallowflow.planner.problem import Problem
@@ -25,14 +26,14 @@ from tests.strategies import problems
 class Tracer:
     """A stand-in for tracing whole steps: every loss and micro-batch fragments memory in its own proportion."""
 
-    def __init__(self, problem: Problem, slack: dict[int, float]) -> None:
-        self.problem, self.slack = problem, slack
+    def __init__(self, problem: Problem, slack: dict[int, float], of_mixes: float = 1.0) -> None:
+        self.problem, self.slack, self.of_mixes = problem, slack, of_mixes
         self.traced: list[Configuration] = []
 
     def reserved(self, chosen: Configuration) -> int:
         """What the whole trace of *chosen* would say."""
         composed = posing.predict(self.problem, chosen).peak_allocated_bytes
-        return int(composed * self.slack[chosen.loss_chunks])
+        return int(composed * self.slack[chosen.loss_chunks] * (self.of_mixes if len(chosen.layers) > 1 else 1.0))
 
     def __call__(self, chosen: Configuration) -> TracedPeak:
         """Trace one."""
@@ -94,6 +95,29 @@ def test_what_is_chosen_fits_when_it_is_traced(problem: Problem, slack: dict[int
     assert len({c.configuration for c in shown}) == len(shown)
     assert found.num_traced == len(tracer.traced) == len(set(tracer.traced))
     assert found.proof.gap <= found.proof.unfragmented_gap + 1e-12
+    assert proving.verify(found.proof, found.best.configuration, considered(problem)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([1.02, 1.1, 2.0]))
+def test_no_single_strategy_that_fits_is_better(problem: Problem, of_mixes: float) -> None:
+    """Even where only mixes are fragmented, and their cells' memory is cut by that; the proof still holds."""
+    tracer = Tracer(problem, NONE, of_mixes)
+
+    found = solve(problem, considered(problem), tracer)
+
+    scores = [
+        taken(chain, counts).score_picoseconds
+        for chain in posing.chains(problem, considered(problem)).values()
+        for strategy in {strategy for strategy, _ in problem.profiles}
+        for counts in [tuple(tuple(g.num_layers * (c.strategy == strategy) for c in g.choices) for g in chain.groups)]
+        if taken(chain, counts).within(problem.limits)
+    ]
+    if found is None:
+        assert not scores
+        return
+    assert found.proof.score_picoseconds <= min(scores, default=found.proof.score_picoseconds)
+    assert found.best.prediction.peak_reserved_bytes <= problem.budget_bytes
     assert proving.verify(found.proof, found.best.configuration, considered(problem)) == []
 
 
