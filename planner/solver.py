@@ -196,20 +196,32 @@ def _less_fragmented(
         for alone, needs in _uniform(at.chain)
         if needs.within(limits) and needs.score_picoseconds < least
     ]
-    for _, _, at, alone, needs in sorted(singles, key=lambda item: item[:2])[:MOST_TRACES_EACH]:
-        layers = _strategies(alone) * solver.problem.num_layers
-        configuration = posing.configured(solver.problem.workload, at.cell, layers)
-        peak = solver.tracing(configuration)
-        if peak.peak_reserved_bytes <= solver.problem.budget_bytes:
-            counts = tuple(
-                tuple(group.num_layers if choice.strategy == layers[0] else 0 for choice in group.choices)
-                for group in at.chain.groups
-            )
-            at.cut(max(at.limits.memory_bytes, needs.peak_bytes))
-            at.search.search(needs.score_picoseconds / posing.SECOND, MOST_NODES)
-            return _Found(at, Chosen(counts, needs), configuration, peak)
-        solver.num_rejected += 1
+    singles.sort(key=lambda item: item[:2])
+    tried = singles[:MOST_TRACES_EACH]
+    if found is None:  # what needs the least is tried before it is said that nothing fits
+        tried += sorted(singles[MOST_TRACES_EACH:], key=lambda item: item[4].peak_bytes)[:MOST_TRACES_EACH]
+    for _, _, at, alone, needs in tried:
+        alone_found = _traced_alone(solver, at, alone, needs)
+        if alone_found is not None:
+            return alone_found
     return found
+
+
+def _traced_alone(solver: _Solver, at: _CellSearch, alone: Chain, needs: Taken) -> _Found | None:
+    """The single strategy of *alone* in the cell *at*, proved there as far as may be; None if it does not fit."""
+    layers = _strategies(alone) * solver.problem.num_layers
+    configuration = posing.configured(solver.problem.workload, at.cell, layers)
+    peak = solver.tracing(configuration)
+    if peak.peak_reserved_bytes > solver.problem.budget_bytes:
+        solver.num_rejected += 1
+        return None
+    counts = tuple(
+        tuple(group.num_layers if choice.strategy == layers[0] else 0 for choice in group.choices)
+        for group in at.chain.groups
+    )
+    at.cut(max(at.limits.memory_bytes, needs.peak_bytes))
+    at.search.search(needs.score_picoseconds / posing.SECOND, MOST_NODES)
+    return _Found(at, Chosen(counts, needs), configuration, peak)
 
 
 def _proof(cells: Sequence[_CellSearch], found: _Found, limits: Limits) -> Proof:
