@@ -20,6 +20,13 @@ from .strategies import Activations, Cell, Configuration, Strategy, StrategyRun,
 LOSS_CHUNKS = (1, 4, 16)
 """Parts that the loss may be computed in."""
 
+ALPHA = 32
+"""LoRA's alpha at every rank.
+
+With adapters scaled by alpha / rank, one alpha makes the best learning rate nearly the same for all ranks (LoRA Without
+Regret, Schulman et al., 2025), so that the rank decides capacity and nothing else.
+"""
+
 HEADROOM = 0.06
 """Share of a GPU's memory left free.
 
@@ -155,7 +162,7 @@ def configured(workload: Workload, cell: Cell, layers: list[Strategy]) -> Config
     return Configuration(
         layers=tuple(runs),
         rank=cell.rank,
-        alpha=2 * cell.rank,
+        alpha=ALPHA,
         sequence_length=workload.sequence_length,
         micro_batch_size=cell.micro_batch_size,
         gradient_accumulation_steps=cell.gradient_accumulation_steps,

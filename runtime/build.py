@@ -17,7 +17,7 @@ from shallowflow.planner.strategies import Strategy
 from shallowflow.profiles import BadFacts, FactsError
 from shallowflow.profiles import load_model as load_model_spec
 
-from . import attention, quantized
+from . import adapter, attention, quantized
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -191,6 +191,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Modu
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    adapter.fuse(adapted)
     return adapted
 
 

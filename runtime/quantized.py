@@ -135,6 +135,26 @@ def _int8(weight: torch.Tensor, dtype: torch.dtype, _double_quantization: bool) 
     return made
 
 
+def has_weight(module: torch.nn.Module) -> bool:
+    """Whether ``weight_of`` can tell the matrix that *module* multiplies by."""
+    return is_linear(module) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def weight_of(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix (out, in) that a linear *module* multiplies by, in *dtype*; made anew where it is quantized."""
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        made: torch.Tensor = bitsandbytes().functional.dequantize_4bit(weight.view(-1, 1), state)
+        return made.to(dtype)
+    if type(module).__name__ == "Linear8bitLt":
+        held: Any = module.state  # where the first forward pass put them
+        rows: torch.Tensor = held.CB.to(dtype, copy=True)
+        return rows.mul_(held.SCB.unsqueeze(1).mul(1.0 / 127.0))
+    plain: torch.Tensor = weight.t() if isinstance(module, Conv1D) else weight
+    return plain.to(dtype)
+
+
 def constants(module: torch.nn.Module) -> list[torch.Tensor]:
     """The tensors that a quantized module holds beside parameters and buffers."""
     found: list[torch.Tensor] = []
