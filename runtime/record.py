@@ -56,6 +56,7 @@ class RunRecord:
     Attributes:
         perplexity_before, perplexity_after: on the held-out text; None without one.
         padding_share: of all token positions, those that hold nothing to learn.
+        notes: where it was resumed, and which checkpoints were not believed.
     """
 
     format_version: int
@@ -72,6 +73,7 @@ class RunRecord:
     num_skipped: int
     steps: tuple[StepRecord, ...]
     versions: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -82,7 +84,7 @@ class RunRecord:
 
 
 def timed_steps(steps: tuple[StepRecord, ...] | list[StepRecord]) -> list[StepRecord]:
-    """The steps whose time counts: not the first, which warms up, nor the one that measures memory."""
+    """The steps whose time counts: not the first, which warms up, nor one that measures memory."""
     return [step for step in steps if step.index > 0 and not step.memory_measured]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import itertools
 import math
 import platform
@@ -13,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 
 from shallowflow.planner import serialize
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.profiler import cache
 
-from . import batches, report
+from . import batches, checkpoint, interrupts, report
 from .documents import read_documents
 from .evaluate import perplexity
 from .files import write_text
@@ -32,6 +34,12 @@ from .train import train as training_steps
 from .weights import find_weights, load_tokenizer, load_weights
 
 MOST_STEPS = 10**9
+CHECKPOINTS = "checkpoints"
+"""The folder inside a run's that holds its state."""
+REQUEST = "request.json"
+"""What tells whether a folder holds the run that is to be resumed."""
+SAVE_SECONDS = 600.0
+"""Between two checkpoints: what a lost machine costs at most, besides starting again."""
 
 
 class RunError(ValueError):
@@ -71,6 +79,8 @@ class RunRequest:
     Attributes:
         num_steps: optimizer updates; None for one pass over the data.
         usd_per_hour: what the machine costs, for the meter; None shows no dollars.
+        resume: go on from the newest good checkpoint in the output folder, where there is one.
+        save_every: updates between two checkpoints; None saves one every SAVE_SECONDS.
     """
 
     data: Path
@@ -81,6 +91,8 @@ class RunRequest:
     learning_rate: float = LEARNING_RATE
     usd_per_hour: float | None = None
     seed: int = 0
+    resume: bool = False
+    save_every: int | None = None
 
 
 @dataclass(slots=True)
@@ -92,22 +104,35 @@ class _Progress:
     before: float | None = None
     after: float | None = None
     interrupted: bool = False
+    started: str = ""
+    clock: float = 0.0
+    earlier_seconds: float = 0.0
+    saved: int = 0
+    saved_at: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        """On the wall so far, all sessions together."""
+        return self.earlier_seconds + time.perf_counter() - self.clock
 
 
 def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> RunRecord:
     """Fine-tune as *plan* says and write adapter, ``run.json``, ``plan.json`` and ``report.html`` to the output folder.
 
-    Ctrl-C ends training at once; what was learned is saved and recorded as interrupted, without the step it cut short.
+    Checkpoints are written as it goes. Ctrl-C, or SIGTERM, ends training before the next micro-batch; what was learned
+    is saved and recorded as interrupted, without the step it cut short, and a request to resume goes on from there.
 
     Raises:
-        RunError: the plan is for a GPU and this machine has none, or the output folder cannot be had.
+        RunError: the plan is for a GPU and this machine has none, the output folder cannot be had, or what is to be
+            resumed is another run.
         DataError, WeightsError: see there.
     """
     watcher = watcher or Silent()
     device = _device(plan)
     _check_numbers(request)
-    _check_output(request.output)
-    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    _check_output(request.output, request.resume)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    progress = _Progress(started=now, clock=time.perf_counter())
     documents = read_documents(request.data)
     held_out = read_documents(request.eval_data) if request.eval_data else []
     watcher.stage("loading tokenizer and weights")
@@ -118,11 +143,15 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     eval_windows = _windows(batches.windows(held_out, tokenizer, length), request.eval_data) if held_out else []
     model = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
     with _claimed(request.output), keeping_freed_memory() if device.type == "cpu" else contextlib.nullcontext():
+        _check_same(plan, request)
         torch.manual_seed(request.seed)
         trainee = make_trainee(model, plan.configuration, plan.compute_dtype, device, request.learning_rate)
-        progress = _Progress()
-        _learn(plan, request, watcher, trainee, windows, eval_windows, device, progress)
-        record = _record(plan, request, progress, windows, started, time.perf_counter() - clock)
+        if request.resume:
+            _go_on(request, trainee, progress)
+        with interrupts.deferred() as check:
+            trainee.before_micro_batch = check
+            _learn(plan, request, watcher, trainee, windows, eval_windows, device, progress)
+        record = _record(plan, request, progress, windows)
         watcher.stage("saving")
         _save(plan, request.output, trainee, record)
     return record
@@ -142,26 +171,105 @@ def _learn(
     accumulation = configuration.gradient_accumulation_steps
     total = request.num_steps or -(-len(windows) // (configuration.micro_batch_size * accumulation))
 
+    def advance() -> None:
+        trainee.before_micro_batch()
+        watcher.advance()
+
     def evaluate(name: str) -> float | None:
         if not eval_windows:
             return None
         watcher.stage(f"perplexity {name} training", -(-len(eval_windows) // configuration.micro_batch_size))
-        return perplexity(trainee, eval_windows, configuration.micro_batch_size, device, watcher.advance)
+        return perplexity(trainee, eval_windows, configuration.micro_batch_size, device, advance)
 
     def keep_peak(peak: MeasuredPeak) -> None:
         progress.peak = peak
 
     try:
-        progress.before = evaluate("before")
-        watcher.stage("training", total)
+        done = len(progress.steps)
+        progress.before = progress.before if done else evaluate("before")
+        watcher.stage("training", max(0, total - done))
         endless = batches.steps(windows, configuration.micro_batch_size, accumulation, request.seed)
-        chosen = itertools.islice(endless, total)
-        for record in training_steps(trainee, chosen, device, on_peak=keep_peak, usd_per_hour=request.usd_per_hour):
+        made = training_steps(
+            trainee,
+            itertools.islice(endless, done, max(done, total)),
+            device,
+            on_peak=keep_peak,
+            usd_per_hour=request.usd_per_hour,
+            seed=request.seed,
+            first=done,
+        )
+        for record in made:
             progress.steps.append(record)
             watcher.step(record, progress.peak)
+            _save_when_due(request, trainee, progress)
         progress.after = evaluate("after")
     except KeyboardInterrupt:
         progress.interrupted = True
+        trainee.optimizer.zero_grad(set_to_none=True)
+    if len(progress.steps) > progress.saved:
+        _save_state(request, trainee, progress)
+
+
+def _save_when_due(request: RunRequest, trainee: Trainee, progress: _Progress) -> None:
+    if request.save_every is not None:
+        due = len(progress.steps) % request.save_every == 0
+    else:
+        due = time.perf_counter() - max(progress.clock, progress.saved_at) >= SAVE_SECONDS
+    if due:
+        _save_state(request, trainee, progress)
+
+
+def _save_state(request: RunRequest, trainee: Trainee, progress: _Progress) -> None:
+    scale = trainee.loss_scale
+    state = checkpoint.Progress(
+        steps=tuple(progress.steps),
+        started=progress.started,
+        seconds=progress.seconds(),
+        perplexity_before=progress.before,
+        loss_scale=scale.value,
+        num_skipped=scale.num_skipped,
+        num_calm=scale.num_calm,
+    )
+    checkpoint.save(request.output / CHECKPOINTS, trainee, state)
+    progress.saved, progress.saved_at = len(progress.steps), time.perf_counter()
+
+
+def _go_on(request: RunRequest, trainee: Trainee, progress: _Progress) -> None:
+    """Put the newest good checkpoint, if there is one, into *trainee* and *progress*."""
+    path, progress.notes = checkpoint.latest(request.output / CHECKPOINTS)
+    if path is None:
+        return
+    state = checkpoint.restore(path, trainee)
+    progress.steps, progress.saved = list(state.steps), len(state.steps)
+    progress.started, progress.earlier_seconds = state.started, state.seconds
+    progress.before = state.perplexity_before
+    progress.notes.append(f"resumed after step {len(state.steps)}")
+
+
+def _check_same(plan: Plan, request: RunRequest) -> None:
+    """Refuse to resume another run, and note what this one is.
+
+    Raises:
+        RunError: which of plan, data, seed or learning rate is another.
+    """
+    path = request.output / REQUEST
+    parts: dict[str, bytes | str | float] = {
+        "plan": serialize.to_json(plan).encode(),
+        "data": request.data.read_bytes(),
+        "seed": request.seed,
+        "learning rate": request.learning_rate,
+    }
+    mine = checkpoint.fingerprint(parts)
+    if path.is_file():
+        try:
+            other = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        except msgspec.DecodeError:
+            raise RunError(f"{path} is not what a run writes; give a new folder with --output") from None
+        for name, value in mine.items():
+            if other.get(name) != value:
+                raise RunError(f"{request.output} holds a run with another {name}; give the same or another --output")
+        return
+    write_text(path, msgspec.json.format(msgspec.json.encode(mine), indent=2).decode() + "\n")
 
 
 def _device(plan: Plan) -> torch.device:
@@ -185,12 +293,15 @@ def _check_numbers(request: RunRequest) -> None:
         raise RunError(f"the number of steps is {request.num_steps}; give one from 1 to {MOST_STEPS:,}")
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, resume: bool) -> None:
     for path in (output, *output.parents):
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --output")
     if output.is_dir() and any(output.iterdir()):
-        raise RunError(f"{output} is not empty; give a new folder with --output")
+        if not (output / REQUEST).is_file():
+            raise RunError(f"{output} is not empty; give a new folder with --output")
+        if not resume:
+            raise RunError(f"{output} holds a run; go on with it by --resume, or give a new folder with --output")
 
 
 @contextlib.contextmanager
@@ -199,17 +310,20 @@ def _claimed(output: Path) -> Iterator[None]:
     held = output / ".running"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        held.open("x").close()
-    except FileExistsError as error:
-        raise RunError(f"{output} is being written by another run; give a new folder with --output") from error
+        lock = held.open("a")
     except OSError as error:
         raise RunError(f"{output} cannot be written: {error.strerror}; give another folder with --output") from error
-    try:
-        yield
-    finally:
-        held.unlink(missing_ok=True)
-        if not any(output.iterdir()):
-            output.rmdir()
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a killed process gives up by itself
+        except BlockingIOError as error:
+            raise RunError(f"{output} is being written by another run; give a new folder with --output") from error
+        try:
+            yield
+        finally:
+            held.unlink(missing_ok=True)
+            if not any(output.iterdir()):
+                output.rmdir()
 
 
 def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Window]:
@@ -223,16 +337,15 @@ def _record(
     request: RunRequest,
     progress: _Progress,
     windows: list[batches.Window],
-    started: datetime.datetime,
-    seconds: float,
 ) -> RunRecord:
+    seconds = progress.seconds()
     positions = len(windows) * plan.configuration.sequence_length
     return RunRecord(
         format_version=RUN_FORMAT_VERSION,
         model_name=plan.model_name,
         device=_device_name(plan),
         outcome="interrupted" if progress.interrupted else "completed",
-        started=started.isoformat(timespec="seconds"),
+        started=progress.started,
         seconds=seconds,
         usd=None if request.usd_per_hour is None else seconds / 3600 * request.usd_per_hour,
         comparisons=_comparisons(plan, progress),
@@ -242,6 +355,7 @@ def _record(
         num_skipped=sum(step.skipped for step in progress.steps),
         steps=tuple(progress.steps),
         versions=cache.versions(),
+        notes=tuple(progress.notes),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,7 +53,11 @@ class Resident:
 
 @dataclass(slots=True)
 class Trainee:
-    """A model ready to train: its adapters, optimizer and loss scale."""
+    """A model ready to train: its adapters, optimizer and loss scale.
+
+    Attributes:
+        before_micro_batch: called where a step may still be given up, with nothing changed by it.
+    """
 
     model: torch.nn.Module
     layers: list[torch.nn.Module]
@@ -61,6 +65,7 @@ class Trainee:
     loss_scale: LossScale
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     loss_chunks: int = 1
+    before_micro_batch: Callable[[], None] = lambda: None
 
     def resident_tensors(self) -> list[Resident]:
         """Everything held between steps, but the optimizer's state."""
@@ -107,6 +112,7 @@ class Trainee:
         return StepOutcome(sum(float(loss) for loss in losses), norm, skipped=not finite)
 
     def _micro_step(self, batch: MicroBatch, num_targets: int) -> torch.Tensor:
+        self.before_micro_batch()
         loss = self.loss(batch) / num_targets
         (loss * self.loss_scale.value).backward()
         return loss.detach()

@@ -13,7 +13,10 @@ from .record import StepRecord
 from .step import StepOutcome, Trainee
 
 MEASURED_STEP = 1
-"""The step whose memory is measured: the second, when the optimizer's state exists. Its time does not count."""
+"""The step whose memory is measured: the second, when the optimizer's state exists, or the first after resuming.
+
+Its time does not count.
+"""
 
 
 def train(
@@ -23,23 +26,37 @@ def train(
     *,
     on_peak: Callable[[MeasuredPeak], None],
     usd_per_hour: float | None = None,
+    seed: int = 0,
+    first: int = 0,
 ) -> Iterator[StepRecord]:
-    """Run one optimizer update per item of *steps*, yielding what happened; *on_peak* hears the measured memory."""
-    for index, chosen in enumerate(steps):
+    """Run one optimizer update per item of *steps*, yielding what happened; *on_peak* hears the measured memory.
+
+    Numbers start at *first*. What a step draws at random depends on *seed* and its number alone.
+    """
+    for index, chosen in enumerate(steps, start=first):
+        torch.manual_seed((seed << 32) + index)
         watch = Stopwatch(device)
         batches = [micro_batch(windows, device) for windows in chosen]
-        if index == MEASURED_STEP:
+        if index == max(MEASURED_STEP, first):
             tokens = [t for b in batches for t in (b.input_ids, b.labels)]
             run = functools.partial(trainee.step, batches)
             outcome, peak = measure_peak(run, [*trainee.resident(), *tokens], device)
             on_peak(peak)
         else:
             outcome = trainee.step(batches)
-        yield _record(index, outcome, trainee, sum(b.num_targets for b in batches), watch.seconds(), usd_per_hour)
+        num_targets = sum(b.num_targets for b in batches)
+        measured = index == max(MEASURED_STEP, first)
+        yield _record(index, outcome, trainee, num_targets, watch.seconds(), usd_per_hour, measured)
 
 
 def _record(
-    index: int, outcome: StepOutcome, trainee: Trainee, num_targets: int, seconds: float, usd_per_hour: float | None
+    index: int,
+    outcome: StepOutcome,
+    trainee: Trainee,
+    num_targets: int,
+    seconds: float,
+    usd_per_hour: float | None,
+    measured: bool,
 ) -> StepRecord:
     return StepRecord(
         index=index,
@@ -50,5 +67,5 @@ def _record(
         num_target_tokens=num_targets,
         seconds=seconds,
         usd=None if usd_per_hour is None else seconds / 3600 * usd_per_hour,
-        memory_measured=index == MEASURED_STEP,
+        memory_measured=measured,
     )

@@ -108,4 +108,8 @@ def results(record: RunRecord, output: Path) -> RenderableType:
     spent = "" if record.usd is None else f", ${record.usd:.4f}"
     if rate is not None:
         lines.append(Text(f"{rate:,.0f} tokens/s learned, {render.duration(record.seconds)} in all{spent}"))
-    return Group(*lines, Text(), table, Text(), Text(f"results in {output}: adapter, run.json, plan.json, report.html"))
+    lines += [Text(note) for note in record.notes]
+    where = [Text(f"results in {output}: adapter, run.json, plan.json, report.html")]
+    if record.outcome == "interrupted":
+        where.append(Text("go on with the same command and --resume"))
+    return Group(*lines, Text(), table, Text(), *where)

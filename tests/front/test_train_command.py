@@ -186,7 +186,7 @@ def test_a_used_folder_is_told(train: Callable[..., Done], tmp_path: Path) -> No
     done = train()
 
     assert done.code == 2
-    assert re.search(r"run is not empty; give a new folder with --output", done.error())
+    assert re.search(r"run holds a run; go on with it by --resume, or give a new folder with --output", done.error())
 
 
 def test_a_failed_run_can_be_tried_again(train: Callable[..., Done], tmp_path: Path) -> None:

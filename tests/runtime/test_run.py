@@ -135,7 +135,8 @@ def test_the_folder_holds_everything(plans: dict[str, Plan], request_for: Callab
 
     record = train(plan, request)
 
-    assert {path.name for path in request.output.iterdir()} == {"adapter", "run.json", "plan.json", "report.html"}
+    names = {"adapter", "run.json", "plan.json", "report.html", "request.json", "checkpoints"}
+    assert {path.name for path in request.output.iterdir()} == names
     assert serialize.from_json((request.output / "plan.json").read_bytes()) == plan
     written = json.loads((request.output / "run.json").read_text(encoding="utf-8"))
     assert [step["loss"] for step in written["steps"]] == [step.loss for step in record.steps]

@@ -84,7 +84,7 @@ def test_a_folder_with_results_is_left_alone(plans: dict[str, Plan], request_for
     train(plans["fp16"], request)
     before = {path: path.read_bytes() for path in request.output.rglob("*") if path.is_file()}
 
-    for output, told in ((request.output, "is not empty"), (request.data, "is a file"), (request.data / "run", "")):
+    for output, told in ((request.output, "holds a run"), (request.data, "is a file"), (request.data / "run", "")):
         watcher = Stopping(1)
         with pytest.raises(RunError) as caught:
             train(plans["fp16"], replace(request, output=output), watcher)

@@ -1,0 +1,165 @@
+"""Training state on disk: there whole or not at all, and verified before it is believed.
+
+A checkpoint is a folder of its own. Its files are written beside it, the manifest with their SHA-256 last, and the
+folder gets its name once everything is on the disk; one that does not agree with its manifest is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+
+from .record import StepRecord
+from .step import Trainee
+
+NUM_KEPT = 2
+"""Checkpoints that are kept: the newest, and one to fall back to."""
+
+_NAME = re.compile(r"step-(\d{8})")
+_ADAPTER, _OPTIMIZER, _STATE, _MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What a run had come to when its state was saved.
+
+    Attributes:
+        steps: every update so far.
+        seconds: on the wall, all sessions together.
+        perplexity_before: on the held-out text, before training; None without one.
+        loss_scale, num_skipped, num_calm: see LossScale.
+    """
+
+    steps: tuple[StepRecord, ...]
+    started: str
+    seconds: float
+    perplexity_before: float | None
+    loss_scale: float
+    num_skipped: int
+    num_calm: int
+
+
+def save(folder: Path, trainee: Trainee, progress: Progress) -> Path:
+    """Write the state after ``progress.steps`` into a new folder inside *folder*, and remove those too many.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    name = f"step-{len(progress.steps):08d}"
+    partial, final = folder / f".{name}.partial", folder / name
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left)
+    partial.mkdir(parents=True)
+    save_file(_adapter(trainee), partial / _ADAPTER)
+    save_file(_optimizer(trainee), partial / _OPTIMIZER)
+    (partial / _STATE).write_bytes(msgspec.json.encode(progress))
+    names = (_ADAPTER, _OPTIMIZER, _STATE)
+    for written in names:
+        _to_disk(partial / written)
+    (partial / _MANIFEST).write_bytes(msgspec.json.encode({n: _sha256(partial / n) for n in names}))
+    _to_disk(partial / _MANIFEST)
+    _to_disk(partial)
+    if final.exists():  # of the same step, and not to be believed, or it had been resumed from
+        shutil.rmtree(final)
+    partial.rename(final)
+    _to_disk(folder)
+    for old in _found(folder)[NUM_KEPT:]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in *folder* that is what its manifest says; and why newer ones are not believed."""
+    doubts: list[str] = []
+    for path in _found(folder):
+        doubt = _doubt(path)
+        if doubt is None:
+            return path, doubts
+        doubts.append(f"checkpoint {path.name} is passed over: {doubt}")
+    return None, doubts
+
+
+def restore(path: Path, trainee: Trainee) -> Progress:
+    """Put the state in the verified checkpoint *path* into *trainee*; returns what the run had come to.
+
+    Raises:
+        ValueError: it is another model's.
+    """
+    progress = msgspec.json.decode((path / _STATE).read_bytes(), type=Progress)
+    parameters, saved = _adapter(trainee), load_file(path / _ADAPTER)
+    if {name: t.shape for name, t in parameters.items()} != {name: t.shape for name, t in saved.items()}:
+        raise ValueError(f"checkpoint {path} holds another adapter than the plan's")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in load_file(path / _OPTIMIZER).items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    groups = trainee.optimizer.state_dict()["param_groups"]
+    trainee.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scale = trainee.loss_scale
+    scale.value, scale.num_skipped, scale.num_calm = progress.loss_scale, progress.num_skipped, progress.num_calm
+    return progress
+
+
+def _adapter(trainee: Trainee) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in trainee.model.named_parameters() if p.requires_grad}
+
+
+def _optimizer(trainee: Trainee) -> dict[str, torch.Tensor]:
+    state: Mapping[int, Mapping[str, Any]] = trainee.optimizer.state_dict()["state"]
+    return {f"{index}.{key}": torch.as_tensor(value) for index, kept in state.items() for key, value in kept.items()}
+
+
+def _found(folder: Path) -> list[Path]:
+    """Checkpoints in *folder*, newest first."""
+    names = (path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else iter(())
+    return sorted(names, key=lambda path: path.name, reverse=True)
+
+
+def _doubt(path: Path) -> str | None:
+    """Why *path* is not to be believed; None if it is."""
+    try:
+        manifest = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, str])
+        if set(manifest) != {_ADAPTER, _OPTIMIZER, _STATE}:
+            return "its manifest lacks files"
+        for name, expected in manifest.items():
+            if _sha256(path / name) != expected:
+                return f"{name} is not what was written"
+    except (OSError, msgspec.DecodeError) as error:
+        return error.strerror or str(error) if isinstance(error, OSError) else "its manifest is not JSON"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fingerprint(parts: Mapping[str, bytes | str | float]) -> dict[str, str]:
+    """What tells one run from another: short values as they are, contents by their SHA-256."""
+    return dict(_printed(parts))
+
+
+def _printed(parts: Mapping[str, bytes | str | float]) -> Iterator[tuple[str, str]]:
+    for name, value in parts.items():
+        yield name, hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)

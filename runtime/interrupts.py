@@ -1,0 +1,39 @@
+"""Ctrl-C and termination as a question asked at safe points, instead of an exception anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], None]]:
+    """Within, a first SIGINT or SIGTERM is kept until the function given is called, which raises KeyboardInterrupt.
+
+    A second one raises it at once. In any thread but the main one, signals stay as they are.
+    """
+    asked: list[int] = []
+
+    def hear(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

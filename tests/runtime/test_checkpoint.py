@@ -1,0 +1,204 @@
+"""A run that was killed, interrupted or damaged goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from shallowflow.planner.plan import Plan
+from shallowflow.runtime import checkpoint, interrupts
+from shallowflow.runtime.run import CHECKPOINTS, RunError, RunRequest, Silent, train
+from tests.front.tree import ROOT
+from tests.runtime import killed, tiny
+
+Requests = Callable[..., RunRequest]
+
+
+def losses(record: Any) -> list[float]:
+    """Every step's."""
+    return [step.loss for step in record.steps]
+
+
+@pytest.fixture
+def whole(plans: dict[str, Plan], request_for: Requests, tmp_path: Path) -> tuple[list[float], Path]:
+    """The losses of six steps in one go, and their adapter."""
+    record = train(plans["fp16"], request_for(num_steps=6, output=tmp_path / "whole"))
+    return losses(record), tmp_path / "whole" / "adapter" / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("weight_format", tiny.PLANNED_FORMATS)
+def test_resumed_is_as_in_one_go(weight_format: str, plans: dict[str, Plan], request_for: Requests) -> None:
+    """Three steps and three more give the losses of six and the same adapter, to the last bit."""
+    plan = plans[weight_format]
+    in_one = train(plan, request_for(num_steps=6, output=request_for().output.with_name("whole")))
+    train(plan, request_for(num_steps=3))
+
+    record = train(plan, request_for(num_steps=6, resume=True))
+
+    assert losses(record) == losses(in_one)
+    assert [step.index for step in record.steps] == list(range(6))
+    assert "resumed after step 3" in record.notes
+    adapters = [
+        load_file(request_for().output.with_name(name) / "adapter" / "adapter_model.safetensors")
+        for name in ("whole", "run")
+    ]
+    assert all(tensor.equal(adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+def test_resuming_nothing_begins(plans: dict[str, Plan], request_for: Requests) -> None:
+    """The same command serves the first start and every later one."""
+    record = train(plans["fp16"], request_for(resume=True))
+
+    assert (len(record.steps), record.notes) == (3, ())
+
+
+def test_killed_at_random(tmp_path: Path) -> None:
+    """Killed at any moment, in the middle of a save too: no loss differs, and at most one interval is done again."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.runtime.killed", "6"]
+
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert sum(one["in_a_save"] for one in found) == 2
+    for one in found:
+        assert one["same"], one
+        assert one["resumed"] >= one["done"] - killed.SAVE_EVERY
+
+
+def cut(path: Path) -> None:
+    """Leave half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """Change one bit."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over(
+    name: str,
+    damage: Callable[[Path], object],
+    plans: dict[str, Plan],
+    request_for: Requests,
+    whole: tuple[list[float], Path],
+) -> None:
+    """The one before is used, and said."""
+    request = request_for(num_steps=4, save_every=2)
+    train(plans["fp16"], request)
+    damage(request.output / CHECKPOINTS / "step-00000004" / name)
+
+    record = train(plans["fp16"], replace(request, num_steps=6, resume=True))
+
+    assert losses(record) == whole[0]
+    assert record.notes[0].startswith("checkpoint step-00000004 is passed over: ")
+    assert record.notes[1] == "resumed after step 2"
+
+
+def test_two_are_kept(plans: dict[str, Plan], request_for: Requests) -> None:
+    """Older checkpoints and what a killed save left are removed."""
+    request = request_for(num_steps=5, save_every=1)
+    left = request.output / CHECKPOINTS / ".step-00000009.partial"
+
+    train(plans["fp16"], request)
+    left.mkdir()
+    train(plans["fp16"], replace(request, num_steps=6, resume=True))
+
+    assert {path.name for path in (request.output / CHECKPOINTS).iterdir()} == {"step-00000005", "step-00000006"}
+
+
+class Signalling(Silent):
+    """Sends this process signals after a step, as Ctrl-C or a spot instance's end does."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def step(self, record: Any, peak: Any) -> None:
+        """Hear of a step."""
+        if record.index == 2:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_an_interrupted_run_goes_on(
+    number: signal.Signals, plans: dict[str, Plan], request_for: Requests, whole: tuple[list[float], Path]
+) -> None:
+    """Ctrl-C and SIGTERM save the last whole step; resumed, the losses are those of a run in one go."""
+    request = request_for(num_steps=6)
+    before = [signal.getsignal(each) for each in interrupts.SIGNALS]
+
+    record = train(plans["fp16"], request, Signalling(number))
+    again = train(plans["fp16"], replace(request, resume=True))
+
+    assert (record.outcome, len(record.steps)) == ("interrupted", 3)
+    assert again.outcome == "completed"
+    assert losses(again) == whole[0]
+    assert [signal.getsignal(each) for each in interrupts.SIGNALS] == before
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    """Who asks twice is obeyed at once."""
+    with interrupts.deferred() as check:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 1}, "another seed"),
+        ({"learning_rate": 1e-3}, "another learning rate"),
+        ({"data": "held.txt"}, "another data"),
+        ({"resume": False}, "go on with it by --resume"),
+    ],
+)
+def test_another_run_is_not_resumed(
+    changes: dict[str, Any], told: str, plans: dict[str, Plan], request_for: Requests, held_out: Path
+) -> None:
+    """What would give a mixture of two runs is refused, and the run that is there stays as it is."""
+    request = request_for()
+    train(plans["fp16"], request)
+    held = {path: path.read_bytes() for path in request.output.rglob("*") if path.is_file()}
+    changed: dict[str, Any] = {"resume": True, **changes}
+    if "data" in changed:
+        changed["data"] = held_out
+
+    with pytest.raises(RunError, match=told):
+        train(plans["fp16"], replace(request, **changed))
+
+    assert {path: path.read_bytes() for path in request.output.rglob("*") if path.is_file()} == held
+
+
+def test_another_plan_is_not_resumed(plans: dict[str, Plan], request_for: Requests) -> None:
+    """A checkpoint belongs to the plan that it was made under."""
+    train(plans["fp16"], request_for())
+
+    with pytest.raises(RunError, match="another plan"):
+        train(plans["nf4"], request_for(resume=True))
+
+
+def test_only_whole_folders_have_a_name(tmp_path: Path) -> None:
+    """Nothing there, or nothing that is named as a checkpoint, is no checkpoint."""
+    (tmp_path / "step-1").mkdir()
+    (tmp_path / ".step-00000001.partial").mkdir()
+
+    assert checkpoint.latest(tmp_path) == (None, [])
+    assert checkpoint.latest(tmp_path / "none") == (None, [])
