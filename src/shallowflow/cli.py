@@ -58,6 +58,7 @@ def cli() -> None:
     \b
     sfplan MODEL --gpu t4               how to train it, its memory, speed and price
     sfplan train PLAN --data FILE       the run: exactly that plan
+    sfplan merge RUN                    the adapter and its base as one model
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
@@ -213,6 +214,10 @@ def _show(made: Plan, as_json: bool) -> None:
     show_default=True,
     help="Of the adapter and the order of the data.",
 )
+@click.option("--resume", is_flag=True, help="Go on from the output folder's newest good checkpoint, if there is one.")
+@click.option(
+    "--save-every", type=click.IntRange(1, 10**9), help="Steps between two checkpoints.  [default: every ten minutes]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the record of the run as JSON.")
 def train_command(
     plan: Path,
@@ -224,14 +229,18 @@ def train_command(
     learning_rate: float,
     usd_per_hour: float | None,
     seed: int,
+    resume: bool,
+    save_every: int | None,
     as_json: bool,
 ) -> None:
     """Run PLAN: fine-tune on real text, with predicted beside measured.
 
-    Writes the adapter (safetensors, for PEFT), run.json, plan.json and report.html.
+    Writes the adapter (safetensors, for PEFT), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C
+    saves; the same command with --resume goes on.
 
     \b
     sfplan train plan.json --data train.jsonl --output run
+    sfplan train plan.json --data train.jsonl --output run --resume
     """
     from shallowflow.terminal import console, results, watching
 
@@ -247,6 +256,8 @@ def train_command(
         learning_rate=learning_rate,
         usd_per_hour=usd_per_hour,
         seed=seed,
+        resume=resume,
+        save_every=save_every,
     )
     signal.signal(signal.SIGTERM, _interrupt)  # a spot instance's end, or a job limit's: save, as for Ctrl-C
     with watching(loaded) as watcher:
@@ -257,6 +268,26 @@ def train_command(
         console().print(results(record, output))
     if record.outcome == "interrupted":
         sys.exit(130)
+
+
+@cli.command("merge")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the model.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The base: a folder with weights, or a .gguf file.")
+def merge_command(run: Path, output: Path, weights: Path | None) -> None:
+    """Put the adapter in the folder RUN into its base, as a model of its own in 16-bit safetensors.
+
+    Layers that were quantized become what their rounded weights stand for: the model that was trained and evaluated.
+
+    \b
+    sfplan merge run --output merged
+    """
+    from shallowflow.runtime.merge import merge
+    from shallowflow.terminal import status
+
+    with status("merging") as tell:
+        merge(run, output, weights, tell)
+    click.echo(f"{output}: the merged model and its tokenizer")
 
 
 @cli.command("verify")

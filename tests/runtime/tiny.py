@@ -90,9 +90,10 @@ def window(tokens: Sequence[int], length: int = 16) -> Window:
     )
 
 
-def save(folder: Path, **changes: Any) -> Path:
+def save(folder: Path, config: Mapping[str, Any] = CONFIG, **changes: Any) -> Path:
     """Write the model with its tokenizer as a Hugging Face folder."""
-    base(**changes).save_pretrained(folder)
+    torch.manual_seed(0)
+    build.empty_model(build.transformers_config({**config, **changes}), "float32", "cpu").save_pretrained(folder)
     vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, "<|end|>": END}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

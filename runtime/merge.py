@@ -1,0 +1,124 @@
+"""A run's adapter put into the weights that it was trained on, as a model of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shallowflow.planner import serialize
+from shallowflow.planner.plan import Plan
+
+from . import build, quantized
+from .run import RunError
+from .weights import find_weights, load_tokenizer, load_weights
+
+
+def merge(
+    run: Path, output: Path, weights: Path | None = None, progress: Callable[[str], None] = lambda _message: None
+) -> Path:
+    """Write the model of the folder *run* with its adapter merged to *output*, in fp16 or bf16, with its tokenizer.
+
+    Quantized layers become what their rounded weights stand for, plus the adapter: the model that was evaluated, not
+    one that was never seen in training.
+
+    Raises:
+        RunError: *run* is no finished run's folder, *output* is not new, or merged weights exceed what fp16 holds.
+        PlanError, WeightsError: see there.
+    """
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    if not (adapter.is_file() and (run / "plan.json").is_file()):
+        raise RunError(f"{run} holds no adapter and plan; give the folder that sfplan train wrote")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"{output} is not empty; give a new folder with --output")
+    plan = serialize.from_json((run / "plan.json").read_bytes(), str(run / "plan.json"))
+    progress("loading weights")
+    source = find_weights(plan.model_name, weights)
+    tokenizer = load_tokenizer(source)
+    base = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
+    progress("merging")
+    _merge(base, plan, load_file(adapter))
+    saved = _plain(base, plan)
+    for name, parameter in saved.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise RunError(f"{name} exceeds what fp16 holds once the adapter is merged; use the adapter with PEFT")
+    progress("saving")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        saved.save_pretrained(str(partial), safe_serialization=True)
+        tokenizer.save_pretrained(str(partial))
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def _plain(merged: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The weights of *merged* in 16 bits, in a model that knows nothing of how they were loaded.
+
+    One read from GGUF holds itself to be quantized, and refuses to be saved.
+    """
+    dtype = "bfloat16" if plan.compute_dtype == "bfloat16" else "float16"
+    made = build.empty_model(build.transformers_config(plan.model_config), dtype, "meta")
+    weights = {name: tensor.to(build.DTYPES[dtype]) for name, tensor in merged.state_dict().items()}
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    made.config.use_cache = True
+    made.generation_config = merged.generation_config
+    return made
+
+
+def _merge(base: PreTrainedModel, plan: Plan, trained: dict[str, torch.Tensor]) -> None:
+    """Give *base*, in place, the weights that *plan* stored it in, plus the adapter *trained*."""
+    transposed = {name for name, module in base.named_modules() if isinstance(module, Conv1D)}
+    build.apply_formats(base, plan.configuration.strategies(), plan.compute_dtype)
+    scaling = plan.configuration.alpha / plan.configuration.rank
+    known = dict(base.named_modules())
+    pairs = [key.removesuffix(".lora_A.weight") for key in trained if key.endswith(".lora_A.weight")]
+    unknown = [key for key in trained if key.removesuffix(".lora_A.weight") not in pairs and "lora_B" not in key]
+    unknown += [key for key in pairs if key.removeprefix(_PREFIX) not in known or f"{key}.lora_B.weight" not in trained]
+    if unknown:
+        raise RunError(f"the adapter holds {unknown[0]}, which the plan's model does not have")
+    for key in pairs:
+        name = key.removeprefix(_PREFIX)
+        module: Any = known[name]
+        down, up = trained[f"{key}.lora_A.weight"], trained[f"{key}.lora_B.weight"]
+        merged = _weight(module).float() + scaling * (up.float() @ down.float())
+        made = _layer(merged, getattr(module, "bias", None), is_transposed=name in transposed)
+        parent, _, own = name.rpartition(".")
+        setattr(known[parent], own, made)
+
+
+_PREFIX = "base_model.model."
+"""What PEFT puts before the model's own names."""
+
+
+def _weight(module: torch.nn.Module) -> torch.Tensor:
+    """The matrix of *module*; int8 weights are read from where they lie before the first forward pass."""
+    if type(module).__name__ == "Linear8bitLt":
+        module.init_8bit_state()  # type: ignore[operator]
+    return quantized.weight_of(module, torch.float32)
+
+
+def _layer(weight: torch.Tensor, bias: torch.Tensor | None, *, is_transposed: bool) -> torch.nn.Module:
+    """A plain layer that multiplies by *weight*, of the class that the model had."""
+    out_features, in_features = weight.shape
+    made = cast(
+        torch.nn.Module,
+        Conv1D(out_features, in_features)
+        if is_transposed
+        else torch.nn.Linear(in_features, out_features, bias=bias is not None),
+    )
+    made.weight = torch.nn.Parameter(weight.t().contiguous() if is_transposed else weight, requires_grad=False)
+    if bias is not None:
+        made.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made

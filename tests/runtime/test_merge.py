@@ -1,0 +1,112 @@
+"""A merged model is the adapted one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import shallowflow
+from shallowflow.planner.plan import Plan
+from shallowflow.runtime import batches
+from shallowflow.runtime.documents import read_documents
+from shallowflow.runtime.merge import merge
+from shallowflow.runtime.run import RunError, RunRequest, train
+from tests.front.shell import sfplan
+from tests.runtime import tiny
+
+Requests = Callable[..., RunRequest]
+
+
+def perplexity(folder: Path, held_out: Path, length: int) -> float:
+    """Of a folder's model, loaded by transformers alone and computed in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    windows = batches.windows(read_documents(held_out), AutoTokenizer.from_pretrained(folder), length)
+    total = 0.0
+    for window in windows:
+        tokens, labels = torch.tensor([window.input_ids]), torch.tensor([window.labels])
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits
+        total += float(torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum"))
+    return math.exp(total / sum(window.num_targets for window in windows))
+
+
+@pytest.mark.parametrize("weight_format", tiny.PLANNED_FORMATS)
+def test_its_loss_is_the_adapters(
+    weight_format: str, plans: dict[str, Plan], request_for: Requests, held_out: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Held-out perplexity is the run's own, to fp16's rounding of the weights, from whatever format it was trained."""
+    plan = plans[weight_format]
+    record = train(plan, request_for(eval_data=held_out, num_steps=8, learning_rate=5e-3))
+
+    merged = merge(request_for().output, tmp_path / "merged", tiny_folder)
+
+    assert record.perplexity_before is not None and record.perplexity_after is not None
+    found = perplexity(merged, held_out, plan.configuration.sequence_length)
+    # int8 rounds activations, too, which a merged model does not
+    assert found == pytest.approx(record.perplexity_after, rel=5e-3 if weight_format == "int8" else 1e-3)
+    assert found < 0.95 * record.perplexity_before
+    weights = load_file(merged / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert not any("lora" in name or "absmax" in name for name in weights)
+
+
+@pytest.mark.parametrize("weight_format", ["fp16", "nf4"])
+def test_transposed_layers_stay_transposed(
+    weight_format: str, request_for: Requests, held_out: Path, tmp_path: Path
+) -> None:
+    """GPT-2's Conv1D layers come back as such, though a quantized one was not."""
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": tiny.VOCABULARY}
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "eos_token_id": tiny.END, **shape}
+    plain = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": tiny.END}
+    folder = tiny.save(tmp_path / "gpt2", config={**config, **plain})
+    plan = shallowflow.plan(str(folder), "cpu", quantization=weight_format, sequence_length=32, global_batch_size=4)
+    request = request_for(weights=folder, eval_data=held_out, num_steps=2, learning_rate=5e-3)
+
+    record = train(plan, request)
+
+    found = perplexity(merge(request.output, tmp_path / "merged", folder), held_out, 32)
+    assert record.perplexity_after is not None
+    assert found == pytest.approx(record.perplexity_after, rel=1e-3)
+
+
+def test_what_cannot_be_merged_is_told(
+    plans: dict[str, Plan], request_for: Requests, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """No run, a folder in use, an adapter of another model: one line, and nothing is written."""
+    train(plans["fp16"], request_for(num_steps=1))
+    run, merged = request_for().output, tmp_path / "merged"
+    with pytest.raises(RunError, match="holds no adapter and plan"):
+        merge(tmp_path, merged, tiny_folder)
+    with pytest.raises(RunError, match="is not empty"):
+        merge(run, tiny_folder, tiny_folder)
+    path = run / "adapter" / "adapter_model.safetensors"
+    saved = load_file(path)
+    huge = {name: tensor * 0 + 1e4 if "q_proj" in name else tensor for name, tensor in saved.items()}
+    save_file(huge, path)
+    with pytest.raises(RunError, match=r"q_proj\.weight exceeds what fp16 holds"):
+        merge(run, merged, tiny_folder)
+    save_file({name.replace("q_proj", "x_proj"): tensor for name, tensor in saved.items()}, path)
+    with pytest.raises(RunError, match="which the plan's model does not have"):
+        merge(run, merged, tiny_folder)
+    assert not merged.exists() and not list(tmp_path.glob(".*partial"))
+
+
+def test_from_the_command_line(
+    plans: dict[str, Plan], request_for: Requests, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """``sfplan merge`` writes the folder and says so; a folder without a run is refused."""
+    train(plans["nf4"], request_for(num_steps=1))
+
+    done = sfplan("merge", request_for().output, "--output", tmp_path / "merged", "--weights", tiny_folder)
+    refused = sfplan("merge", tiny_folder, "--output", tmp_path / "other")
+
+    assert (done.code, refused.code) == (0, 2), done.errors
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
+    assert "holds no adapter and plan" in refused.error()
