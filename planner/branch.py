@@ -21,6 +21,8 @@ NEGLIGIBLE = 1e-7
 """A bound this near to the best score, as a share of it, promises nothing better."""
 MOST_TRIED = 4
 """Counts by which a part is divided in thought, before it is divided by one of them."""
+STUBBORN = 1_000
+"""Parts after which HiGHS's own search for whole numbers is asked, which takes as long as they did."""
 KNOWN = 2
 """Times that a count was divided, after which what that did is known well enough not to be tried again."""
 
@@ -70,6 +72,7 @@ class BranchAndBound:
         self._nodes: list[Node] = []
         self._leaf_bounds: dict[int, float] = {}
         self._open: list[_Open] = []
+        self._asked = False
         columns = len(self._relaxation.columns)
         self._raised, self._times = np.zeros((2, columns)), np.zeros((2, columns))
         point = self._solved({})
@@ -135,13 +138,16 @@ class BranchAndBound:
 
     def _push(self, point: Point, bounds: Bounds, score_seconds: float | None = None) -> int:
         """A new part; with *score_seconds* one of which only that is known, and *point* is of what it is a part of."""
-        number, seen = len(self._nodes), score_seconds is None
         score = point.score_seconds if score_seconds is None else score_seconds
-        self._nodes.append(point.node)
-        self._leaf_bounds[number] = score
+        number = self._leaf(point, score)
         if score < float("inf"):
-            heapq.heappush(self._open, _Open(score, number, point, bounds, seen))
+            heapq.heappush(self._open, _Open(score, number, point, bounds, seen=score_seconds is None))
         return number
+
+    def _leaf(self, point: Point, score_seconds: float) -> int:
+        self._nodes.append(point.node)
+        self._leaf_bounds[len(self._nodes) - 1] = score_seconds
+        return len(self._nodes) - 1
 
     def _look_into(self, node: _Open) -> None:
         node.point, node.seen = self._solved(node.bounds), True
@@ -174,16 +180,12 @@ class BranchAndBound:
     def _cut(self, node: _Open, column: int, most: int, *, keeps_lower: bool, score_seconds: float) -> _Open:
         """Divide *node* where one child promises nothing better than *score_seconds*; the other is returned."""
         least, greatest = self._limits_of(node, column)
-        sides = [{**node.bounds, column: (least, most)}, {**node.bounds, column: (most + 1, greatest)}]
-        numbers = [0, 0]
-        for side, bounds in enumerate(sides):
-            stays = (side == 0) == keeps_lower
-            numbers[side] = self._push(node.point, bounds, score_seconds=node.score_seconds if stays else score_seconds)
-        self._branch(node.number, column, most, numbers)
-        kept = 0 if keeps_lower else 1
-        self._open = [part for part in self._open if part.number != numbers[kept]]
-        heapq.heapify(self._open)
-        return _Open(node.score_seconds, numbers[kept], node.point, sides[kept])
+        lower, upper = {**node.bounds, column: (least, most)}, {**node.bounds, column: (most + 1, greatest)}
+        kept, dropped = (lower, upper) if keeps_lower else (upper, lower)
+        number = self._leaf(node.point, node.score_seconds)
+        other = self._push(node.point, dropped, score_seconds=score_seconds)
+        self._branch(node.number, column, most, [number, other] if keeps_lower else [other, number])
+        return _Open(node.score_seconds, number, node.point, kept)
 
     def _branch(self, number: int, column: int, most: int, children: list[int]) -> None:
         where = self._relaxation.columns[column]
@@ -257,22 +259,27 @@ class BranchAndBound:
     def _near(self, node: _Open) -> Iterator[Chosen]:
         if not node.seen:
             return
-        at_root = node.number == 0
-        starts = [node.point.counts]
-        if at_root:
+        if node.number == 0:
+            yield from self._around(node.point.counts)
+            return
+        _, chosen = self._neighbours.nearest(node.point.counts)
+        if chosen.taken.within(self.limits):
+            yield chosen
+        if len(self._nodes) >= STUBBORN and not self._asked:
+            self._asked = True
             whole = self._relaxation.whole_counts({})
-            starts += [] if whole is None else [whole.astype(np.float64)]
-        for start in starts:
-            counts, chosen = self._neighbours.nearest(start)
-            fits = chosen.taken.within(self.limits)
-            if at_root and not fits:
-                repaired = self._neighbours.repaired(counts, chosen)
-                if repaired is not None:
-                    (counts, chosen), fits = repaired, True
-            if fits:
-                yield chosen
-                if at_root:
-                    yield from self._neighbours.improved(counts, chosen)
+            yield from () if whole is None else self._around(whole.astype(np.float64))
+
+    def _around(self, start: Floats) -> Iterator[Chosen]:
+        """The choice nearest to *start*, repaired where it is not allowed, and better and better ones from there."""
+        counts, chosen = self._neighbours.nearest(start)
+        if not chosen.taken.within(self.limits):
+            repaired = self._neighbours.repaired(counts, chosen)
+            if repaired is None:
+                return
+            counts, chosen = repaired
+        yield chosen
+        yield from self._neighbours.improved(counts, chosen)
 
 
 def solve(chain: Chain, limits: Limits, most_nodes: int = MOST_NODES) -> Search:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from .strategies import Positive, Strategy
 
@@ -111,8 +113,8 @@ class Taken:
         return all(limit is None or value <= limit for value, limit in bounded)
 
 
-def backward_order(choices: Sequence[Choice]) -> list[int]:
-    """The order in which a group's backward pass meets its choices, which makes its peak the lowest.
+def backward_order(choices: Sequence[Choice], among: Iterable[int] | None = None) -> list[int]:
+    """The order in which a group's backward pass meets its choices, or those *among* them, for the lowest peak.
 
     What frees comes first, the smallest transient ahead; what allocates follows, the largest excess ahead (jobs that
     raise and lower one level: Abdel-Wahab and Kameda, 1978). So layers that recompute come early in the model.
@@ -122,13 +124,13 @@ def backward_order(choices: Sequence[Choice]) -> list[int]:
         high, change = choices[index].backward_high_bytes, choices[index].backward_change_bytes
         return (0, high, index) if change <= 0 else (1, change - high, index)
 
-    return sorted(range(len(choices)), key=urgency)
+    return sorted(range(len(choices)) if among is None else among, key=urgency)
 
 
 def taken(chain: Chain, counts: Counts) -> Taken:
     """What *counts* take, with the layers of each group in the order of ``backward_order``."""
     backward = [
-        [(group.choices[i], count[i]) for i in backward_order(group.choices) if count[i]]
+        [(group.choices[i], count[i]) for i in backward_order(group.choices, (i for i, n in enumerate(count) if n))]
         for group, count in zip(chain.groups, counts, strict=True)
     ]
     chosen = [item for group in backward for item in reversed(group)]
@@ -162,15 +164,13 @@ def dominated(choices: Sequence[Choice]) -> list[int | None]:
     Put in its place, the other leaves every moment of the step at the same level or lower, and takes no more of
     anything else; of equal ones the first stays.
     """
-    kept: list[int] = []
-    for index in range(len(choices)):
-        if not any(no_worse(choices[other], choices[index]) for other in kept):
-            kept = [other for other in kept if not no_worse(choices[index], choices[other])]
-            kept.append(index)
-    return [
-        None if index in kept else next(other for other in kept if no_worse(choices[other], choices[index]))
-        for index in range(len(choices))
-    ]
+    moments = np.array([_moments(choice) for choice in choices], dtype=np.int64)
+    better = np.all(moments[:, None, :] <= moments[None, :, :], axis=2)
+    number = np.arange(len(choices))
+    beats = better & (~better.T | (number[:, None] < number[None, :]))  # of equal ones the first
+    kept = ~np.any(beats, axis=0)
+    first = np.argmax(beats & kept[:, None], axis=0)
+    return [None if stays else int(by) for stays, by in zip(kept, first, strict=True)]
 
 
 def no_worse(better: Choice, than: Choice) -> bool:

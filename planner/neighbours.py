@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,10 @@ from .relaxation import Floats, Relaxation
 MOST_MOVES = 40
 """Moves that are tried, the most promising first, before a choice is taken for the best near it."""
 
+MOST_PAIRED = 600
+"""Moves of which two together are looked at."""
+
+Moves = tuple[int, ...]
 Whole = npt.NDArray[np.int64]
 
 
@@ -66,20 +70,49 @@ class Neighbours:
         return None
 
     def improved(self, counts: Whole, chosen: Chosen) -> Iterator[Chosen]:
-        """Better and better choices, one layer moved at a time."""
+        """Better and better choices, one layer moved at a time, or two where one alone gains nothing."""
         for _ in range(2 * int(counts.sum())):
-            gains = self._gains(counts)
-            able = np.flatnonzero((counts[self._source] > 0) & (gains < 0))
-            for move in able[np.argsort(gains[able], kind="stable")][:MOST_MOVES].tolist():
-                other = self._moved(counts, move)
-                judged = self._judged(other)
-                better = judged.taken.score_picoseconds < chosen.taken.score_picoseconds
-                if better and judged.taken.within(self.limits):
-                    counts, chosen = other, judged
-                    yield chosen
-                    break
-            else:
+            better = self._first_better(self._single(counts), counts, chosen)
+            if better is None:
+                better = self._first_better(self._pairs(counts, chosen.taken), counts, chosen)
+            if better is None:
                 return
+            counts, chosen = better
+            yield chosen
+
+    def _first_better(self, moves: Iterable[Moves], counts: Whole, chosen: Chosen) -> tuple[Whole, Chosen] | None:
+        for move in moves:
+            other = counts
+            for single in move:
+                other = self._moved(other, single)
+            if int(other.min()) < 0:
+                continue
+            judged = self._judged(other)
+            better = judged.taken.score_picoseconds < chosen.taken.score_picoseconds
+            if better and judged.taken.within(self.limits):
+                return other, judged
+        return None
+
+    def _single(self, counts: Whole) -> list[Moves]:
+        """Moves of one layer that gain, the most promising first."""
+        gains = self._gains(counts)
+        able = np.flatnonzero((counts[self._source] > 0) & (gains < 0))
+        return [(move,) for move in able[np.argsort(gains[able], kind="stable")][:MOST_MOVES].tolist()]
+
+    def _pairs(self, counts: Whole, found: Taken) -> list[Moves]:
+        """Two moves that gain together and seem to find room, the most promising first."""
+        able = np.flatnonzero(counts[self._source] > 0)
+        if len(able) > MOST_PAIRED:
+            return []
+        gains, memory = self._gains(counts)[able], self._memory[able]
+        room = self.limits.memory_bytes - found.peak_bytes
+        both = gains[:, None] + gains[None, :]
+        both[memory[:, None] + memory[None, :] > room] = 0.0
+        both = np.triu(both)
+        first, second = np.unravel_index(np.argsort(both, axis=None, kind="stable")[:MOST_MOVES], both.shape)
+        return [
+            (int(able[a]), int(able[b])) for a, b in zip(first.tolist(), second.tolist(), strict=True) if both[a, b] < 0
+        ]
 
     def _changes(self, name: str) -> Floats:
         values = self._values(name)

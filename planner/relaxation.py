@@ -82,6 +82,7 @@ class Relaxation:
             for c, choice in enumerate(group.choices)
             if dominated[g][c] is None
         ]
+        self._place = {(column.group, column.choice): i for i, column in enumerate(self.columns)}
         self.group = np.array([column.group for column in self.columns])
         self.layers = np.array([chain.groups[column.group].num_layers for column in self.columns], dtype=np.float64)
         self._resident = self._bytes("resident_bytes")
@@ -128,8 +129,8 @@ class Relaxation:
         for (row, group, choice), index in self._rows.items():
             if group is not None and choice is None and self.chain.groups[group].num_layers > 1:
                 self._model.changeRowBounds(index, -highspy.kHighsInf, self._alone(row, group, upper)[1])
-            if choice is not None:
-                there = lower[self._column(group, choice)] >= 1
+            if group is not None and choice is not None:
+                there = lower[self._place[group, choice]] >= 1
                 self._model.changeRowBounds(
                     index, -highspy.kHighsInf, self._upper[index] if there else highspy.kHighsInf
                 )
@@ -252,9 +253,6 @@ class Relaxation:
     def _seconds(self, name: str) -> Floats:
         return np.array([getattr(column.value, name) for column in self.columns], dtype=np.float64) / SECOND
 
-    def _column(self, group: int | None, choice: int | None) -> int:
-        return next(i for i, column in enumerate(self.columns) if (column.group, column.choice) == (group, choice))
-
     def _ranks(self, group: int) -> dict[int, int]:
         """When a group's backward pass meets each of its choices."""
         choices = self.chain.groups[group].choices
@@ -348,7 +346,7 @@ class Relaxation:
             limit = self._room - self.chain.head_change_bytes / MIB
             high, change = chosen.backward_high_bytes, chosen.backward_change_bytes
         if change > 0:
-            needs[self._column(group, choice)] += change / MIB
+            needs[self._place[group, choice]] += change / MIB
         return needs, limit - (high - max(0, change)) / MIB
 
     def _leaf(self, prices: Floats, *, infeasible: bool = False) -> Node:
