@@ -23,7 +23,7 @@ KIND_NAMES = {
     "attention float32": "fused attention in fp32",
     "dequantize": "dequantizing",
     "memory": "element-wise and copies",
-    "host": "to and from the host",
+    "host": "copies to and from the host that nothing hides",
 }
 HEAD_FORWARD_SHARE = 0.5
 """Of the head's and the loss's time: logits are computed, then as many operations lead back through them."""
@@ -69,7 +69,10 @@ def _sums(
 
 
 def _kinds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec, accumulation: int) -> tuple[TimePart, ...]:
-    """Seconds on the device by kind of operator, most first, each with the part that is no gap between kernels."""
+    """Seconds on the device by kind of operator, most first, each with the part that is no gap between kernels.
+
+    Copies count for as long as the computing waits for them.
+    """
     found: list[TimePart] = []
     for index, kind in enumerate(OP_KINDS):
         sums = [0.0, 0.0]
@@ -78,8 +81,12 @@ def _kinds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec, accu
             for profile, _ in runs:
                 flops, num_bytes = costs.operator_costs(profile, micro_batch_size, rank)
                 seconds = latency.operator_seconds(profile.op_kind, flops, num_bytes, gpu)
-                seconds = np.where(profile.op_kind == index, seconds - (1 - gaps) * gpu.kernel_gap_seconds, 0.0)
-                segments.append(costs.segment_seconds(profile, seconds))
+                of_kind = profile.op_kind == index
+                seconds -= (1 - gaps) * gpu.kernel_gap_seconds * of_kind
+                if index == latency.COPY:
+                    segments.append(latency.waiting_seconds(profile, seconds))
+                else:
+                    segments.append(costs.segment_seconds(profile, np.where(of_kind, seconds, 0.0)))
             micro_batch, update = costs.total_seconds(runs, segments)
             sums[gaps] = accumulation * micro_batch + update
         if sums[1]:

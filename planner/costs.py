@@ -33,9 +33,11 @@ OP_KINDS = (
     "dequantize",
     "memory",
     "host",
+    "arrival",
 )
 """What an operator's time is counted by: matrix products, batches of them and fused attention by dtype, weights made
-into numbers again, everything that only moves bytes on the device, and what crosses to the host."""
+into numbers again, everything that only moves bytes on the device, what crosses between device and host, and where the
+device first needs something that crosses."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,6 +13,7 @@ from . import costs
 from .costs import OP_KINDS, Ints, LayerRuns, StepProfile
 
 Seconds = npt.NDArray[np.float64]
+COPY, ARRIVAL = OP_KINDS.index("host"), OP_KINDS.index("arrival")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class StepSeconds:
 def step_seconds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec) -> StepSeconds:
     """Time of one step, operator by operator, by the roofline model (Williams, Waterman and Patterson, 2009).
 
-    The device runs one operator after the other, while the host launches them ahead: a stretch takes the longer of the
-    two sums. The rates are those that last under the chip's power cap. Left out: caches, and how a matrix product's
+    The device runs one operator after the other, with copies from and to the host beside them, while the host launches
+    all of them ahead: a stretch takes the longer of the device's time and the host's. The rates are those that last under the chip's power cap. Left out: caches, and how a matrix product's
     shape fills the chip, but for the thin ones of adapters.
     """
     device, host = zip(*(profile_seconds(profile, micro_batch_size, rank, gpu) for profile, _ in runs), strict=True)
@@ -44,9 +45,45 @@ def profile_seconds(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of every segment of *profile* on the device, and on the host that launches it."""
     flops, num_bytes = costs.operator_costs(profile, micro_batch_size, rank)
-    device = operator_seconds(profile.op_kind, flops, num_bytes, gpu)
-    host = launch_seconds(profile.op_kind, gpu)
-    return costs.segment_seconds(profile, device), costs.segment_seconds(profile, host)
+    seconds = operator_seconds(profile.op_kind, flops, num_bytes, gpu)
+    waiting = waiting_seconds(profile, seconds)
+    computing = costs.segment_seconds(profile, np.where(profile.op_kind == COPY, 0.0, seconds))
+    device = {name: computing[name] + waiting[name] for name in computing}
+    return device, costs.segment_seconds(profile, launch_seconds(profile.op_kind, gpu))
+
+
+def waiting_seconds(profile: StepProfile, seconds: Seconds) -> dict[str, float]:
+    """How long the computing of every segment waits for copies, where each operator takes its *seconds*."""
+    found = dict.fromkeys(costs.SEGMENTS, 0.0)
+    for segment in np.unique(profile.op_segment[profile.op_kind == COPY]):
+        here = profile.op_segment == segment
+        found[costs.SEGMENTS[segment]] = unhidden_seconds(profile.op_kind[here], seconds[here])
+    return found
+
+
+def unhidden_seconds(kinds: Ints, seconds: Seconds) -> float:
+    """What copies add to the time that the other operators of a segment take, in the order in which they are issued.
+
+    List scheduling on two machines (Graham, 1966): the device computes, the link copies, each one thing after the
+    other. A copy starts when what was issued before it is computed and the link is free; computing goes on beside it.
+    The n-th arrival holds the computing up until the n-th copy is done, the segment ends when both have.
+
+    That copies arrive in the order of their first uses holds but for those that one operator needs together. Left out:
+    that a copy takes memory bandwidth from the computing, and what else the link carries.
+    """
+    computed = np.cumsum(np.where(kinds == COPY, 0.0, seconds))
+    done: list[float] = []
+    late = free = 0.0
+    num_arrived = 0
+    for at in np.flatnonzero((kinds == COPY) | (kinds == ARRIVAL)):
+        now = computed[at] + late
+        if kinds[at] == COPY:
+            free = max(free, now) + seconds[at]
+            done.append(free)
+        else:
+            num_arrived += 1
+            late += max(0.0, max(done[:num_arrived], default=0.0) - now)
+    return float(max(late, free - computed[-1]))
 
 
 def stretch_seconds(kinds: Ints, flops: Ints, num_bytes: Ints, gpu: GpuSpec) -> float:
@@ -59,13 +96,13 @@ def operator_seconds(kinds: Ints, flops: Ints, num_bytes: Ints, gpu: GpuSpec) ->
     """Seconds on the device of each operator; *kinds* index OP_KINDS.
 
     The longer of its arithmetic at its kind's rate and its bytes at theirs, after the gap that every kernel leaves. On
-    a CPU both in turn: its libraries rearrange a product's factors before they compute.
+    a CPU both in turn: its libraries rearrange a product's factors before they compute. An arrival runs nothing.
     """
     rates = np.array([_rate(gpu, kind) for kind in OP_KINDS])
     moved = np.array([_bandwidth(gpu, kind) for kind in OP_KINDS])
     computing, moving = flops / rates[kinds], num_bytes / moved[kinds]
     busy = computing + moving if gpu.device_type == "cpu" else np.maximum(computing, moving)
-    seconds: Seconds = gpu.kernel_gap_seconds + busy
+    seconds: Seconds = np.where(kinds == ARRIVAL, 0.0, gpu.kernel_gap_seconds + busy)
     return seconds
 
 

@@ -1,4 +1,14 @@
-"""Saved activations in host memory from a layer's forward pass to its backward pass."""
+"""Saved activations in host memory from a layer's forward pass to its backward pass.
+
+Copies go on while the layer computes. A storage starts for the host when it is saved, and the layer's forward pass ends
+when all of them have left; its backward pass begins by fetching them all, the one that was saved last first, and waits
+for each where it is used. Nothing of a layer is on its way while another computes: what a layer takes does not depend
+on its neighbours, which is what plans of mixed layers are composed from. So a layer needs, while it runs, as much
+memory as one that saves, and only what takes less time than the layer itself costs no time.
+
+A storage is copied as it is when it is saved. What is changed in place after that would be copied at any of its
+states, but no step does so: autograd itself refuses to go back through a tensor that has changed since it was saved.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +20,14 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-_library = torch.library.Library("shallowflow", "DEF")  # operators of their own, so that a trace sees the transfers
-_library.define("to_host(Tensor x) -> Tensor")
-_library.define("to_device(Tensor x, Device device) -> Tensor")
-
-
-def _pinned(x: torch.Tensor) -> torch.Tensor:
-    """Page-locked, so that the copy waits for nothing; the stream's order keeps *x* until it is done."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
-_library.impl("to_host", _pinned, "CUDA")
-_library.impl("to_host", torch.clone, "CPU")
-_library.impl("to_host", torch.empty_like, "Meta")
-_library.impl("to_device", lambda x, device: x.to(device, non_blocking=True, copy=True), "CPU")
-_library.impl("to_device", lambda x, _device: torch.empty_like(x), "Meta")
-
-
-@dataclass(slots=True, weakref_slot=True)
-class _Offloaded:
-    """A storage's bytes in host memory, and on the device again from their first use to their last."""
-
-    original: weakref.ref[torch.UntypedStorage]
-    device: torch.device
-    host: torch.Tensor
-    back: torch.Tensor | None = None
-
-    def storage(self) -> torch.UntypedStorage:
-        """The bytes on the device."""
-        if self.back is None:
-            self.back = torch.ops.shallowflow.to_device(self.host, self.device)
-        return self.back.untyped_storage()
+from .transfers import Parcel, Transfers, transfers_of
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
     """A saved tensor as a view of what was offloaded."""
 
-    whole: _Offloaded
+    whole: Parcel
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -58,11 +38,14 @@ class _View:
 class Offload:
     """The hooks that send what autograd saves to the host and bring it back.
 
-    A storage goes once, however many tensors of it are saved. Those of *kept* modules stay: weights are saved, too.
+    Those of *kept* modules stay: weights are saved, too.
+
+    Attributes:
+        transfers: the way to the host, known when there is something to send.
     """
 
     kept: set[int] = field(default_factory=set)
-    known: weakref.WeakValueDictionary[tuple[int, int], _Offloaded] = field(default_factory=weakref.WeakValueDictionary)
+    transfers: Transfers | None = None
 
     def keep(self, tensors: list[torch.Tensor]) -> None:
         """Leave *tensors*, which live as long as the model, on the device."""
@@ -77,26 +60,72 @@ class Offload:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-            least = inputs[0].numel() if inputs else 0
-            with saved_tensors_hooks(lambda tensor: self._pack(tensor, least), self._unpack):
-                return forward(*args, **kwargs)
+            passage = _Passage(self, inputs[0].numel() if inputs else 0)
+            try:
+                with saved_tensors_hooks(passage.pack, passage.unpack):
+                    return forward(*args, **kwargs)
+            finally:
+                passage.leave()
 
         return run
 
-    def _pack(self, tensor: torch.Tensor, least_elements: int) -> torch.Tensor | _View:
+    def way(self, device: torch.device) -> Transfers:
+        """How to send something from *device*, the same each time."""
+        if self.transfers is None:
+            self.transfers = transfers_of(device)
+        return self.transfers
+
+
+@dataclass(slots=True)
+class _Passage:
+    """One forward pass of a layer, and the backward pass that belongs to it.
+
+    A storage goes once, however many tensors of it are saved.
+
+    Attributes:
+        least_elements: of what is sent.
+        leaving: storages on their way to the host, by identity and version, in the order in which they were last saved;
+            each lives until it has left.
+        sent: the same once they have left, as long as a saved tensor needs them.
+    """
+
+    offload: Offload
+    least_elements: int
+    leaving: dict[tuple[int, int], tuple[torch.Tensor, Parcel]] = field(default_factory=dict)
+    sent: list[tuple[weakref.ref[Parcel], torch.device]] = field(default_factory=list)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _View:
+        """What autograd keeps in place of *tensor*."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self.kept or storage.nbytes() < least_elements * tensor.itemsize:
+        if storage._cdata in self.offload.kept or storage.nbytes() < self.least_elements * tensor.itemsize:
             return tensor
         name = (storage._cdata, tensor._version)
-        whole = self.known.get(name)
-        if whole is None or whole.original() is not storage:
+        known = self.leaving.pop(name, None)
+        if known is None:
             everything = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-            host = torch.ops.shallowflow.to_host(everything)
-            whole = self.known[name] = _Offloaded(weakref.ref(storage), tensor.device, host)
-        return _View(whole, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            known = everything, self.offload.way(tensor.device).send(everything)
+        self.leaving[name] = known
+        return _View(known[1], tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    def _unpack(self, saved: torch.Tensor | _View) -> torch.Tensor:
+    def leave(self) -> None:
+        """End the forward pass: all has left, and its memory may be used again."""
+        if self.leaving and self.offload.transfers is not None:
+            self.offload.transfers.leave()
+        self.sent = [(weakref.ref(parcel), tensor.device) for tensor, parcel in reversed(self.leaving.values())]
+        self.leaving.clear()
+
+    def unpack(self, saved: torch.Tensor | _View) -> torch.Tensor:
+        """The tensor that was saved; the first call, as the layer's backward pass begins, fetches all that was sent."""
+        for reference, device in self.sent:
+            parcel = reference()
+            if parcel is not None:
+                parcel.transfers.fetch(parcel, device)
+        self.sent = []
         if isinstance(saved, torch.Tensor):
             return saved
-        empty = torch.empty(0, dtype=saved.dtype, device=saved.whole.device)
-        return empty.set_(saved.whole.storage(), saved.offset, saved.size, saved.stride)
+        whole = saved.whole
+        if whole.arrival is not None:
+            whole.transfers.arrive(whole)
+        assert whole.device is not None
+        empty = torch.empty(0, dtype=saved.dtype, device=whole.device.device)
+        return empty.set_(whole.device.untyped_storage(), saved.offset, saved.size, saved.stride)

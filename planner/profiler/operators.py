@@ -55,6 +55,8 @@ _NO_LAUNCH = {
     aten.detach.default,
     aten._unsafe_view.default,
     aten._reshape_alias.default,
+    aten.set_.source_Storage,
+    aten.set_.source_Storage_storage_offset,
 }
 
 
@@ -68,7 +70,7 @@ def is_matrix_product(func: Any) -> bool:
 
 
 def is_transfer(func: Any) -> bool:
-    """Whether *func* copies between host and device, as offloaded activations are."""
+    """Whether *func* copies between host and device, as offloaded activations are, or waits for such a copy."""
     return bool(func.namespace == "shallowflow")
 
 
@@ -153,7 +155,7 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     flops = _flops(func, args, kwargs, out)
     num_bytes = _traffic(func, name, inputs, outputs)
     if is_transfer(func):
-        return (OpCost("host", 0, num_bytes // 2),)
+        return (OpCost("arrival", 0, 0) if name == "arrival" else OpCost("host", 0, num_bytes // 2),)
     if name in ("dequantize_4bit", "dequantize_blockwise"):
         return (OpCost("dequantize", math.prod(outputs[0].shape), num_bytes),)
     kind = _kind(name, inputs) if flops and outputs else "memory"

@@ -13,6 +13,7 @@ from shallowflow.planner.costs import OP_KINDS, SEGMENTS, Ints, StepProfile
 
 from . import kernels
 from .kernels import Target
+from .operators import OpCost
 from .recording import recording
 from .trace import RECOMPUTED, Recorder, Trace
 
@@ -116,7 +117,7 @@ def profile_step(make: Callable[[int, int], TraceableStep], target: Target) -> S
         event_segment=np.array(first.segments, dtype=np.int64),
         event_pass=np.array(first.passes, dtype=np.int64),
         op_kind=np.array([OP_KINDS.index(op.kind) for op in costs[0]], dtype=np.int64),
-        op_segment=np.array([_segment_at(first, first.trace.ops[i][0]) for i in ops], dtype=np.int64),
+        op_segment=np.array([_segment_of(first, *first.trace.ops[i]) for i in ops], dtype=np.int64),
         op_flops=_coefficients([[op.flops for op in corner] for corner in costs]),
         op_bytes=_coefficients([[op.num_bytes for op in corner] for corner in costs]),
         fixed=sizes[by_layer[None]],
@@ -260,8 +261,9 @@ def _event_at(corner: _Corner, position: int) -> int:
     return min(max(0, position - corner.start - 1), len(corner.segments) - 1)
 
 
-def _segment_at(corner: _Corner, position: int) -> int:
-    return corner.segments[_event_at(corner, position)]
+def _segment_of(corner: _Corner, position: int, op: OpCost) -> int:
+    """That of the event before *op*, or, if it is a copy to the host, which may be a layer's first act, of the next."""
+    return corner.segments[_event_at(corner, position + (op.kind == "host"))]
 
 
 def _pass_at(corner: _Corner, position: int) -> int:

@@ -132,11 +132,11 @@ def test_recomputation_runs_what_it_forgot_again(activations: Activations, again
 
 
 def test_what_a_layer_saves_goes_to_the_host_once() -> None:
-    """Every storage is sent once however often it is saved, comes back once, and no weight ever leaves."""
+    """Every storage is sent once however often it is saved, comes back once, is waited for, and no weight leaves."""
     trainee = tiny.trainee("nf4", "offload")
     weights = {t.untyped_storage().nbytes() for t in trainee.resident()}
     sent: list[torch.Tensor] = []
-    counts = dict.fromkeys(("to_host", "to_device"), 0)
+    counts = dict.fromkeys(("to_host", "to_device", "arrival"), 0)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -150,7 +150,7 @@ def test_what_a_layer_saves_goes_to_the_host_once() -> None:
     with Watch():  # type: ignore[no-untyped-call]
         trainee.step([BATCH])
 
-    assert counts["to_host"] == counts["to_device"] > len(trainee.layers)
+    assert counts["to_host"] == counts["to_device"] == counts["arrival"] > len(trainee.layers)
     assert len({tensor.untyped_storage().data_ptr() for tensor in sent}) == len(sent)
     assert not weights & {tensor.numel() for tensor in sent}
 
