@@ -32,8 +32,9 @@ def step_seconds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec
     """Time of one step, operator by operator, by the roofline model (Williams, Waterman and Patterson, 2009).
 
     The device runs one operator after the other, with copies from and to the host beside them, while the host launches
-    all of them ahead: a stretch takes the longer of the device's time and the host's. The rates are those that last under the chip's power cap. Left out: caches, and how a matrix product's
-    shape fills the chip, but for the thin ones of adapters.
+    all of them ahead: a stretch takes the longer of the device's time and the host's. The rates are those that last
+    under the chip's power cap. Left out: caches, and how a matrix product's shape fills the chip, but for the thin ones
+    of adapters.
     """
     device, host = zip(*(profile_seconds(profile, micro_batch_size, rank, gpu) for profile, _ in runs), strict=True)
     on_device, on_host = costs.total_seconds(runs, device), costs.total_seconds(runs, host)

@@ -79,7 +79,7 @@ class Immediate(Transfers):
     def leave(self) -> None:
         """Nothing is on its way."""
 
-    def fetch(self, parcel: Parcel, device: torch.device) -> None:  # noqa: ARG002 - host and device are one
+    def fetch(self, parcel: Parcel, device: torch.device) -> None:
         """Copy back; the host's copy has served."""
         parcel.device = parcel.arrival = torch.ops.shallowflow.to_device(parcel.host)
         parcel.host = None

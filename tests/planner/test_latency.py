@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from shallowflow.planner import costs, latency
 from shallowflow.planner.costs import OP_KINDS, SEGMENTS, StepProfile
+from shallowflow.planner.strategies import Strategy
 from shallowflow.profiles import GpuSpec, gpu_names, load_gpu
 from shallowflow.profiles.load import RATES
+from tests.planner import tiny
 from tests.strategies import T4, step_profiles
 
 SPEEDS = tuple(name for name in RATES if name.endswith("_per_second"))
@@ -33,7 +35,10 @@ def seconds(profile: StepProfile, gpu: GpuSpec, num_layers: int = 3, micro_batch
 def test_an_operator_takes_the_longer_of_arithmetic_and_bytes(
     kind: str, flops: int, num_bytes: int, data: st.DataObject
 ) -> None:
-    """After a gap, flops over the kind's rate or bytes over its bandwidth, whichever is more; moving has no flops."""
+    """After a gap, flops over the kind's rate or bytes over its bandwidth, whichever is more; moving has no flops.
+
+    An arrival is no kernel.
+    """
     gpu = load_gpu(data.draw(st.sampled_from(gpu_names())))
     short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}
     *family, dtype = kind.split()
@@ -44,11 +49,11 @@ def test_an_operator_takes_the_longer_of_arithmetic_and_bytes(
         np.array([OP_KINDS.index(kind)]), np.array([flops]), np.array([num_bytes]), gpu
     ).item()
 
-    arithmetic = flops / getattr(gpu, field) if kind not in ("memory", "host") else 0.0
+    arithmetic = flops / getattr(gpu, field) if kind not in ("memory", "host", "arrival") else 0.0
     bandwidth = {"host": gpu.pcie_bytes_per_second, "float32": gpu.fp32_matmul_bytes_per_second}
     moving = num_bytes / bandwidth.get(kind, gpu.dram_bytes_per_second)
     together = arithmetic + moving if gpu.device_type == "cpu" else max(arithmetic, moving)
-    assert found == pytest.approx(gpu.kernel_gap_seconds + together)
+    assert found == (0.0 if kind == "arrival" else pytest.approx(gpu.kernel_gap_seconds + together))
 
 
 @given(step_profiles(), st.integers(1, 60))
@@ -125,3 +130,102 @@ def test_a_step_is_its_micro_batches_and_one_update(micro_batch: float, update: 
     found = latency.StepSeconds(micro_batch, update).step(accumulation)
 
     assert found == pytest.approx(accumulation * micro_batch + update)
+
+
+# Copies beside the computing
+
+COMPUTE = OP_KINDS.index("memory")
+segments_of_a_layer = st.lists(
+    st.tuples(st.sampled_from([COMPUTE, latency.COPY, latency.ARRIVAL]), st.floats(0, 10, allow_subnormal=False)),
+    min_size=1,
+    max_size=20,
+).map(lambda found: [(kind, 0.0 if kind == latency.ARRIVAL else seconds) for kind, seconds in found])
+Operators = list[tuple[int, float]]
+
+
+def scheduled(operators: Operators) -> float:
+    """How long a segment takes."""
+    kinds, took = (np.array(column) for column in zip(*operators, strict=True))
+    return float(took[kinds != latency.COPY].sum()) + latency.unhidden_seconds(kinds, took)
+
+
+def alone(operators: Operators, kind: int) -> float:
+    """The sum of one kind's operators."""
+    return sum(took for which, took in operators if which == kind)
+
+
+def simulated(operators: Operators) -> float:
+    """By events: both machines work through their queues; whichever is free and allowed to begins its next operator."""
+    computing = [index for index, (kind, _) in enumerate(operators) if kind != latency.COPY]
+    copies = [index for index, (kind, _) in enumerate(operators) if kind == latency.COPY]
+    arrivals = [index for index in computing if operators[index][0] == latency.ARRIVAL]
+    needs = {index: copies[: number + 1] for number, index in enumerate(arrivals)}
+    ends: dict[int, float] = {}
+    while len(ends) < len(operators):
+        for queue, before in ((computing, {}), (copies, {i: [j for j in computing if j < i] for i in copies})):
+            waiting = [index for index in queue if index not in ends]
+            if not waiting:
+                continue
+            wanted = [*queue[: queue.index(waiting[0])], *before.get(waiting[0], []), *needs.get(waiting[0], [])]
+            wanted = [index for index in wanted if index < waiting[0]]
+            if all(index in ends for index in wanted):
+                begin = max((ends[index] for index in wanted), default=0.0)
+                ends[waiting[0]] = begin + operators[waiting[0]][1]
+    return max(ends.values())
+
+
+@given(segments_of_a_layer)
+def test_a_segment_takes_what_its_events_take(operators: Operators) -> None:
+    """The formula is the schedule that it describes."""
+    assert scheduled(operators) == pytest.approx(simulated(operators))
+
+
+@given(segments_of_a_layer)
+def test_copies_hide_behind_computing_and_no_more(operators: Operators) -> None:
+    """Never longer than one after the other, never shorter than either alone."""
+    took = scheduled(operators)
+
+    computing, copying = alone(operators, COMPUTE), alone(operators, latency.COPY)
+    assert max(computing, copying) * (1 - 1e-12) <= took <= (computing + copying) * (1 + 1e-12)
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 10)), min_size=1, max_size=8))
+def test_what_is_waited_for_at_once_hides_nothing(pairs: list[tuple[float, float]]) -> None:
+    """Where each copy is needed as soon as it begins, or begins when all is computed, the two are a sum."""
+    at_once: Operators = []
+    for computing, copying in pairs:
+        at_once += [(COMPUTE, computing), (latency.COPY, copying), (latency.ARRIVAL, 0.0)]
+    late = sorted(at_once, key=lambda operator: operator[0])
+
+    both = pytest.approx(sum(map(sum, pairs)))
+    assert scheduled(at_once) == both
+    assert scheduled(late) == both
+
+
+@given(segments_of_a_layer, st.floats(1, 10))
+def test_a_faster_link_takes_no_more_time(operators: Operators, ratio: float) -> None:
+    """Whatever the copies and where they are needed."""
+    faster = [(kind, took / ratio if kind == latency.COPY else took) for kind, took in operators]
+
+    assert scheduled(faster) <= scheduled(operators) * (1 + 1e-12)
+
+
+def test_an_offloaded_layer_takes_less_than_its_copies_and_its_computing() -> None:
+    """In both passes of a real layer, whose forward pass still ends with a copy; without copies nothing changes."""
+    strategy = Strategy(weight_format="nf4", activations="offload")
+    profile = tiny.profiled("llama", "t4", strategy, 128)
+    gpu = replace(T4, kernel_gap_seconds=0.0)
+
+    found, _ = latency.profile_seconds(profile, 64, 8, gpu)
+
+    flops, num_bytes = costs.operator_costs(profile, 64, 8)
+    each = latency.operator_seconds(profile.op_kind, flops, num_bytes, gpu)
+    is_copy = profile.op_kind == latency.COPY
+    serial = costs.segment_seconds(profile, each)
+    copying = costs.segment_seconds(profile, np.where(is_copy, each, 0.0))
+    computing = costs.segment_seconds(profile, np.where(is_copy, 0.0, each))
+    for segment in ("inner", "inner_back"):
+        assert max(copying[segment], computing[segment]) < found[segment] < serial[segment]
+    assert {name: found[name] for name in ("embed", "head", "update")} == {
+        name: serial[name] for name in ("embed", "head", "update")
+    }
