@@ -120,6 +120,13 @@ def test_every_wait_is_needed(omission: str, monkeypatch: pytest.MonkeyPatch) ->
     assert way.cuda.races
 
 
+def test_only_cuda_has_a_stream_for_copies() -> None:
+    """Elsewhere a copy is done when its call returns, and nothing is page-locked before there is something to send."""
+    assert {type(transfers.transfers_of(torch.device(kind))) for kind in ("cpu", "meta")} == {transfers.Immediate}
+    found = transfers.transfers_of(torch.device("cuda"))
+    assert isinstance(found, Streamed) and found.cuda is torch.cuda and not found.buffers
+
+
 @pytest.mark.parametrize("fetched", [False, True])
 def test_what_is_never_used_is_waited_for(fetched: bool) -> None:
     """As after an error: what is on its way is freed only once it is there, and its host buffer is used again."""
