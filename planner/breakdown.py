@@ -46,7 +46,10 @@ def step_time(
 
 
 def forward_seconds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec) -> float:
-    """One micro-batch's forward pass and loss, as an evaluation runs it."""
+    """One micro-batch's forward pass and loss, as an evaluation runs it.
+
+    Counted too are copies to the host, which it does without.
+    """
     longest = 0.0
     for side in (0, 1):
         segments = [latency.profile_seconds(profile, micro_batch_size, rank, gpu)[side] for profile, _ in runs]
