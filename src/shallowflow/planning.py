@@ -290,6 +290,12 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
         notes.append(
             "No step with int8 weights was recorded on a GPU: their products are priced as fp16's, which is a guess."
         )
+    policies = {strategy.activations for c in shown for strategy in c.configuration.strategies()}
+    if "offload" in policies:
+        notes.append(
+            "No step with offloaded activations was recorded on a GPU: their copies are priced at the link's rate, "
+            "beside the computing of their layer."
+        )
     if workload.padding_share >= LEAST_PADDING_SHOWN:
         notes.append(
             f"{workload.padding_share:.0%} of the positions are padding, as documents are not packed: packed, they "
