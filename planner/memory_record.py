@@ -20,7 +20,9 @@ class TracedPeak:
 
     Attributes:
         parts: the process's memory at the peak by category; sums to reserved plus context.
+        peak_allocated_bytes: of the step; reserved is of the step and an evaluation after it.
         attention: the implementation that the model took.
+        evaluation_allocated_bytes: the most during an evaluation of one micro-batch.
     """
 
     resident_bytes: int
@@ -28,6 +30,7 @@ class TracedPeak:
     peak_reserved_bytes: int
     parts: tuple[MemoryPart, ...]
     attention: str
+    evaluation_allocated_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

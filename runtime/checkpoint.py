@@ -7,6 +7,7 @@ folder gets its name once everything is on the disk; one that does not agree wit
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
-from .record import StepRecord
+from .record import EvaluationRecord, FallbackRecord, StepRecord
 from .step import Trainee
 
 NUM_KEPT = 2
@@ -27,43 +28,52 @@ NUM_KEPT = 2
 
 _NAME = re.compile(r"step-(\d{8})")
 _ADAPTER, _OPTIMIZER, _STATE, _MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_BEST = "best.safetensors"
+"""Only where the best of the evaluated adapters is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class State:
     """What a run had come to when its state was saved.
 
     Attributes:
         steps: every update so far.
         seconds: on the wall, all sessions together.
-        perplexity_before: on the held-out text, before training; None without one.
         loss_scale, num_skipped, num_calm: see LossScale.
+        before: answers to the prompts before training.
+        alternative, best_step: see Progress.
     """
 
     steps: tuple[StepRecord, ...]
     started: str
     seconds: float
-    perplexity_before: float | None
     loss_scale: float
     num_skipped: int
     num_calm: int
+    evaluations: tuple[EvaluationRecord, ...] = ()
+    before: tuple[str, ...] = ()
+    fallbacks: tuple[FallbackRecord, ...] = ()
+    alternative: int | None = None
+    best_step: int | None = None
 
 
-def save(folder: Path, trainee: Trainee, progress: Progress) -> Path:
-    """Write the state after ``progress.steps`` into a new folder inside *folder*, and remove those too many.
+def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.Tensor] | None = None) -> Path:
+    """Write the state after ``state.steps`` into a new folder inside *folder*, and remove those too many.
 
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    name = f"step-{len(progress.steps):08d}"
+    name = f"step-{len(state.steps):08d}"
     partial, final = folder / f".{name}.partial", folder / name
     for left in folder.glob(".step-*.partial"):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    save_file(_adapter(trainee), partial / _ADAPTER)
+    save_file(adapter(trainee), partial / _ADAPTER)
     save_file(_optimizer(trainee), partial / _OPTIMIZER)
-    (partial / _STATE).write_bytes(msgspec.json.encode(progress))
-    names = (_ADAPTER, _OPTIMIZER, _STATE)
+    if best is not None:
+        save_file(dict(best), partial / _BEST)
+    (partial / _STATE).write_text(json.dumps(msgspec.to_builtins(state)), encoding="utf-8")  # with infinite norms
+    names = (_ADAPTER, _OPTIMIZER, _STATE, *((_BEST,) if best is not None else ()))
     for written in names:
         _to_disk(partial / written)
     (partial / _MANIFEST).write_bytes(msgspec.json.encode({n: _sha256(partial / n) for n in names}))
@@ -89,19 +99,28 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, doubts
 
 
-def restore(path: Path, trainee: Trainee) -> Progress:
-    """Put the state in the verified checkpoint *path* into *trainee*; returns what the run had come to.
+def read(path: Path) -> State:
+    """What the run of the verified checkpoint *path* had come to."""
+    return msgspec.convert(json.loads((path / _STATE).read_text(encoding="utf-8")), type=State)
+
+
+def read_best(path: Path) -> dict[str, torch.Tensor] | None:
+    """The best adapter in the verified checkpoint *path*, if it holds one."""
+    found = path / _BEST
+    return load_file(found) if found.is_file() else None
+
+
+def restore(path: Path, trainee: Trainee) -> None:
+    """Put the state in the verified checkpoint *path* into *trainee*.
 
     Raises:
         ValueError: it is another model's.
     """
-    progress = msgspec.json.decode((path / _STATE).read_bytes(), type=Progress)
-    parameters, saved = _adapter(trainee), load_file(path / _ADAPTER)
-    if {name: t.shape for name, t in parameters.items()} != {name: t.shape for name, t in saved.items()}:
+    progress = read(path)
+    saved = load_file(path / _ADAPTER)
+    if {name: t.shape for name, t in adapter(trainee).items()} != {name: t.shape for name, t in saved.items()}:
         raise ValueError(f"checkpoint {path} holds another adapter than the plan's")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+    put_adapter(trainee, saved)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(path / _OPTIMIZER).items():
         index, _, key = name.partition(".")
@@ -110,11 +129,17 @@ def restore(path: Path, trainee: Trainee) -> Progress:
     trainee.optimizer.load_state_dict({"state": state, "param_groups": groups})
     scale = trainee.loss_scale
     scale.value, scale.num_skipped, scale.num_calm = progress.loss_scale, progress.num_skipped, progress.num_calm
-    return progress
 
 
-def _adapter(trainee: Trainee) -> dict[str, torch.Tensor]:
+def adapter(trainee: Trainee) -> dict[str, torch.Tensor]:
+    """The adapter's parameters by name."""
     return {name: p.detach() for name, p in trainee.model.named_parameters() if p.requires_grad}
+
+
+def put_adapter(trainee: Trainee, saved: Mapping[str, torch.Tensor]) -> None:
+    """Give the adapter of *trainee* the values *saved*."""
+    for name, parameter in adapter(trainee).items():
+        parameter.copy_(saved[name])
 
 
 def _optimizer(trainee: Trainee) -> dict[str, torch.Tensor]:
@@ -132,7 +157,7 @@ def _doubt(path: Path) -> str | None:
     """Why *path* is not to be believed; None if it is."""
     try:
         manifest = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, str])
-        if set(manifest) != {_ADAPTER, _OPTIMIZER, _STATE}:
+        if set(manifest) - {_BEST} != {_ADAPTER, _OPTIMIZER, _STATE}:
             return "its manifest lacks files"
         for name, expected in manifest.items():
             if _sha256(path / name) != expected:

@@ -1,4 +1,4 @@
-"""Perplexity on text that was not learned."""
+"""Loss and perplexity on text that was not learned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from . import quantized
 from .batches import Window, micro_batch
 from .step import MicroBatch, Trainee
 
+MOST_LOSS = 700.0
+"""Beyond it, exp leaves a float's range."""
+
 
 def perplexity(
     trainee: Trainee,
@@ -21,22 +24,38 @@ def perplexity(
     on_batch: Callable[[], None] = lambda: None,
 ) -> float:
     """exp of the mean cross-entropy per target token over all *windows*."""
+    return exp(mean_loss(trainee, windows, micro_batch_size, device, on_batch))
+
+
+def exp(loss: float) -> float:
+    """The perplexity of a mean *loss*: infinite where it is more than a float holds."""
+    return math.exp(loss) if loss < MOST_LOSS or math.isnan(loss) else math.inf
+
+
+def mean_loss(
+    trainee: Trainee,
+    windows: Sequence[Window],
+    micro_batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[], None] = lambda: None,
+) -> float:
+    """The mean cross-entropy per target token over all *windows*."""
     total = 0.0
-    with _evaluating(trainee.model):
+    with evaluating(trainee.model):
         for first in range(0, len(windows), micro_batch_size):
             total += float(trainee.loss(micro_batch(windows[first : first + micro_batch_size], device)))
             on_batch()
-    return math.exp(total / sum(w.num_targets for w in windows))
+    return total / sum(w.num_targets for w in windows)
 
 
 def loss(trainee: Trainee, batch: MicroBatch) -> torch.Tensor:
     """The sum of cross-entropies over one batch, computed as an evaluation does."""
-    with _evaluating(trainee.model):
+    with evaluating(trainee.model):
         return trainee.loss(batch)
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """No gradients, no dropout; quantized layers stay in training, or a CPU would repack their weights."""
     model.eval()
     for module in model.modules():

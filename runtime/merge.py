@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -14,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from shallowflow.planner import serialize
 from shallowflow.planner.plan import Plan
+from shallowflow.planner.strategies import Configuration
 
 from . import build, quantized
-from .run import RunError
+from .request import RunError
 from .weights import find_weights, load_tokenizer, load_weights
 
 
@@ -38,6 +41,7 @@ def merge(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output} is not empty; give a new folder with --output")
     plan = serialize.from_json((run / "plan.json").read_bytes(), str(run / "plan.json"))
+    plan = replace(plan, configuration=configuration_of(run, plan))
     progress("loading weights")
     source = find_weights(plan.model_name, weights)
     tokenizer = load_tokenizer(source)
@@ -60,6 +64,27 @@ def merge(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
+
+
+def configuration_of(run: Path, plan: Plan) -> Configuration:
+    """What the run in the folder *run* ended under: another than *plan*'s where memory fell short.
+
+    Raises:
+        RunError: the run's record is not one.
+    """
+    path = run / "run.json"
+    if not path.is_file():
+        return plan.configuration
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Ran).configuration or plan.configuration
+    except msgspec.DecodeError as error:
+        raise RunError(f"{path} is not what a run writes: {error}") from None
+
+
+class _Ran(msgspec.Struct):
+    """Of a run's record, what it was run under."""
+
+    configuration: Configuration | None = None
 
 
 def _plain(merged: PreTrainedModel, plan: Plan) -> PreTrainedModel:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 
+from shallowflow.planner.strategies import Configuration
+
 RUN_FORMAT_VERSION = 1
+
+Outcome = Literal["completed", "stopped early", "interrupted", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,49 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRecord:
+    """One evaluation on the held-out text.
+
+    Attributes:
+        step: updates made before it.
+        loss: mean over all its target tokens; perplexity is exp of it.
+        tokens: target tokens.
+    """
+
+    step: int
+    loss: float
+    perplexity: float
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRecord:
+    """What the model said to a prompt before and after training; None where the run did not come to it."""
+
+    prompt: str
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FallbackRecord:
+    """Memory that was not as predicted, and what the run went on with.
+
+    Attributes:
+        step: updates made before it; none of them was lost.
+        alternative: its number among the plan's.
+        peak_reserved_bytes: the alternative's, predicted.
+    """
+
+    step: int
+    reason: str
+    alternative: int
+    configuration: Configuration
+    peak_reserved_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """One quantity, predicted before the run and measured in it."""
 
@@ -54,15 +102,21 @@ class RunRecord:
     """A whole run.
 
     Attributes:
-        perplexity_before, perplexity_after: on the held-out text; None without one.
+        perplexity_before, perplexity_after: of the base and of the saved adapter on the held-out text; None without
+            one.
         padding_share: of all token positions, those that hold nothing to learn.
-        notes: where it was resumed, and which checkpoints were not believed.
+        notes: where it was resumed, which checkpoints were not believed, and why figures are not as predicted.
+        evaluations: all of them, in order.
+        configuration: what the run ended under; another than the plan's after a fallback.
+        evaluation_micro_batch_size, evaluation_peak_bytes: how evaluations were run, and the most that one was traced
+            to have allocated.
+        best_step: the updates behind the saved adapter, where it is the best of the evaluated ones.
     """
 
     format_version: int
     model_name: str
     device: str
-    outcome: Literal["completed", "interrupted"]
+    outcome: Outcome
     started: str
     seconds: float
     usd: float | None
@@ -74,6 +128,13 @@ class RunRecord:
     steps: tuple[StepRecord, ...]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    evaluations: tuple[EvaluationRecord, ...] = ()
+    samples: tuple[SampleRecord, ...] = ()
+    fallbacks: tuple[FallbackRecord, ...] = ()
+    configuration: Configuration | None = None
+    evaluation_micro_batch_size: int | None = None
+    evaluation_peak_bytes: int | None = None
+    best_step: int | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -83,12 +144,12 @@ class RunRecord:
         return sum(step.num_target_tokens for step in timed) / seconds if seconds else None
 
 
-def timed_steps(steps: tuple[StepRecord, ...] | list[StepRecord]) -> list[StepRecord]:
+def timed_steps(steps: Sequence[StepRecord]) -> list[StepRecord]:
     """The steps whose time counts: not the first, which warms up, nor one that measures memory."""
     return [step for step in steps if step.index > 0 and not step.memory_measured]
 
 
-def median_step_seconds(steps: tuple[StepRecord, ...] | list[StepRecord]) -> float | None:
+def median_step_seconds(steps: Sequence[StepRecord]) -> float | None:
     """Median seconds per update, or None before any step counts."""
     timed = timed_steps(steps)
     return statistics.median(step.seconds for step in timed) if timed else None

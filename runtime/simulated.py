@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,15 @@ SHOWN_MICRO_BATCHES = 3
 
 @dataclass(slots=True)
 class MetaStep:
-    """A trainee with made-up batches, for the profiler to trace."""
+    """A trainee with made-up batches, for the profiler to trace.
+
+    Attributes:
+        evaluation_micro_batch_size: sequences that are evaluated at once; None for those of a micro-batch.
+    """
 
     trainee: Trainee
     micro_batches: list[MicroBatch]
+    evaluation_micro_batch_size: int | None = None
 
     @property
     def model(self) -> torch.nn.Module:
@@ -65,7 +70,9 @@ class MetaStep:
 
     def evaluate(self) -> object:
         """The loss of one micro-batch, without gradients."""
-        return evaluate.loss(self.trainee, self.micro_batches[0])
+        first, size = self.micro_batches[0], self.evaluation_micro_batch_size
+        batch = replace(first, input_ids=first.input_ids[:size], labels=first.labels[:size])
+        return evaluate.loss(self.trainee, batch)
 
 
 def register_quantization() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import attention
@@ -121,10 +121,32 @@ def _differences(
     count = sum(p.numel() for p in model.parameters())
     if count != num_parameters:
         yield f"have {count:,} parameters, the plan's model {num_parameters:,}"
+    yield from _other_sizes(model.config, planned)
+
+
+def _other_sizes(config: PreTrainedConfig, planned: PreTrainedConfig) -> Iterator[str]:
     for name in SIZES:
-        found, wanted = getattr(model.config, name, None), getattr(planned, name, None)
+        found, wanted = getattr(config, name, None), getattr(planned, name, None)
         if found != wanted:
             yield f"have {name} {found}, the plan's model {wanted}"
+
+
+def check_config(source: WeightsSource, config: Mapping[str, Any]) -> None:
+    """Refuse weights whose own configuration is of another model than *config*, without reading them.
+
+    Raises:
+        WeightsError: they cannot be had, or in which size they differ.
+    """
+    planned = transformers_config(config)
+    try:
+        with _quiet():
+            found = AutoConfig.from_pretrained(source.location, **source.arguments())
+    except Exception as error:  # readers of several formats raise a dozen kinds
+        raise WeightsError(_unavailable(source, error)) from error
+    for problem in _other_sizes(found, planned):
+        raise WeightsError(
+            f"the weights at {source.location} {problem}; give those of the planned model with --weights"
+        )
 
 
 def load_tokenizer(source: WeightsSource) -> Any:

@@ -63,6 +63,7 @@ def traced_peak(step: TraceableStep, target: Target, context_bytes: int = 0) -> 
             for name, num_bytes in by_category(live, peak_reserved, context_bytes)
         ),
         attention=step.attention,
+        evaluation_allocated_bytes=max(played.allocated_bytes[last:], default=0),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,11 +24,12 @@ from shallowflow.options import DEFAULT_MODEL, DEFAULTS, fixed_fields, workload_
 from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import Infeasible
-from shallowflow.planner.serialize import PlanError, from_json, to_json
+from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import make_plan
-from shallowflow.profiles import FactsError, GpuSpec, load_gpu, validate_config
+from shallowflow.profiles import FactsError, GpuSpec, load_gpu
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
+from shallowflow.training import merge_command, read_plan, train_command
 
 
 class Commands(click.Group):
@@ -196,100 +196,6 @@ def _show(made: Plan, as_json: bool) -> None:
     console().print(render.plan(made))
 
 
-@cli.command("train")
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL, CSV or text to learn.")
-@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out text for the perplexity.")
-@click.option("--weights", type=click.Path(path_type=Path), help="A folder with weights, or a .gguf file.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the results.")
-@click.option("--steps", type=click.IntRange(1, 10**9), help="Optimizer updates.  [default: one pass over the data]")
-@click.option(
-    "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True, help="AdamW's."
-)
-@click.option("--usd-per-hour", type=click.FloatRange(min=0), help="What the machine costs, for the meter.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of the adapter and the order of the data.",
-)
-@click.option("--resume", is_flag=True, help="Go on from the output folder's newest good checkpoint, if there is one.")
-@click.option(
-    "--save-every", type=click.IntRange(1, 10**9), help="Steps between two checkpoints.  [default: every ten minutes]"
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the record of the run as JSON.")
-def train_command(
-    plan: Path,
-    data: Path,
-    eval_data: Path | None,
-    weights: Path | None,
-    output: Path,
-    steps: int | None,
-    learning_rate: float,
-    usd_per_hour: float | None,
-    seed: int,
-    resume: bool,
-    save_every: int | None,
-    as_json: bool,
-) -> None:
-    """Run PLAN: fine-tune on real text, with predicted beside measured.
-
-    Writes the adapter (safetensors, for PEFT), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C
-    saves; the same command with --resume goes on.
-
-    \b
-    sfplan train plan.json --data train.jsonl --output run
-    sfplan train plan.json --data train.jsonl --output run --resume
-    """
-    from shallowflow.terminal import console, results, watching
-
-    loaded = _read_plan(plan)
-    from shallowflow.runtime.run import RunRequest, train
-
-    request = RunRequest(
-        data=data,
-        eval_data=eval_data,
-        weights=weights,
-        output=output,
-        num_steps=steps,
-        learning_rate=learning_rate,
-        usd_per_hour=usd_per_hour,
-        seed=seed,
-        resume=resume,
-        save_every=save_every,
-    )
-    signal.signal(signal.SIGTERM, _interrupt)  # a spot instance's end, or a job limit's: save, as for Ctrl-C
-    with watching(loaded) as watcher:
-        record = train(loaded, request, watcher)
-    if as_json:
-        click.echo((output / "run.json").read_text(encoding="utf-8"), nl=False)
-    else:
-        console().print(results(record, output))
-    if record.outcome == "interrupted":
-        sys.exit(130)
-
-
-@cli.command("merge")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the model.")
-@click.option("--weights", type=click.Path(path_type=Path), help="The base: a folder with weights, or a .gguf file.")
-def merge_command(run: Path, output: Path, weights: Path | None) -> None:
-    """Put the adapter in the folder RUN into its base, as a model of its own in 16-bit safetensors.
-
-    Layers that were quantized become what their rounded weights stand for: the model that was trained and evaluated.
-
-    \b
-    sfplan merge run --output merged
-    """
-    from shallowflow.runtime.merge import merge
-    from shallowflow.terminal import status
-
-    with status("merging") as tell:
-        merge(run, output, weights, tell)
-    click.echo(f"{output}: the merged model and its tokenizer")
-
-
 @cli.command("verify")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
@@ -303,7 +209,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
     """
     from shallowflow.planner.verify import doubts
 
-    loaded = _read_plan(plan)
+    loaded = read_plan(plan)
     found = doubts(loaded, load_gpu(loaded.gpu))
     if as_json:
         verdict = {"holds": not found, "status": loaded.proof.status, "gap": loaded.proof.gap, "doubts": found}
@@ -320,25 +226,9 @@ def verify_command(plan: Path, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _read_plan(path: Path) -> Plan:
-    try:
-        loaded = from_json(path.read_bytes(), str(path))
-        computes = load_gpu(loaded.gpu).compute_dtype
-        if loaded.compute_dtype != computes:
-            raise PlanError(f"{path}: compute_dtype is {loaded.compute_dtype}, a {loaded.gpu} computes in {computes}")
-        validate_config(loaded.model_config, f"{path}: model_config")
-        return loaded
-    except FileNotFoundError:
-        raise PlanError(f"plan file {path} does not exist; make one with: sfplan MODEL --output {path}") from None
-    except OSError as error:
-        raise PlanError(f"cannot read {path}: {error.strerror}") from None
-
-
 for _command in (
+    train_command,
+    merge_command,
     profile_command,
     simulate_command,
     measure_command,
@@ -359,20 +249,27 @@ def _bad_input() -> tuple[type[Exception], ...]:
     found: list[type[Exception]] = [FactsError, PlanError, RequestError]
     later = {
         "documents": "DataError",
-        "run": "RunError",
+        "request": "RunError",
         "calibrate": "CalibrationError",
         "user_step": "StepError",
         "weights": "WeightsError",
     }
-    for module, name in later.items():
-        loaded = sys.modules.get(f"shallowflow.runtime.{module}")
-        if loaded is not None:
-            found.append(getattr(loaded, name))
-    return tuple(found)
+    return (*found, *_loaded(later))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """The exceptions that mean that what was begun could not be ended."""
+    return (Infeasible, OutOfDeviceMemory, *_loaded({"request": "RunFailed"}))
+
+
+def _loaded(exceptions: dict[str, str]) -> list[type[Exception]]:
+    """By module, those of modules that are loaded."""
+    modules = {name: sys.modules.get(f"shallowflow.runtime.{name}") for name in exceptions}
+    return [getattr(module, exceptions[name]) for name, module in modules.items() if module is not None]
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; exit code 1 where nothing fits, 2 for bad input, 130 for Ctrl-C."""
+    """Run the command line; exit code 1 where nothing fits or a run fails, 2 for bad input, 130 for Ctrl-C."""
     try:
         return cli.main(args=arguments, prog_name="sfplan", standalone_mode=False)
     except click.ClickException as error:
@@ -380,16 +277,14 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
-    except Infeasible as error:
-        _fail(str(error), 1)
-    except OutOfDeviceMemory as error:
-        _fail(str(error), 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 2)
     except Exception as error:
+        if isinstance(error, _failures()):
+            _fail(str(error), 1)
         if isinstance(error, _bad_input()):
             _fail(str(error), 2)
         raise

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,9 +22,13 @@ from shallowflow.planner.plan import Plan
 
 if TYPE_CHECKING:
     from shallowflow.runtime.meter import MeasuredPeak
-    from shallowflow.runtime.record import RunRecord, StepRecord
+    from shallowflow.runtime.record import EvaluationRecord, RunRecord, StepRecord
 
 PLAIN_WIDTH = 100
+PLAIN_SECONDS = 30.0
+"""Between two lines on a run's steps where there is no terminal."""
+RECENT_STEPS = 20
+"""Whose pace tells how long the rest takes."""
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -40,53 +49,119 @@ def status(message: str) -> Iterator[Callable[[str], None]]:
 
 
 class Watcher:
-    """Shows a run's stages as progress bars: loss, tokens per second, memory against prediction, dollars."""
+    """Shows how a run goes: bars and figures that stay in place on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
+    def __init__(self, plan: Plan, target: Console) -> None:
         self.plan = plan
-        self.progress = progress
-        self.usd = 0.0
-        self.task = progress.add_task("starting", total=None, detail="")
+        self.target = target
+        self.figures = Figures(plan.prediction.peak_allocated_bytes)
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=target,
+        )
+        self.training: TaskID | None = None
+        self.task: TaskID | None = None
+        self.last_line = -math.inf
+
+    def __rich__(self) -> RenderableType:
+        """The bars, and below them what is known of the training."""
+        return Group(self.bars, *(Text(f"  {line}", no_wrap=True) for line in self.figures.lines()))
 
     def stage(self, message: str, total: int | None = None) -> None:
-        """Begin a new bar."""
-        self.progress.stop_task(self.task)
-        task = self.progress.tasks[-1]
-        if task.total is None:
-            self.progress.update(self.task, visible=False)
-        self.task = self.progress.add_task(message, total=total, detail="")
+        """Begin a new bar; the training's stays above those of its evaluations."""
+        if self.task is not None and self.task != self.training:
+            self.bars.update(self.task, visible=False)
+        self.task = self.bars.add_task(message, total=total, detail="")
+        if message == "training":
+            self.training = self.task
+            self.figures.left = total or 0
 
     def advance(self) -> None:
         """Move the bar by one."""
-        self.progress.advance(self.task)
+        if self.task is not None:
+            self.bars.advance(self.task)
 
     def step(self, record: StepRecord, peak: MeasuredPeak | None) -> None:
         """Show what one optimizer update did."""
-        parts = [f"loss {record.loss:.3f}", f"{record.num_target_tokens / record.seconds:,.0f} tok/s"]
-        if peak is not None:
-            parts.append(f"{render.gib(peak.peak_allocated_bytes)}")
-        if record.usd is not None:
-            self.usd += record.usd
-            parts.append(f"${self.usd:.4f}")
-        if record.skipped:
-            parts.append("skipped")
-        self.progress.update(self.task, advance=1, detail="  ".join(parts))
+        self.figures.step(record, None if peak is None else peak.peak_allocated_bytes)
+        if self.task is not None and self.task != self.training:
+            self.bars.update(self.task, visible=False)
+            self.task = self.training
+        if self.training is not None:
+            self.bars.update(self.training, advance=1, detail=self.figures.remaining())
+        if not self.target.is_terminal and time.monotonic() - self.last_line >= PLAIN_SECONDS:
+            self.last_line = time.monotonic()
+            told = [f"step {record.index}", *self.figures.parts(), self.figures.remaining()]
+            self.target.print(", ".join(part for part in told if part), soft_wrap=True)
+
+    def evaluated(self, record: EvaluationRecord) -> None:
+        """Show what an evaluation came to."""
+        self.figures.evaluated = f"after step {record.step}: loss {record.loss:.4f}, perplexity {record.perplexity:.2f}"
+        if not self.target.is_terminal:
+            self.target.print(self.figures.evaluated, soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """Say something that stays."""
+        self.target.print(message, soft_wrap=True)
+
+
+@dataclass(slots=True)
+class Figures:
+    """What is shown of a training: its last step, its memory, what is left of it, and its price."""
+
+    predicted_bytes: int
+    left: int = 0
+    last: StepRecord | None = None
+    peak_bytes: int | None = None
+    evaluated: str = ""
+    usd: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+    def step(self, record: StepRecord, peak_bytes: int | None) -> None:
+        """Take one step in."""
+        self.last, self.peak_bytes = record, peak_bytes
+        self.left -= 1
+        self.usd += record.usd or 0.0
+        self.seconds = [*self.seconds[-RECENT_STEPS:], record.seconds]
+
+    def parts(self) -> list[str]:
+        """Loss, speed, memory and money, as far as they are known."""
+        last = self.last
+        if last is None:
+            return []
+        found = [f"loss {last.loss:.3f}", f"{last.num_target_tokens / last.seconds:,.0f} tokens/s"]
+        if self.peak_bytes is not None:
+            found.append(f"{render.gib(self.peak_bytes)} of {render.gib(self.predicted_bytes)} predicted")
+        if last.usd is not None:
+            at_the_end = self.usd + self.left * statistics.median(self.seconds) * last.usd / last.seconds
+            found.append(f"${self.usd:.4f} of ${at_the_end:.4f}")
+        if last.skipped:
+            found.append(f"skipped, scale {last.loss_scale:g}")
+        return found
+
+    def remaining(self) -> str:
+        """How long the steps that are left take, at the pace of the last ones."""
+        return f"{render.duration(self.left * statistics.median(self.seconds))} left" if self.left > 0 else ""
+
+    def lines(self) -> list[str]:
+        """All of it, on lines for the space below the bars."""
+        return [line for line in ("   ".join(self.parts()), self.evaluated) if line]
 
 
 @contextlib.contextmanager
 def watching(plan: Plan) -> Iterator[Watcher]:
-    """Progress bars on standard error while a plan runs."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(),
-    )
+    """What is shown on standard error while a plan runs."""
     target = console(stderr=True)
-    with Progress(*columns, console=target, disable=not target.is_terminal) as progress:
-        yield Watcher(plan, progress)
+    watcher = Watcher(plan, target)
+    if not target.is_terminal:
+        yield watcher
+        return
+    with Live(watcher, console=target, refresh_per_second=8):
+        yield watcher
 
 
 def results(record: RunRecord, output: Path) -> RenderableType:
@@ -108,8 +183,23 @@ def results(record: RunRecord, output: Path) -> RenderableType:
     spent = "" if record.usd is None else f", ${record.usd:.4f}"
     if rate is not None:
         lines.append(Text(f"{rate:,.0f} tokens/s learned, {render.duration(record.seconds)} in all{spent}"))
-    lines += [Text(note) for note in record.notes]
+    lines += [Text(line) for line in _told(record)]
     where = [Text(f"results in {output}: adapter, run.json, plan.json, report.html")]
     if record.outcome == "interrupted":
         where.append(Text("go on with the same command and --resume"))
     return Group(*lines, Text(), table, Text(), *where)
+
+
+def _told(record: RunRecord) -> list[str]:
+    """Everything else that a person should know of a run."""
+    from shallowflow.runtime.fallback import told
+
+    found = []
+    if record.best_step is not None:
+        found.append(f"the adapter is the best of {len(record.evaluations)} evaluated, after step {record.best_step}")
+    found += [told(fallback) for fallback in record.fallbacks]
+    found += record.notes
+    for sample in record.samples:
+        found.append(f"sample  {sample.prompt}")
+        found += [f"  {when}  {text}" for when, text in (("before", sample.before), ("after ", sample.after)) if text]
+    return found

@@ -1,4 +1,4 @@
-"""Kill training again and again, resume each run, and say what came of it.
+"""Kill training again and again, resume each run, and say what came of it; with evaluations and early stopping.
 
 python -m tests.runtime.killed NUM_KILLS
 
@@ -7,6 +7,7 @@ Runs in a process of its own, so that its forks start with one thread and nothin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -24,10 +25,13 @@ import torch
 import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime import checkpoint
+from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.run import RunRequest, Silent, train
 from tests.runtime import tiny
 
-NUM_STEPS, SAVE_EVERY = 12, 2
+NUM_STEPS, SAVE_EVERY, EVAL_EVERY, PATIENCE = 12, 2, 3, 1
+LEARNING_RATE = 0.05
+"""So high that an evaluation is worse than the one before, and training stops early."""
 
 
 class Noting(Silent):
@@ -70,18 +74,42 @@ def killed(plan: Plan, request: RunRequest, noted: Path, *, after: float | None,
     os.waitpid(child, 0)
 
 
+def outcome(record: RunRecord, output: Path) -> dict[str, Any]:
+    """All of a run that an interruption must not change, to the last bit."""
+    return {
+        "losses": [step.loss for step in record.steps],
+        "evaluations": [(one.step, one.loss, one.perplexity) for one in record.evaluations],
+        "outcome": record.outcome,
+        "best_step": record.best_step,
+        "adapter": hashlib.sha256((output / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
+        "best": hashlib.sha256((output / "best" / "adapter_model.safetensors").read_bytes()).hexdigest(),
+    }
+
+
 def main(num_kills: int) -> None:
-    """Print a JSON list: for each kill what was lost, and whether the losses are those of a run in one go."""
+    """Print JSON: how the run ends in one go, and for each kill what was lost and whether it ends the same."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     weights = tiny.save(folder / "model")
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"text": line}) + "\n" for line in tiny.LINES), encoding="utf-8")
+    held_out = folder / "held.txt"
+    held_out.write_text("the dog sat on the cat and looked at the mat. " * 3, encoding="utf-8")
     plan = shallowflow.plan(str(weights), "cpu", sequence_length=32, global_batch_size=4, rank=8)
-    whole = RunRequest(data=data, weights=weights, output=folder / "whole", num_steps=NUM_STEPS, save_every=SAVE_EVERY)
+    whole = RunRequest(
+        data=data,
+        eval_data=held_out,
+        weights=weights,
+        output=folder / "whole",
+        num_steps=NUM_STEPS,
+        learning_rate=LEARNING_RATE,
+        save_every=SAVE_EVERY,
+        eval_every=EVAL_EVERY,
+        patience=PATIENCE,
+    )
     began = time.perf_counter()
-    expected = [step.loss for step in train(plan, whole).steps]
+    expected = outcome(train(plan, whole), whole.output)
     seconds = time.perf_counter() - began
     chance = random.Random(0)
     found = []
@@ -94,9 +122,9 @@ def main(num_kills: int) -> None:
         record = train(plan, replace(request, resume=True))
         words = [note for note in record.notes if note.startswith("resumed after step")]
         resumed = int(words[0].split()[-1]) if words else 0
-        same = [step.loss for step in record.steps] == expected
+        same = outcome(record, request.output) == expected
         found.append({"in_a_save": after is None, "done": done, "resumed": resumed, "same": same})
-    print(json.dumps(found))
+    print(json.dumps({"outcome": expected["outcome"], "num_steps": len(expected["losses"]), "kills": found}))
 
 
 if __name__ == "__main__":

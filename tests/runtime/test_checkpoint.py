@@ -63,14 +63,19 @@ def test_resuming_nothing_begins(plans: dict[str, Plan], request_for: Requests) 
 
 
 def test_killed_at_random(tmp_path: Path) -> None:
-    """Killed at any moment, in the middle of a save too: no loss differs, and at most one interval is done again."""
+    """Killed at any moment, in a save too: no loss, evaluation or adapter differs, nor the early stop.
+
+    At most one interval between checkpoints is done again.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.runtime.killed", "6"]
 
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    told = json.loads(done.stdout)
+    assert (told["outcome"], told["num_steps"] < killed.NUM_STEPS) == ("stopped early", True)
+    found = told["kills"]
     assert sum(one["in_a_save"] for one in found) == 2
     for one in found:
         assert one["same"], one

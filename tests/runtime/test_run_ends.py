@@ -71,7 +71,13 @@ def test_an_evaluation_can_be_interrupted(
     record = train(plans["fp16"], request, watcher)
 
     assert (record.outcome, record.steps, record.perplexity_before) == ("interrupted", (), None)
-    assert watcher.stages == ["loading tokenizer and weights", "perplexity before training", "saving"]
+    assert watcher.stages == [
+        "reading data and tokenizer",
+        "tracing the step",
+        "loading weights",
+        "perplexity before training",
+        "saving",
+    ]
     assert (request.output / "run.json").is_file()
 
 

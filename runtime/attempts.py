@@ -1,0 +1,119 @@
+"""Learn under a plan's configuration and, where memory runs out, under one of its alternatives after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from shallowflow.planner.plan import Plan
+
+from . import checkpoint, fallback, folder, interrupts, promise, quantized
+from .learner import Diverged, Learner, Work
+from .progress import Progress
+from .promise import Promise
+from .record import FallbackRecord
+from .trackers import Trackers
+from .watch import Watcher
+
+
+def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner | None, Promise]:
+    """Go on from the checkpoint *path* until the work is done, interrupted, or cannot go on, which *progress* tells.
+
+    Returns the last learner, with what was promised for it; None instead of a learner that holds nothing to keep.
+
+    Raises:
+        RunError: the step is not the planned one.
+    """
+    kept = promised(work.plan, progress.alternative, work.watcher)
+    trackers = Trackers(work.request.track, work.request.output, folder.settings(work.plan, work.request))
+    try:
+        while True:
+            progress.notes += [note for note in kept.notes if note not in progress.notes]
+            learner, trouble = _attempt(work, progress, kept, path, trackers)
+            alternative = fallback.following(work.plan, kept.candidate) if trouble else None
+            if trouble is None or alternative is None:
+                return _ended(progress, learner, trouble), kept
+            path = _fall_back(work, progress, learner, alternative, trouble)
+            del learner
+            fallback.free_memory()
+            kept = promised(work.plan, alternative, work.watcher)
+    finally:
+        trackers.finish()
+
+
+def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+    """What tracing says of the plan's own step or of an alternative's.
+
+    Raises:
+        RunError: it is not what was predicted.
+    """
+    with contextlib.suppress(ImportError):
+        quantized.bitsandbytes()  # before tracing, which would import it without its compiled kernels
+    watcher.stage("tracing the step")
+    return promise.kept(plan, fallback.candidate(plan, alternative))
+
+
+def _attempt(
+    work: Work, progress: Progress, kept: Promise, path: Path | None, trackers: Trackers
+) -> tuple[Learner | None, str | None]:
+    """Learn under one configuration; returns the learner, if one could be made, and why another is needed."""
+    learner: Learner | None = None
+    try:
+        work.watcher.stage("loading weights")
+        learner = Learner.begin(work, progress, kept, path, trackers)
+        folder.note_request(work.plan, work.request)
+        with interrupts.deferred() as check:
+            learner.trainee.before_micro_batch = check
+            learner.learn()
+    except (torch.OutOfMemoryError, fallback.BeyondBudget) as error:
+        return learner, str(error).strip().split("\n")[0]
+    except Diverged as error:
+        progress.failure = str(error)
+    return learner, None
+
+
+def _ended(progress: Progress, learner: Learner | None, trouble: str | None) -> Learner | None:
+    """Save what there is, also of a run that failed; a half-made update is not worth keeping."""
+    if trouble is not None:
+        progress.failure = (
+            f"out of memory after step {len(progress.steps)} ({trouble}), and the plan has no alternative left that "
+            "needs less"
+        )
+    if progress.failure is None:
+        return learner
+    progress.outcome = "failed"
+    if learner is None or learner.updating:
+        return None
+    learner.save_state()
+    return learner
+
+
+def _fall_back(work: Work, progress: Progress, learner: Learner | None, alternative: int, trouble: str) -> Path | None:
+    """Choose *alternative* and return the checkpoint to go on from.
+
+    It is of the last finished step, unless memory ran out in the middle of an update: then the updates since the last
+    checkpoint are made again.
+    """
+    chosen = work.plan.alternatives[alternative]
+    progress.alternative = alternative
+    progress.fallbacks.append(
+        FallbackRecord(
+            step=len(progress.steps),
+            reason=trouble,
+            alternative=alternative,
+            configuration=chosen.configuration,
+            peak_reserved_bytes=chosen.prediction.peak_reserved_bytes,
+        )
+    )
+    work.watcher.note(fallback.told(progress.fallbacks[-1]))
+    if learner is not None and not learner.updating:
+        learner.save_state()
+    path, doubts = checkpoint.latest(work.request.output / folder.CHECKPOINTS)
+    progress.notes += doubts
+    if path is None:
+        progress.start_again()
+    else:
+        progress.go_back_to(checkpoint.read(path))
+    return path

@@ -1,0 +1,142 @@
+"""The folder that a run writes: held by one process, of one run, complete once ``run.json`` is there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shallowflow.planner import render, serialize
+from shallowflow.planner.plan import Plan
+
+from . import checkpoint, report
+from .files import write_text
+from .record import RunRecord, to_json
+from .request import RunError, RunRequest
+from .simulated import step_timeline
+from .step import Trainee
+
+CHECKPOINTS = "checkpoints"
+"""The folder inside a run's that holds its state."""
+REQUEST = "request.json"
+"""What tells whether a folder holds the run that is to be resumed."""
+BEST = "best"
+"""The folder of the best adapter so far, for PEFT."""
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse an *output* that is no new folder and no run to go on with.
+
+    Raises:
+        RunError: which it is, and what would work.
+    """
+    for path in (output, *output.parents):
+        if path.is_file():
+            raise RunError(f"{path} is a file; give a folder with --output")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / REQUEST).is_file():
+            raise RunError(f"{output} is not empty; give a new folder with --output")
+        if not resume:
+            raise RunError(f"{output} holds a run; go on with it by --resume, or give a new folder with --output")
+
+
+@contextlib.contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Make the folder and hold it by a file of its own: once nothing else can be wrong, and before hours are spent."""
+    held = output / ".running"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = held.open("a")
+    except OSError as error:
+        raise RunError(f"{output} cannot be written: {error.strerror}; give another folder with --output") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a killed process gives up by itself
+        except BlockingIOError as error:
+            raise RunError(f"{output} is being written by another run; give a new folder with --output") from error
+        try:
+            yield
+        finally:
+            held.unlink(missing_ok=True)
+            if not any(output.iterdir()):
+                output.rmdir()
+
+
+def check_same(plan: Plan, request: RunRequest) -> None:
+    """Refuse to go on with another run.
+
+    Raises:
+        RunError: which of plan, data, held-out text, seed or learning rate is another.
+    """
+    path = request.output / REQUEST
+    if not path.is_file():
+        return
+    try:
+        other = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except msgspec.DecodeError:
+        raise RunError(f"{path} is not what a run writes; give a new folder with --output") from None
+    for name, value in _fingerprint(plan, request).items():
+        if other.get(name, "") != value:
+            raise RunError(f"{request.output} holds a run with another {name}; give the same or another --output")
+
+
+def note_request(plan: Plan, request: RunRequest) -> None:
+    """Leave in the folder what run it holds."""
+    path = request.output / REQUEST
+    if not path.is_file():
+        text = msgspec.json.format(msgspec.json.encode(_fingerprint(plan, request)), indent=2).decode()
+        write_text(path, text + "\n")
+
+
+def _fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
+    parts: dict[str, bytes | str | float] = {
+        "plan": serialize.to_json(plan).encode(),
+        "data": request.data.read_bytes(),
+        "held-out text": request.eval_data.read_bytes() if request.eval_data else "",
+        "seed": request.seed,
+        "learning rate": request.learning_rate,
+    }
+    return checkpoint.fingerprint(parts)
+
+
+def settings(plan: Plan, request: RunRequest) -> dict[str, str | int | float]:
+    """What a tracker shows beside a run."""
+    configuration = plan.configuration
+    return {
+        "model": plan.model_name,
+        "layers": render.strategies(configuration),
+        "rank": configuration.rank,
+        "global_batch_size": configuration.global_batch_size,
+        "sequence_length": configuration.sequence_length,
+        "learning_rate": request.learning_rate,
+        "seed": request.seed,
+    }
+
+
+def save_best(output: Path, plan: Plan, trainee: Trainee) -> None:
+    """Write the adapter as the best so far, whole or not at all."""
+    partial, final = output / f".{BEST}.partial", output / BEST
+    shutil.rmtree(partial, ignore_errors=True)
+    _save_adapter(partial, plan, trainee)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord) -> None:
+    """Write the adapter first and the record last: a folder with ``run.json`` is complete."""
+    output.mkdir(parents=True, exist_ok=True)
+    _save_adapter(output / "adapter", plan, trainee)
+    write_text(output / "plan.json", serialize.to_json(plan))
+    write_text(output / "report.html", report.html(plan, record, step_timeline(plan)))
+    write_text(output / "run.json", to_json(record))
+
+
+def _save_adapter(path: Path, plan: Plan, trainee: Trainee) -> None:
+    model: Any = trainee.model
+    model.peft_config["default"].base_model_name_or_path = plan.model_name
+    model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)

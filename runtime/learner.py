@@ -1,0 +1,231 @@
+"""A run under one configuration: steps, evaluations at intervals, checkpoints, the best adapter."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shallowflow.planner.plan import Plan
+
+from . import batches, checkpoint, fallback, folder, sample
+from .evaluate import exp, mean_loss
+from .meter import MeasuredPeak
+from .progress import Progress, exhausted, improves
+from .promise import Promise
+from .record import EvaluationRecord, StepRecord
+from .request import RunRequest
+from .step import Trainee, make_trainee
+from .trackers import Trackers
+from .train import train as training_steps
+from .watch import Watcher
+from .weights import WeightsSource, load_weights
+
+SAVE_SECONDS = 600.0
+"""Between two checkpoints: what a lost machine costs at most, besides starting again."""
+
+
+class Diverged(Exception):
+    """A loss that is no number, where no loss scale could be to blame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a run learns from, and with what, whatever its configuration.
+
+    Attributes:
+        prompts: tokens of the prompts to answer.
+        total: updates to make.
+    """
+
+    plan: Plan
+    request: RunRequest
+    watcher: Watcher
+    device: torch.device
+    source: WeightsSource
+    tokenizer: Any
+    windows: list[batches.Window]
+    eval_windows: list[batches.Window]
+    prompts: list[list[int]]
+    total: int
+
+
+@dataclass(slots=True)
+class Learner:
+    """A model that learns *work* under one configuration.
+
+    Attributes:
+        updating: within an optimizer's update, which may leave half of it behind where memory runs out.
+    """
+
+    work: Work
+    progress: Progress
+    promise: Promise
+    trainee: Trainee
+    trackers: Trackers
+    updating: bool = False
+
+    @classmethod
+    def begin(cls, work: Work, progress: Progress, promise: Promise, path: Path | None, trackers: Trackers) -> Learner:
+        """Load the base, give it the configuration's formats and an adapter, and put the checkpoint *path* into it."""
+        plan, request = work.plan, work.request
+        model = load_weights(work.source, plan.model_config, plan.compute_dtype, plan.num_parameters)
+        torch.manual_seed(request.seed)
+        configuration = promise.candidate.configuration
+        trainee = make_trainee(model, configuration, plan.compute_dtype, work.device, request.learning_rate)
+        made = cls(work, progress, promise, trainee, trackers)
+        trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
+        trainee.optimizer.register_step_post_hook(lambda *_: made._update(begins=False))
+        if path is not None:
+            progress.best = checkpoint.read_best(path)
+            if progress.best is not None:
+                checkpoint.put_adapter(trainee, progress.best)
+                folder.save_best(request.output, plan, trainee)
+            checkpoint.restore(path, trainee)
+        return made
+
+    def _update(self, *, begins: bool) -> None:
+        self.updating = begins
+
+    def learn(self) -> None:
+        """Answer, evaluate, train, evaluate and answer again; Ctrl-C ends it early, with what was learned saved.
+
+        Raises:
+            torch.OutOfMemoryError, BeyondBudget: another configuration is needed.
+            Diverged: the loss is no number.
+        """
+        progress = self.progress
+        try:
+            if not progress.steps and not progress.before:
+                progress.before = self._answers("before")
+            self._evaluate_when_due()
+            if not self._stops():
+                self._train()
+            self.save_state()
+            self._take_best()
+            progress.after = self._answers("after")
+            if len(progress.steps) < self.work.total:
+                progress.outcome = "stopped early"
+        except KeyboardInterrupt:
+            progress.outcome = "interrupted"
+            self.save_state()
+        finally:
+            self.trainee.optimizer.zero_grad(set_to_none=True)
+
+    def _train(self) -> None:
+        work, progress = self.work, self.progress
+        done, configuration = len(progress.steps), self.promise.candidate.configuration
+        work.watcher.stage("training", max(0, work.total - done))
+        endless = batches.steps(
+            work.windows,
+            configuration.micro_batch_size,
+            configuration.gradient_accumulation_steps,
+            work.request.seed,
+        )
+        made = training_steps(
+            self.trainee,
+            itertools.islice(endless, done, max(done, work.total)),
+            work.device,
+            on_peak=self._keep_peak,
+            usd_per_hour=work.request.usd_per_hour,
+            seed=work.request.seed,
+            first=done,
+        )
+        for record in made:
+            self._hear(record)
+            self._evaluate_when_due()
+            self._save_when_due()
+            if self._stops():
+                break
+            if record.memory_measured and progress.peak is not None and len(progress.steps) < work.total:
+                fallback.check_budget(work.plan, self.promise.candidate, progress.peak)
+
+    def _hear(self, record: StepRecord) -> None:
+        if not math.isfinite(record.loss) and not self.trainee.loss_scale.dynamic:
+            raise Diverged(
+                f"the loss of step {record.index} is {record.loss} in {self.work.plan.compute_dtype}, which needs no "
+                "loss scale; look at the data, or give a lower --learning-rate in a new --output"
+            )
+        self.progress.steps.append(record)
+        self.trackers.step(record)
+        self.work.watcher.step(record, self.progress.peak)
+
+    def _keep_peak(self, peak: MeasuredPeak) -> None:
+        self.progress.peak = peak
+
+    def _stops(self) -> bool:
+        progress = self.progress
+        return exhausted(progress.evaluations, progress.best_step, self.work.request.patience)
+
+    # Evaluations
+
+    def _evaluate_when_due(self) -> None:
+        work, progress = self.work, self.progress
+        step, every = len(progress.steps), work.request.eval_every
+        due = step in (0, work.total) or (every is not None and step % every == 0)
+        if not (work.eval_windows and due) or any(record.step == step for record in progress.evaluations):
+            return
+        size = self.promise.evaluation_micro_batch_size
+        when = {0: "before training", work.total: "after training"}.get(step, f"after step {step}")
+        work.watcher.stage(f"perplexity {when}", -(-len(work.eval_windows) // size))
+        began = time.perf_counter()
+        loss = mean_loss(self.trainee, work.eval_windows, size, work.device, self._advance)
+        record = EvaluationRecord(
+            step=step,
+            loss=loss,
+            perplexity=exp(loss),
+            seconds=time.perf_counter() - began,
+            tokens=sum(window.num_targets for window in work.eval_windows),
+        )
+        progress.evaluations.append(record)
+        self.trackers.evaluation(record)
+        work.watcher.evaluated(record)
+        if work.request.patience is not None and improves(progress.evaluations, progress.best_step):
+            progress.best_step = step
+            progress.best = {n: t.to("cpu", copy=True) for n, t in checkpoint.adapter(self.trainee).items()}
+            folder.save_best(work.request.output, work.plan, self.trainee)
+
+    def _advance(self) -> None:
+        self.trainee.before_micro_batch()
+        self.work.watcher.advance()
+
+    def _take_best(self) -> None:
+        if self.work.request.patience is not None and self.progress.best is not None:
+            checkpoint.put_adapter(self.trainee, self.progress.best)
+
+    def _answers(self, when: str) -> list[str]:
+        work = self.work
+        if not work.prompts:
+            return []
+        work.watcher.stage(f"samples {when} training", len(work.prompts))
+        length = work.plan.configuration.sequence_length
+        found = []
+        for tokens in work.prompts:
+            found.append(sample.answer(self.trainee, work.tokenizer, tokens, length, work.device))
+            work.watcher.advance()
+        return found
+
+    # Checkpoints
+
+    def _save_when_due(self) -> None:
+        progress, every = self.progress, self.work.request.save_every
+        if every is not None:
+            due = len(progress.steps) % every == 0
+        else:
+            due = time.perf_counter() - max(progress.clock, progress.saved_at) >= SAVE_SECONDS
+        if due:
+            self.save_state()
+
+    def save_state(self) -> None:
+        """Write a checkpoint, unless the newest holds all there is."""
+        progress = self.progress
+        if progress.mark == progress.saved:
+            return
+        path = self.work.request.output / folder.CHECKPOINTS
+        checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)
+        progress.saved, progress.saved_at = progress.mark, time.perf_counter()

@@ -1,0 +1,98 @@
+"""What to run a plan on, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shallowflow.planner.plan import Plan
+
+from .step import LEARNING_RATE
+from .trackers import missing_package
+
+MOST_STEPS = 10**9
+
+
+class RunError(ValueError):
+    """A run that cannot start here: one line that says why and what would work."""
+
+
+class RunFailed(RuntimeError):
+    """A run that had to end: one line that says why, and what of it was saved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What to run a plan on.
+
+    Attributes:
+        num_steps: optimizer updates; None for one pass over the data.
+        usd_per_hour: what the machine costs, for the meter; None shows no dollars.
+        resume: go on from the newest good checkpoint in the output folder, where there is one.
+        save_every: updates between two checkpoints; None saves one every SAVE_SECONDS.
+        eval_every: updates between two evaluations; None evaluates before and after training.
+        patience: evaluations without improvement after which training stops; the best adapter is the result then.
+        samples: prompts that are answered before and after training.
+        track: Accelerate's trackers that hear of every step.
+    """
+
+    data: Path
+    output: Path
+    eval_data: Path | None = None
+    weights: Path | None = None
+    num_steps: int | None = None
+    learning_rate: float = LEARNING_RATE
+    usd_per_hour: float | None = None
+    seed: int = 0
+    resume: bool = False
+    save_every: int | None = None
+    eval_every: int | None = None
+    patience: int | None = None
+    samples: tuple[str, ...] = ()
+    track: tuple[str, ...] = ()
+
+
+def check_request(request: RunRequest) -> None:
+    """Refuse numbers that are none, and options that lack others.
+
+    Raises:
+        RunError: which, and what would work.
+    """
+    if not 0 <= request.seed < 2**32:
+        raise RunError(f"the seed is {request.seed}; give one from 0 to {2**32 - 1}")
+    if not (math.isfinite(request.learning_rate) and request.learning_rate > 0):
+        raise RunError(f"the learning rate is {request.learning_rate}; give a positive number, such as {LEARNING_RATE}")
+    if request.num_steps is not None and not 1 <= request.num_steps <= MOST_STEPS:
+        raise RunError(f"the number of steps is {request.num_steps}; give one from 1 to {MOST_STEPS:,}")
+    every = {"--save-every": request.save_every, "--eval-every": request.eval_every, "--patience": request.patience}
+    for name, value in every.items():
+        if value is not None and value < 1:
+            raise RunError(f"{name} is {value}; give a whole number from 1")
+    if request.eval_every is not None and request.eval_data is None:
+        raise RunError("--eval-every needs text to evaluate on; give it with --eval-data")
+    if request.patience is not None and request.eval_every is None:
+        raise RunError("--patience needs evaluations to judge by; give --eval-data and --eval-every")
+    for name in request.track:
+        missing = missing_package(name)
+        if missing is not None:
+            raise RunError(missing)
+
+
+def device_of(plan: Plan) -> torch.device:
+    """The device of this machine that *plan* is for.
+
+    Raises:
+        RunError: there is none, or the plan is for several.
+    """
+    if plan.configuration.num_gpus > 1:
+        raise RunError(
+            f"the plan is for {plan.configuration.num_gpus} GPUs, and training runs on one so far; plan with --gpus 1"
+        )
+    if plan.gpu == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RunError(f"the plan is for a {plan.gpu} and this machine has no CUDA device; plan with --gpu cpu")
+    return torch.device("cuda", 0)

@@ -1,0 +1,57 @@
+"""What a model says to a prompt: greedy, one token after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .evaluate import evaluating
+from .request import RunError
+from .step import Trainee
+
+MOST_NEW_TOKENS = 64
+
+
+def prompt_tokens(tokenizer: Any, prompt: str, sequence_length: int) -> list[int]:
+    """The numbers of *prompt*, as a user's turn where the tokenizer has a chat template.
+
+    Raises:
+        RunError: it is empty, or leaves no room for an answer in the plan's sequences.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        tokens = list(tokenizer(prompt)["input_ids"])
+    if not tokens:
+        raise RunError("a prompt to sample is empty; give some words with --sample")
+    if len(tokens) >= sequence_length:
+        raise RunError(
+            f"a prompt to sample has {len(tokens)} tokens and the plan's sequences {sequence_length}; "
+            "give a shorter one with --sample"
+        )
+    return tokens
+
+
+def answer(trainee: Trainee, tokenizer: Any, tokens: list[int], sequence_length: int, device: torch.device) -> str:
+    """The most likely continuation of *tokens*, up to the end of the text or MOST_NEW_TOKENS.
+
+    One sequence no longer than the plan's, without a cache and with the last position's logits alone: less memory than
+    an evaluation takes. Scaled or capped logits have the same order as the head's own.
+    """
+    model: Any = trainee.model
+    base = model.get_base_model()
+    found = list(tokens)
+    with evaluating(model):
+        for _ in range(min(MOST_NEW_TOKENS, sequence_length - len(tokens))):
+            trainee.before_micro_batch()
+            input_ids = torch.tensor([found], device=device)
+            hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+            chosen = int(base.get_output_embeddings()(hidden[0, -1:]).argmax())
+            if chosen == tokenizer.eos_token_id:
+                break
+            found.append(chosen)
+    text: str = tokenizer.decode(found[len(tokens) :], skip_special_tokens=True)
+    return text

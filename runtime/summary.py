@@ -1,0 +1,71 @@
+"""The record of a run that has ended, one way or another."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from shallowflow.planner.plan import Plan
+from shallowflow.planner.profiler import cache
+
+from . import compare
+from .learner import Work
+from .progress import Progress
+from .promise import Promise
+from .record import RUN_FORMAT_VERSION, RunRecord, SampleRecord
+from .request import RunRequest
+
+
+def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
+    """What the run of *work* has come to, the last part of it as *kept*."""
+    plan, request, prediction = work.plan, work.request, kept.candidate.prediction
+    seconds = progress.seconds()
+    positions = len(work.windows) * plan.configuration.sequence_length
+    padding_share = 1 - sum(window.num_targets for window in work.windows) / positions
+    told = compare.skipped_notes(progress.steps)
+    told += compare.causes(
+        plan, prediction, progress.peak, progress.steps, progress.evaluations, seconds, padding_share
+    )
+    before = [e.perplexity for e in progress.evaluations if e.step == 0]
+    result = len(progress.steps) if request.patience is None else progress.best_step
+    after = [e.perplexity for e in progress.evaluations if e.step == result]
+    ended = progress.outcome in ("completed", "stopped early")
+    return RunRecord(
+        format_version=RUN_FORMAT_VERSION,
+        model_name=plan.model_name,
+        device=_device_name(plan),
+        outcome=progress.outcome,
+        started=progress.started,
+        seconds=seconds,
+        usd=None if request.usd_per_hour is None else seconds / 3600 * request.usd_per_hour,
+        comparisons=compare.comparisons(prediction, progress.peak, progress.steps, on_cpu=plan.gpu == "cpu"),
+        perplexity_before=before[0] if before else None,
+        perplexity_after=after[0] if after and ended else None,
+        padding_share=padding_share,
+        num_skipped=sum(step.skipped for step in progress.steps),
+        steps=tuple(progress.steps),
+        versions=cache.versions(),
+        notes=(*progress.notes, *told, *([progress.failure] if progress.failure else [])),
+        evaluations=tuple(progress.evaluations),
+        samples=_samples(request, progress),
+        fallbacks=tuple(progress.fallbacks),
+        configuration=kept.candidate.configuration,
+        evaluation_micro_batch_size=kept.evaluation_micro_batch_size if work.eval_windows else None,
+        evaluation_peak_bytes=kept.evaluation_peak_bytes if work.eval_windows else None,
+        best_step=progress.best_step if request.patience is not None and ended else None,
+    )
+
+
+def _samples(request: RunRequest, progress: Progress) -> tuple[SampleRecord, ...]:
+    found = []
+    for index, prompt in enumerate(request.samples):
+        before, after = (given[index] if index < len(given) else None for given in (progress.before, progress.after))
+        found.append(SampleRecord(prompt=prompt, before=before, after=after))
+    return tuple(found)
+
+
+def _device_name(plan: Plan) -> str:
+    if plan.gpu != "cpu":
+        return torch.cuda.get_device_name(0)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

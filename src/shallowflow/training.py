@@ -1,0 +1,166 @@
+"""Commands that run a plan and use what came of it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from shallowflow.planner.plan import Plan
+from shallowflow.planner.serialize import PlanError, from_json
+from shallowflow.profiles import load_gpu, validate_config
+
+if TYPE_CHECKING:
+    from shallowflow.runtime.request import RunRequest
+
+
+@click.command("train")
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL, CSV or text to learn.")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out text for the perplexity.")
+@click.option("--weights", type=click.Path(path_type=Path), help="A folder with weights, or a .gguf file.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the results.")
+@click.option("--steps", type=click.IntRange(1, 10**9), help="Optimizer updates.  [default: one pass over the data]")
+@click.option(
+    "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True, help="AdamW's."
+)
+@click.option("--usd-per-hour", type=click.FloatRange(min=0), help="What the machine costs, for the meter.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the adapter and the order of the data.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the output folder's newest good checkpoint, if there is one.")
+@click.option(
+    "--save-every", type=click.IntRange(1, 10**9), help="Steps between two checkpoints.  [default: every ten minutes]"
+)
+@click.option("--eval-every", type=click.IntRange(1, 10**9), help="Steps between two evaluations.")
+@click.option(
+    "--patience",
+    type=click.IntRange(1, 10**9),
+    help="Evaluations without improvement to stop after, keeping the best.",
+)
+@click.option("--sample", "samples", multiple=True, metavar="PROMPT", help="Answer it before and after training.")
+@click.option("--track", multiple=True, type=click.Choice(["tensorboard", "wandb"]), help="Tell it every step.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record of the run as JSON.")
+def train_command(
+    plan: Path,
+    data: Path,
+    eval_data: Path | None,
+    weights: Path | None,
+    output: Path,
+    steps: int | None,
+    learning_rate: float,
+    usd_per_hour: float | None,
+    seed: int,
+    resume: bool,
+    save_every: int | None,
+    eval_every: int | None,
+    patience: int | None,
+    samples: tuple[str, ...],
+    track: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Run PLAN: fine-tune on real text, with predicted beside measured.
+
+    Writes the adapter (safetensors, for PEFT), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C
+    saves; the same command with --resume goes on.
+
+    \b
+    sfplan train plan.json --data train.jsonl --output run
+    sfplan train plan.json --data train.jsonl --output run --resume
+    sfplan train plan.json --data train.jsonl --output run --eval-data held.jsonl --eval-every 50 --patience 3
+    sfplan train plan.json --data train.jsonl --output run --dry-run
+    """
+    from shallowflow.terminal import console, results, watching
+
+    loaded = read_plan(plan)
+    from shallowflow.runtime.run import RunRequest, train
+
+    request = RunRequest(
+        data=data,
+        eval_data=eval_data,
+        weights=weights,
+        output=output,
+        num_steps=steps,
+        learning_rate=learning_rate,
+        usd_per_hour=usd_per_hour,
+        seed=seed,
+        resume=resume,
+        save_every=save_every,
+        eval_every=eval_every,
+        patience=patience,
+        samples=samples,
+        track=track,
+    )
+    if dry_run:
+        _rehearse(loaded, request)
+        return
+    signal.signal(signal.SIGTERM, _interrupt)  # a spot instance's end, or a job limit's: save, as for Ctrl-C
+    with watching(loaded) as watcher:
+        record = train(loaded, request, watcher)
+    if as_json:
+        click.echo((output / "run.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        console().print(results(record, output))
+    if record.outcome == "interrupted":
+        sys.exit(130)
+
+
+def _rehearse(plan: Plan, request: RunRequest) -> None:
+    from shallowflow.runtime.dry_run import rehearse
+    from shallowflow.terminal import status
+
+    with status("checking") as tell:
+        lines = rehearse(plan, request, tell)
+    click.echo("\n".join(lines))
+
+
+@click.command("merge")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the model.")
+@click.option("--weights", type=click.Path(path_type=Path), help="The base: a folder with weights, or a .gguf file.")
+def merge_command(run: Path, output: Path, weights: Path | None) -> None:
+    """Put the adapter in the folder RUN into its base, as a model of its own in 16-bit safetensors.
+
+    Layers that were quantized become what their rounded weights stand for: the model that was trained and evaluated.
+
+    \b
+    sfplan merge run --output merged
+    """
+    from shallowflow.runtime.merge import merge
+    from shallowflow.terminal import status
+
+    with status("merging") as tell:
+        merge(run, output, weights, tell)
+    click.echo(f"{output}: the merged model and its tokenizer")
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in the file *path*, checked.
+
+    Raises:
+        PlanError: it is none, or contradicts itself.
+    """
+    try:
+        loaded = from_json(path.read_bytes(), str(path))
+        computes = load_gpu(loaded.gpu).compute_dtype
+        if loaded.compute_dtype != computes:
+            raise PlanError(f"{path}: compute_dtype is {loaded.compute_dtype}, a {loaded.gpu} computes in {computes}")
+        validate_config(loaded.model_config, f"{path}: model_config")
+        return loaded
+    except FileNotFoundError:
+        raise PlanError(f"plan file {path} does not exist; make one with: sfplan MODEL --output {path}") from None
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror}") from None

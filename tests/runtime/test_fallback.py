@@ -1,0 +1,260 @@
+"""A device that has less memory than predicted costs a run no step."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from shallowflow.planner.plan import Plan
+from shallowflow.runtime import merge
+from shallowflow.runtime import train as training
+from shallowflow.runtime.checkpoint import latest, read
+from shallowflow.runtime.fallback import candidate, following
+from shallowflow.runtime.meter import MeasuredPeak
+from shallowflow.runtime.record import RunRecord
+from shallowflow.runtime.run import CHECKPOINTS, RunFailed, RunRequest, Silent, train
+from shallowflow.runtime.step import MicroBatch, Trainee
+
+Requests = Callable[..., RunRequest]
+OUT = "CUDA out of memory. Tried to allocate 2.00 GiB."
+NUM_STEPS = 5
+
+
+class Seen:
+    """What every micro-batch of a step held, and a device whose memory runs out at some of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[list[list[int]]] = []
+        self.evaluated = 0
+        self.fails: Callable[[Seen], bool] = lambda _seen: False
+        real = Trainee.loss
+
+        def loss(trainee: Trainee, batch: MicroBatch) -> torch.Tensor:
+            if batch.input_ids.is_meta:
+                return real(trainee, batch)
+            if torch.is_grad_enabled():
+                self.batches.append(batch.input_ids.tolist())
+            else:
+                self.evaluated += 1
+            if self.fails(self):
+                raise torch.OutOfMemoryError(OUT)
+            return real(trainee, batch)
+
+        monkeypatch.setattr(Trainee, "loss", loss)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """A device to run on."""
+    return Seen(monkeypatch)
+
+
+@pytest.fixture
+def plan(plans: dict[str, Plan]) -> Plan:
+    """A plan whose first alternative needs less memory and cuts the data alike."""
+    return plans["fp16"]
+
+
+def losses(record: RunRecord) -> list[float]:
+    """Every step's."""
+    return [step.loss for step in record.steps]
+
+
+def rows(batches: list[list[list[int]]]) -> list[list[int]]:
+    """The sequences of all micro-batches, in order."""
+    return [row for batch in batches for row in batch]
+
+
+def failing_once(number: int) -> Callable[[Seen], bool]:
+    """Memory runs out at one micro-batch of training."""
+    left = [True]
+
+    def fails(seen: Seen) -> bool:
+        if torch.is_grad_enabled() and len(seen.batches) == number and left[0]:
+            left[0] = False
+            return True
+        return False
+
+    return fails
+
+
+@pytest.mark.parametrize("at", [1, 3, NUM_STEPS])
+def test_no_step_is_lost(at: int, plan: Plan, request_for: Requests, seen: Seen) -> None:
+    """Memory runs out in some step: the losses before stay, all steps are made, and the data's order is the same."""
+    whole = train(plan, request_for(num_steps=NUM_STEPS, output=request_for().output.with_name("whole")))
+    order = rows(seen.batches)
+    seen.batches.clear()
+    seen.fails = failing_once(at)
+
+    record = train(plan, request_for(num_steps=NUM_STEPS))
+
+    assert losses(record)[: at - 1] == losses(whole)[: at - 1]
+    assert losses(record) == pytest.approx(losses(whole), rel=1e-4)
+    assert [step.index for step in record.steps] == list(range(NUM_STEPS))
+    del seen.batches[at - 1]
+    assert rows(seen.batches) == order
+    (fallback,) = record.fallbacks
+    assert (fallback.step, fallback.reason) == (at - 1, OUT)
+    assert record.configuration == plan.alternatives[fallback.alternative].configuration
+    assert fallback.peak_reserved_bytes < plan.prediction.peak_reserved_bytes
+    predicted = {c.quantity: c.predicted for c in record.comparisons}
+    assert predicted["peak allocated"] == plan.alternatives[fallback.alternative].prediction.peak_allocated_bytes
+
+
+def test_an_evaluation_may_run_out(plan: Plan, request_for: Requests, seen: Seen, held_out: Any) -> None:
+    """Memory runs out between steps: the evaluation is made again, and every evaluation is there once."""
+    wanted = {"num_steps": 4, "eval_every": 2, "eval_data": held_out}
+    whole = train(plan, request_for(output=request_for().output.with_name("whole"), **wanted))
+    seen.evaluated, left = 0, [True]
+
+    def fails(now: Seen) -> bool:
+        return now.evaluated == 2 and bool(left) and left.pop()
+
+    seen.fails = fails
+    record = train(plan, request_for(**wanted))
+
+    assert [e.step for e in record.evaluations] == [0, 2, 4]
+    assert [e.loss for e in record.evaluations] == pytest.approx([e.loss for e in whole.evaluations], rel=1e-4)
+    assert len(record.fallbacks) == 1
+
+
+class Stopping(Silent):
+    """Presses Ctrl-C after a step."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def step(self, record: Any, peak: Any) -> None:
+        """Hear of a step."""
+        if record.index + 1 == self.after:
+            raise KeyboardInterrupt
+
+
+def test_resuming_goes_on_under_the_alternative(plan: Plan, request_for: Requests, seen: Seen) -> None:
+    """Interrupted after a fallback and resumed, the run is the one that was not interrupted, to the last bit."""
+    seen.fails = failing_once(2)
+    whole = train(plan, request_for(num_steps=NUM_STEPS, output=request_for().output.with_name("whole")))
+    seen.batches.clear()
+    seen.fails = failing_once(2)
+    request = request_for(num_steps=NUM_STEPS)
+
+    train(plan, request, Stopping(3))
+    record = train(plan, replace(request, resume=True))
+
+    assert losses(record) == losses(whole)
+    assert record.configuration == whole.configuration != plan.configuration
+    assert len(record.fallbacks) == 1
+
+
+def test_half_an_update_is_made_again(
+    plan: Plan, request_for: Requests, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out inside the optimizer: the updates since the last checkpoint are made again, with their losses."""
+    whole = train(plan, request_for(num_steps=NUM_STEPS, output=request_for().output.with_name("whole")))
+    adam: Any = importlib.import_module("torch.optim.adam")
+    real, calls = adam.adam, [0]
+
+    def update(params: Any, *rest: Any, **named: Any) -> None:
+        calls[0] += not params[0].is_meta
+        if calls[0] == 4 and not params[0].is_meta:
+            params[0].add_(1.0)
+            raise torch.OutOfMemoryError(OUT)
+        real(params, *rest, **named)
+
+    monkeypatch.setattr(adam, "adam", update)
+
+    record = train(plan, request_for(num_steps=NUM_STEPS, save_every=2))
+
+    assert calls[0] == 4 + NUM_STEPS - 2
+    assert losses(record) == pytest.approx(losses(whole), rel=1e-4)
+    assert len(record.fallbacks) == 1
+
+
+def test_nothing_left_to_fall_back_to(plan: Plan, request_for: Requests, seen: Seen) -> None:
+    """Once no alternative needs less, the run ends in one line, with the steps made before saved and resumable."""
+    request = request_for(num_steps=NUM_STEPS)
+    seen.fails = lambda now: torch.is_grad_enabled() and len(now.batches) > 2
+
+    with pytest.raises(RunFailed, match=r"out of memory after step 2 .*2 steps and the adapter are saved in") as told:
+        train(plan, request)
+
+    assert "\n" not in str(told.value)
+    record = json.loads((request.output / "run.json").read_text(encoding="utf-8"))
+    assert (record["outcome"], len(record["steps"])) == ("failed", 2)
+    needs = [fallback["peak_reserved_bytes"] for fallback in record["fallbacks"]]
+    assert needs and needs == sorted(needs, reverse=True)
+    path, _ = latest(request.output / CHECKPOINTS)
+    assert path is not None and len(read(path).steps) == 2
+    seen.fails = lambda _now: False
+    assert len(train(plan, replace(request, resume=True)).steps) == NUM_STEPS
+
+
+def test_more_reserved_than_allowed_is_given_up(
+    plan: Plan, request_for: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that reserved more than predicted and than the budget is the last one under its configuration."""
+    real = training.measure_peak
+    over = [plan.budget_bytes + 1]
+
+    def measured(*arguments: Any) -> Any:
+        outcome, peak = real(*arguments)
+        reserved = over.pop() if over else peak.peak_reserved_bytes
+        return outcome, MeasuredPeak(
+            resident_bytes=peak.resident_bytes,
+            peak_allocated_bytes=peak.peak_allocated_bytes,
+            peak_reserved_bytes=reserved,
+        )
+
+    monkeypatch.setattr(training, "measure_peak", measured)
+
+    record = train(plan, request_for(num_steps=NUM_STEPS))
+
+    (fallback,) = record.fallbacks
+    assert (fallback.step, len(record.steps)) == (2, NUM_STEPS)
+    assert "reserved" in fallback.reason and "allowed" in fallback.reason
+
+
+def test_alternatives_come_down(plans: dict[str, Plan]) -> None:
+    """Each fallback needs less than what failed, keeps the batch and the adapter's shape, and the last has none."""
+    for plan in plans.values():
+        chosen, num_tried = candidate(plan, None), 0
+        while (number := following(plan, chosen)) is not None:
+            after = plan.alternatives[number]
+            assert after.prediction.peak_reserved_bytes < chosen.prediction.peak_reserved_bytes
+            assert after.configuration.global_batch_size == chosen.configuration.global_batch_size
+            chosen, num_tried = after, num_tried + 1
+        assert 1 <= num_tried <= len(plan.alternatives)
+
+
+def test_what_is_merged_is_what_was_run(plan: Plan, request_for: Requests, seen: Seen) -> None:
+    """After a fallback to other weight formats the base is rounded as the run ended, not as it was planned."""
+    request = request_for(num_steps=2)
+    seen.fails = failing_once(1)
+    record = train(plan, request)
+
+    assert merge.configuration_of(request.output, plan) == record.configuration != plan.configuration
+
+
+def test_a_loss_that_is_no_number_stops(
+    plan: Plan, request_for: Requests, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a dtype that needs no loss scale a loss of nan ends the run in one line, with the steps before it saved."""
+    real = Trainee.loss
+
+    def loss(trainee: Trainee, batch: MicroBatch) -> torch.Tensor:
+        return real(trainee, batch) * (float("nan") if len(seen.batches) == 3 else 1.0)
+
+    monkeypatch.setattr(Trainee, "loss", loss)
+    request = request_for(num_steps=NUM_STEPS)
+
+    with pytest.raises(RunFailed, match=r"the loss of step 2 is nan in float32.*2 steps and the adapter are saved"):
+        train(plan, request)
+
+    record = json.loads((request.output / "run.json").read_text(encoding="utf-8"))
+    assert (record["outcome"], len(record["steps"])) == ("failed", 2)
