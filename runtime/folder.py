@@ -25,6 +25,8 @@ CHECKPOINTS = "checkpoints"
 """The folder inside a run's that holds its state."""
 REQUEST = "request.json"
 """What tells whether a folder holds the run that is to be resumed."""
+_HELD = ".running"
+"""Held while a run writes; one that was killed leaves it behind."""
 BEST = "best"
 """The folder of the best adapter so far, for PEFT."""
 
@@ -38,7 +40,7 @@ def check_output(output: Path, resume: bool) -> None:
     for path in (output, *output.parents):
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --output")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(path.name != _HELD for path in output.iterdir()):
         if not (output / REQUEST).is_file():
             raise RunError(f"{output} is not empty; give a new folder with --output")
         if not resume:
@@ -48,7 +50,7 @@ def check_output(output: Path, resume: bool) -> None:
 @contextlib.contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Make the folder and hold it by a file of its own: once nothing else can be wrong, and before hours are spent."""
-    held = output / ".running"
+    held = output / _HELD
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = held.open("a")

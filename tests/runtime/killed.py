@@ -29,9 +29,10 @@ from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.run import RunRequest, Silent, train
 from tests.runtime import tiny
 
-NUM_STEPS, SAVE_EVERY, EVAL_EVERY, PATIENCE = 12, 2, 3, 1
-LEARNING_RATE = 0.05
-"""So high that an evaluation is worse than the one before, and training stops early."""
+NUM_STEPS, SAVE_EVERY, EVAL_EVERY, PATIENCE = 12, 2, 3, 2
+LEARNING_RATE = 0.02
+HELD_OUT = "ZQ%! jk 77 XX~ vv ww." * 4
+"""So unlike the data that learning soon makes it worse, and training stops early."""
 
 
 class Noting(Silent):
@@ -95,7 +96,7 @@ def main(num_kills: int) -> None:
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"text": line}) + "\n" for line in tiny.LINES), encoding="utf-8")
     held_out = folder / "held.txt"
-    held_out.write_text("the dog sat on the cat and looked at the mat. " * 3, encoding="utf-8")
+    held_out.write_text(HELD_OUT, encoding="utf-8")
     plan = shallowflow.plan(str(weights), "cpu", sequence_length=32, global_batch_size=4, rank=8)
     whole = RunRequest(
         data=data,
