@@ -103,9 +103,12 @@ def _memory(prediction: Prediction, peak: MeasuredPeak) -> list[str]:
 def _pace(prediction: Prediction, steps: Sequence[StepRecord], tolerance: float) -> list[str]:
     """Whether steps took another time than predicted, and whether they did so from the start."""
     measured = median_step_seconds(steps)
-    if measured is None or abs(prediction.step_seconds / measured - 1) <= tolerance:
+    if measured is None:
         return []
-    line = f"steps took {measured / prediction.step_seconds:.2f} of the predicted time"
+    share = measured / prediction.step_seconds
+    if max(share, 1 / share) <= 1 + tolerance:
+        return []
+    line = f"steps took {share:.2f} of the predicted time"
     timed = [step.seconds for step in timed_steps(steps)]
     half = len(timed) // 2
     pace = statistics.median(timed[-half:]) / statistics.median(timed[:half]) if half else 1.0

@@ -105,7 +105,8 @@ class RunRecord:
         perplexity_before, perplexity_after: of the base and of the saved adapter on the held-out text; None without
             one.
         padding_share: of all token positions, those that hold nothing to learn.
-        notes: where it was resumed, which checkpoints were not believed, and why figures are not as predicted.
+        notes: where it was resumed, which checkpoints were not believed, what was skipped and why it failed.
+        causes: what can be told of figures that are not as predicted.
         evaluations: all of them, in order.
         configuration: what the run ended under; another than the plan's after a fallback.
         evaluation_micro_batch_size, evaluation_peak_bytes: how evaluations were run, and the most that one was traced
@@ -128,6 +129,7 @@ class RunRecord:
     steps: tuple[StepRecord, ...]
     versions: dict[str, str]
     notes: tuple[str, ...] = ()
+    causes: tuple[str, ...] = ()
     evaluations: tuple[EvaluationRecord, ...] = ()
     samples: tuple[SampleRecord, ...] = ()
     fallbacks: tuple[FallbackRecord, ...] = ()

@@ -12,6 +12,7 @@ from shallowflow.planner import render
 from shallowflow.planner.memory_record import MemoryRecord, Timeline
 from shallowflow.planner.plan import Plan
 
+from .fallback import told
 from .record import Comparison, RunRecord
 
 INK = "#7a808a"
@@ -32,7 +33,8 @@ def html(plan: Plan, run: RunRecord, timeline: Timeline | None = None) -> str:
         charts=charts,
         comparisons=[row(c) for c in run.comparisons],
         render=render,
-        strategies=render.strategies(plan.configuration),
+        strategies=render.strategies(run.configuration or plan.configuration),
+        told=told,
     )
 
 
@@ -157,7 +159,10 @@ def _timeline(timeline: Timeline, title: str) -> go.Figure:
 def _loss(run: RunRecord) -> go.Figure:
     line = go.Scatter(x=[s.index for s in run.steps], y=[s.loss for s in run.steps], mode="lines+markers", name="loss")
     figure = go.Figure(line)
-    figure.update_layout(title="Training loss", xaxis_title="step", yaxis_title="cross-entropy per token")
+    if run.evaluations:
+        steps, losses = [e.step for e in run.evaluations], [e.loss for e in run.evaluations]
+        figure.add_scatter(x=steps, y=losses, mode="lines+markers", name="held-out text")
+    figure.update_layout(title="Loss", xaxis_title="step", yaxis_title="cross-entropy per token")
     return figure
 
 

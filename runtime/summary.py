@@ -23,10 +23,6 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
     seconds = progress.seconds()
     positions = len(work.windows) * plan.configuration.sequence_length
     padding_share = 1 - sum(window.num_targets for window in work.windows) / positions
-    told = compare.skipped_notes(progress.steps)
-    told += compare.causes(
-        plan, prediction, progress.peak, progress.steps, progress.evaluations, seconds, padding_share
-    )
     before = [e.perplexity for e in progress.evaluations if e.step == 0]
     result = len(progress.steps) if request.patience is None else progress.best_step
     after = [e.perplexity for e in progress.evaluations if e.step == result]
@@ -46,7 +42,16 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         num_skipped=sum(step.skipped for step in progress.steps),
         steps=tuple(progress.steps),
         versions=cache.versions(),
-        notes=(*progress.notes, *told, *([progress.failure] if progress.failure else [])),
+        notes=(
+            *progress.notes,
+            *compare.skipped_notes(progress.steps),
+            *([progress.failure] if progress.failure else []),
+        ),
+        causes=tuple(
+            compare.causes(
+                plan, prediction, progress.peak, progress.steps, progress.evaluations, seconds, padding_share
+            )
+        ),
         evaluations=tuple(progress.evaluations),
         samples=_samples(request, progress),
         fallbacks=tuple(progress.fallbacks),

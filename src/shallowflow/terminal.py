@@ -198,7 +198,7 @@ def _told(record: RunRecord) -> list[str]:
     if record.best_step is not None:
         found.append(f"the adapter is the best of {len(record.evaluations)} evaluated, after step {record.best_step}")
     found += [told(fallback) for fallback in record.fallbacks]
-    found += record.notes
+    found += [*record.notes, *record.causes]
     for sample in record.samples:
         found.append(f"sample  {sample.prompt}")
         found += [f"  {when}  {text}" for when, text in (("before", sample.before), ("after ", sample.after)) if text]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from shallowflow.runtime.step import MicroBatch, Trainee
 from tests.front.shell import AS_PROGRAM, Done, sfplan
 
 STEPS = ("--steps", 3)
@@ -217,3 +218,64 @@ def test_the_program_alone_says_the_same(tmp_path: Path) -> None:
 
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: plan file plan.json does not exist; make one with: sfplan MODEL --output plan.json\n"
+
+
+# What a run may be asked for besides
+
+
+def test_a_run_tells_what_it_was_asked(train: Callable[..., Done], data: Path, tmp_path: Path) -> None:
+    """Evaluations, the best adapter and samples are in what is printed, and in the record."""
+    words = ("--eval-data", data, "--eval-every", 1, "--patience", 2, "--sample", "the cat", "--track", "tensorboard")
+
+    done = train(*words)
+
+    assert done.code == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert [e["step"] for e in record["evaluations"]] == [0, 1, 2, 3]
+    assert f"the adapter is the best of 4 evaluated, after step {record['best_step']}" in done.output
+    assert "sample  the cat" in done.output
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    told = done.errors.splitlines()
+    for e in record["evaluations"]:
+        assert f"after step {e['step']}: loss {e['loss']:.4f}, perplexity {e['perplexity']:.2f}" in told
+    assert sum(line.startswith("step 0, loss ") for line in told) == 1
+
+
+def test_a_rehearsal_writes_nothing(train: Callable[..., Done], tmp_path: Path) -> None:
+    """A dry run prints what would be done and leaves no folder; the run itself is then possible."""
+    done = train("--dry-run")
+
+    assert done.code == 0
+    assert "training: 3 steps of 4 sequences" in done.output
+    assert not (tmp_path / "run").exists()
+    assert train().code == 0
+
+
+def test_memory_that_runs_out_is_told(
+    train: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no alternative left the command ends with 1 and one line, after having said what it fell back to."""
+    real = Trainee.loss
+
+    def loss(trainee: Trainee, batch: MicroBatch) -> torch.Tensor:
+        if not batch.input_ids.is_meta:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(trainee, batch)
+
+    monkeypatch.setattr(Trainee, "loss", loss)
+
+    done = train()
+
+    assert (done.code, done.output) == (1, "")
+    *before, last = done.errors.splitlines()
+    assert last.startswith("Error: out of memory after step 0 (CUDA out of memory.)")
+    assert before and all(line.startswith("memory fell short after step 0") for line in before)
+
+
+def test_a_prediction_that_is_not_kept_is_told(train: Callable[..., Done], tmp_path: Path) -> None:
+    """An altered prediction is one line and exit code 2."""
+    done = train(change=lambda plan: plan["prediction"].update(resident_bytes=plan["prediction"]["resident_bytes"] - 1))
+
+    assert done.code == 2
+    assert "the step built from the plan is not the predicted one" in done.error()
+    assert not (tmp_path / "run").exists()

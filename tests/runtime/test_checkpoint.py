@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -207,3 +208,17 @@ def test_only_whole_folders_have_a_name(tmp_path: Path) -> None:
 
     assert checkpoint.latest(tmp_path) == (None, [])
     assert checkpoint.latest(tmp_path / "none") == (None, [])
+
+
+def test_infinite_norms_survive(plans: dict[str, Plan], request_for: Requests) -> None:
+    """An update that fp16 skipped has an infinite norm, and a checkpoint that holds one is read again."""
+    train(plans["fp16"], request_for(num_steps=2))
+    path, _ = checkpoint.latest(request_for().output / CHECKPOINTS)
+    assert path is not None
+    state = checkpoint.read(path)
+    skipped = replace(state, steps=(replace(state.steps[0], gradient_norm=math.inf, skipped=True), *state.steps[1:]))
+
+    again = checkpoint.save(request_for().output / "other", tiny.trainee(), skipped)
+
+    assert checkpoint.latest(again.parent) == (again, [])
+    assert checkpoint.read(again) == skipped

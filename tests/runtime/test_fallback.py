@@ -13,10 +13,9 @@ import torch
 
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime import merge
-from shallowflow.runtime import train as training
 from shallowflow.runtime.checkpoint import latest, read
 from shallowflow.runtime.fallback import candidate, following
-from shallowflow.runtime.meter import MeasuredPeak
+from shallowflow.runtime.meter import MeasuredPeak, measure_peak
 from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.run import CHECKPOINTS, RunFailed, RunRequest, Silent, train
 from shallowflow.runtime.step import MicroBatch, Trainee
@@ -199,7 +198,7 @@ def test_more_reserved_than_allowed_is_given_up(
     plan: Plan, request_for: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that reserved more than predicted and than the budget is the last one under its configuration."""
-    real = training.measure_peak
+    real = measure_peak
     over = [plan.budget_bytes + 1]
 
     def measured(*arguments: Any) -> Any:
@@ -211,7 +210,7 @@ def test_more_reserved_than_allowed_is_given_up(
             peak_reserved_bytes=reserved,
         )
 
-    monkeypatch.setattr(training, "measure_peak", measured)
+    monkeypatch.setattr("shallowflow.runtime.train.measure_peak", measured)
 
     record = train(plan, request_for(num_steps=NUM_STEPS))
 

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import Plan
+from shallowflow.planner.profiler.kernels import Target
+from shallowflow.planner.profiler.simulate import traced_peak
 from shallowflow.runtime import evaluate, promise
 from shallowflow.runtime.fallback import candidate
 from shallowflow.runtime.run import RunError, RunRequest, train
@@ -99,8 +102,12 @@ def test_evaluations_shrink_until_they_fit(plans: dict[str, Plan], monkeypatch: 
 def test_tracing_holds_no_memory(plans: dict[str, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of the traced step is on ``meta``."""
     seen: list[MetaStep] = []
-    real = promise.traced_peak
-    monkeypatch.setattr(promise, "traced_peak", lambda step, *rest: seen.append(step) or real(step, *rest))
+
+    def traced(step: MetaStep, target: Target, context_bytes: int) -> TracedPeak:
+        seen.append(step)
+        return traced_peak(step, target, context_bytes)
+
+    monkeypatch.setattr("shallowflow.runtime.promise.traced_peak", traced)
 
     promise.kept(plans["nf4"], candidate(plans["nf4"], None))
 

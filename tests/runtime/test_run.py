@@ -117,8 +117,16 @@ def test_a_plan_that_recomputes_is_run_as_planned(
 ) -> None:
     """Run with recomputation, the same model takes less memory and learns the same."""
     plan = plans["nf4"]
-    workload = {"sequence_length": 32, "global_batch_size": 4, "rank": 8, "double_quantization": False}
-    other = shallowflow.plan(str(tiny_folder), "cpu", quantization="nf4", activations="recompute", **workload)
+    other = shallowflow.plan(
+        str(tiny_folder),
+        "cpu",
+        quantization="nf4",
+        activations="recompute",
+        sequence_length=32,
+        global_batch_size=4,
+        rank=8,
+        double_quantization=False,
+    )
     assert {run.strategy.activations for run in plan.configuration.layers} == {"save"}
 
     kept = train(plan, request_for())
