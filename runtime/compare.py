@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from shallowflow.planner import render
 from shallowflow.planner.plan import Plan, Prediction
+from shallowflow.planner.wall_time import NUM_EVALUATIONS
 from shallowflow.profiles import load_gpu
 
 from .meter import MeasuredPeak
@@ -54,8 +55,11 @@ def causes(
     found = [] if peak is None else _memory(prediction, peak)
     found += _pace(prediction, steps, load_gpu(plan.gpu).step_error)
     evaluating = sum(record.seconds for record in evaluations)
-    if seconds and evaluating / seconds > EVALUATION_SHARE:
-        found.append(f"evaluations took {render.duration(evaluating)}, {evaluating / seconds:.0%} of the time")
+    if len(evaluations) > NUM_EVALUATIONS and evaluating > EVALUATION_SHARE * seconds:
+        found.append(
+            f"{len(evaluations)} evaluations took {render.duration(evaluating)}, {evaluating / seconds:.0%} of the "
+            f"time; the plan counted {NUM_EVALUATIONS}"
+        )
     timed = timed_steps(steps)
     learned = sum(step.num_target_tokens for step in timed)
     expected = prediction.tokens_per_second * sum(step.seconds for step in timed)

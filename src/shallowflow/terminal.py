@@ -95,7 +95,8 @@ class Watcher:
             self.bars.update(self.training, advance=1, detail=self.figures.remaining())
         if not self.target.is_terminal and time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
-            told = [f"step {record.index}", *self.figures.parts(), self.figures.remaining()]
+            told = [f"step {record.index}", *self.figures.parts(), self.figures.skipped(), self.figures.money()]
+            told.append(self.figures.remaining())
             self.target.print(", ".join(part for part in told if part), soft_wrap=True)
 
     def evaluated(self, record: EvaluationRecord) -> None:
@@ -129,19 +130,26 @@ class Figures:
         self.seconds = [*self.seconds[-RECENT_STEPS:], record.seconds]
 
     def parts(self) -> list[str]:
-        """Loss, speed, memory and money, as far as they are known."""
+        """Loss, speed and memory, as far as they are known."""
         last = self.last
         if last is None:
             return []
         found = [f"loss {last.loss:.3f}", f"{last.num_target_tokens / last.seconds:,.0f} tokens/s"]
         if self.peak_bytes is not None:
             found.append(f"{render.gib(self.peak_bytes)} of {render.gib(self.predicted_bytes)} predicted")
-        if last.usd is not None:
-            at_the_end = self.usd + self.left * statistics.median(self.seconds) * last.usd / last.seconds
-            found.append(f"${self.usd:.4f} of ${at_the_end:.4f}")
-        if last.skipped:
-            found.append(f"skipped, scale {last.loss_scale:g}")
         return found
+
+    def skipped(self) -> str:
+        """That the last update was not made, and the loss scale since."""
+        return f"update skipped, scale {self.last.loss_scale:g}" if self.last and self.last.skipped else ""
+
+    def money(self) -> str:
+        """Dollars so far, and at the end at the pace of the last steps; nothing where there is no price."""
+        last = self.last
+        if last is None or last.usd is None:
+            return ""
+        at_the_end = self.usd + self.left * statistics.median(self.seconds) * last.usd / last.seconds
+        return f"${self.usd:.4f} so far, ${at_the_end:.4f} at the end"
 
     def remaining(self) -> str:
         """How long the steps that are left take, at the pace of the last ones."""
@@ -149,7 +157,8 @@ class Figures:
 
     def lines(self) -> list[str]:
         """All of it, on lines for the space below the bars."""
-        return [line for line in ("   ".join(self.parts()), self.evaluated) if line]
+        below = "   ".join(part for part in (self.money(), self.skipped()) if part)
+        return [line for line in ("   ".join(self.parts()), below, self.evaluated) if line]
 
 
 @contextlib.contextmanager

@@ -92,15 +92,15 @@ def test_time_is_told_by_when_it_went(plan: Plan, pace: list[float], expected: s
 
 def test_evaluations_and_padding_are_told(plan: Plan) -> None:
     """A tenth of the time spent on evaluations is said, and padding where fewer tokens than predicted are learned."""
-    evaluations = [EvaluationRecord(step=0, loss=1.0, perplexity=2.7, seconds=20.0, tokens=1)]
+    evaluations = [EvaluationRecord(step=n, loss=1.0, perplexity=2.7, seconds=5.0, tokens=1) for n in range(4)]
     steps = [step(index, 1.0, tokens=10) for index in range(4)]
     padding = plan.workload.padding_share + 0.5
 
     found = causes(plan, plan.prediction, None, steps, evaluations, 100.0, padding)
 
-    assert found[0] == "evaluations took 20.0 s, 20% of the time"
+    assert found[0] == "4 evaluations took 20.0 s, 20% of the time; the plan counted 2"
     assert "0.33 of the predicted tokens are learned in a second" in found[1] and "padding" in found[1]
-    assert causes(plan, plan.prediction, None, steps, [], 100.0, plan.workload.padding_share) == []
+    assert causes(plan, plan.prediction, None, steps, evaluations[:2], 50.0, plan.workload.padding_share) == []
 
 
 @pytest.mark.parametrize("num_skipped", [0, 1, MOST_SKIPPED, MOST_SKIPPED + 1])
