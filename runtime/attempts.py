@@ -97,7 +97,7 @@ def _fall_back(work: Work, progress: Progress, learner: Learner | None, alternat
     checkpoint are made again.
     """
     chosen = work.plan.alternatives[alternative]
-    progress.alternative = alternative
+    progress.alternative, progress.peak = alternative, None
     progress.fallbacks.append(
         FallbackRecord(
             step=len(progress.steps),

@@ -17,6 +17,8 @@ MEMORY_TOLERANCE = 0.01
 """Of a peak that was predicted; steps recorded on a T4 are within 0.3 %, on a CPU within 0.01 %."""
 CHANGED_PACE = 1.05
 """The second half of the steps over the first, or the other way round, from where on the pace has changed."""
+LEAST_HALF = 2
+"""Timed steps in each half: fewer tell nothing of a pace."""
 EVALUATION_SHARE = 0.1
 """Of the time on the wall, from where on evaluations are worth a word."""
 FIRST_STEPS, MOST_SKIPPED = 20, 5
@@ -106,16 +108,15 @@ def _memory(prediction: Prediction, peak: MeasuredPeak) -> list[str]:
 
 def _pace(prediction: Prediction, steps: Sequence[StepRecord], tolerance: float) -> list[str]:
     """Whether steps took another time than predicted, and whether they did so from the start."""
-    measured = median_step_seconds(steps)
-    if measured is None:
+    timed = [step.seconds for step in timed_steps(steps)]
+    half = len(timed) // 2
+    if half < LEAST_HALF:
         return []
-    share = measured / prediction.step_seconds
+    share = statistics.median(timed) / prediction.step_seconds
     if max(share, 1 / share) <= 1 + tolerance:
         return []
     line = f"steps took {share:.2f} of the predicted time"
-    timed = [step.seconds for step in timed_steps(steps)]
-    half = len(timed) // 2
-    pace = statistics.median(timed[-half:]) / statistics.median(timed[:half]) if half else 1.0
+    pace = statistics.median(timed[-half:]) / statistics.median(timed[:half])
     if pace > CHANGED_PACE:
         return [f"{line}; the second half {pace:.2f} of the first half's: throttling, or other work on the machine"]
     if pace < 1 / CHANGED_PACE:

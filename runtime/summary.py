@@ -23,6 +23,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
     seconds = progress.seconds()
     positions = len(work.windows) * plan.configuration.sequence_length
     padding_share = 1 - sum(window.num_targets for window in work.windows) / positions
+    under = progress.steps[progress.fallbacks[-1].step :] if progress.fallbacks else progress.steps
     before = [e.perplexity for e in progress.evaluations if e.step == 0]
     result = len(progress.steps) if request.patience is None else progress.best_step
     after = [e.perplexity for e in progress.evaluations if e.step == result]
@@ -35,7 +36,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         started=progress.started,
         seconds=seconds,
         usd=None if request.usd_per_hour is None else seconds / 3600 * request.usd_per_hour,
-        comparisons=compare.comparisons(prediction, progress.peak, progress.steps, on_cpu=plan.gpu == "cpu"),
+        comparisons=compare.comparisons(prediction, progress.peak, under, on_cpu=plan.gpu == "cpu"),
         perplexity_before=before[0] if before else None,
         perplexity_after=after[0] if after and ended else None,
         padding_share=padding_share,
@@ -48,9 +49,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
             *([progress.failure] if progress.failure else []),
         ),
         causes=tuple(
-            compare.causes(
-                plan, prediction, progress.peak, progress.steps, progress.evaluations, seconds, padding_share
-            )
+            compare.causes(plan, prediction, progress.peak, under, progress.evaluations, seconds, padding_share)
         ),
         evaluations=tuple(progress.evaluations),
         samples=_samples(request, progress),

@@ -48,7 +48,7 @@ def test_eighty_columns_are_enough(tiny_plan: str) -> None:
     lines = output.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     shown = "\n".join(lines)
-    for figure in ("12.345", "10,000 tokens/s", "13.00 GiB of 0.00 GiB predicted", "scale 65536", "98715.77", "left"):
+    for figure in ("12.345", "10,000 tokens/s", "13.00 GiB of 0.01 GiB predicted", "scale 65536", "98715.77", "left"):
         assert figure in shown
     assert "$0.0200 so far, $2000.0000 at the end" in shown
 

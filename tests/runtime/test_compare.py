@@ -88,6 +88,7 @@ def test_time_is_told_by_when_it_went(plan: Plan, pace: list[float], expected: s
     (line,) = told(plan, seconds=[1.0, 1.0, *pace])
 
     assert expected in line
+    assert told(plan, seconds=[1.0, 1.0, *pace[:3]]) == []
 
 
 def test_evaluations_and_padding_are_told(plan: Plan) -> None:

@@ -30,7 +30,6 @@ class Seen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[list[int]]] = []
-        self.evaluated = 0
         self.fails: Callable[[Seen], bool] = lambda _seen: False
         real = Trainee.loss
 
@@ -39,8 +38,6 @@ class Seen:
                 return real(trainee, batch)
             if torch.is_grad_enabled():
                 self.batches.append(batch.input_ids.tolist())
-            else:
-                self.evaluated += 1
             if self.fails(self):
                 raise torch.OutOfMemoryError(OUT)
             return real(trainee, batch)
@@ -110,17 +107,33 @@ def test_an_evaluation_may_run_out(plan: Plan, request_for: Requests, seen: Seen
     """Memory runs out between steps: the evaluation is made again, and every evaluation is there once."""
     wanted = {"num_steps": 4, "eval_every": 2, "eval_data": held_out}
     whole = train(plan, request_for(output=request_for().output.with_name("whole"), **wanted))
-    seen.evaluated, left = 0, [True]
+    seen.batches.clear()
+    left = [True]
 
     def fails(now: Seen) -> bool:
-        return now.evaluated == 2 and bool(left) and left.pop()
+        return len(now.batches) == 2 and not torch.is_grad_enabled() and bool(left) and left.pop()
 
     seen.fails = fails
     record = train(plan, request_for(**wanted))
 
     assert [e.step for e in record.evaluations] == [0, 2, 4]
     assert [e.loss for e in record.evaluations] == pytest.approx([e.loss for e in whole.evaluations], rel=1e-4)
-    assert len(record.fallbacks) == 1
+    assert [fallback.step for fallback in record.fallbacks] == [2]
+
+
+def test_the_last_evaluation_may_run_out(plan: Plan, request_for: Requests, seen: Seen, held_out: Any) -> None:
+    """With no step made under the alternative nothing measured is held against its prediction."""
+    left = [True]
+
+    def fails(now: Seen) -> bool:
+        return len(now.batches) == 3 and not torch.is_grad_enabled() and bool(left) and left.pop()
+
+    seen.fails = fails
+    record = train(plan, request_for(num_steps=3, eval_data=held_out))
+
+    assert ([e.step for e in record.evaluations], len(record.steps)) == ([0, 3], 3)
+    assert record.configuration != plan.configuration
+    assert record.comparisons == ()
 
 
 class Stopping(Silent):
