@@ -10,6 +10,11 @@ import torch
 from shallowflow.profiles import model_facts
 
 IGNORED_LABEL = -100
+KEPT_SCALE = 1024.0
+"""What gradients are kept times. In fp16 the probability of most tokens, some 1e-8 of one learned well, would be zero.
+
+A power of two, which rounds nothing; they overflow only where a head's weights are beyond 32.
+"""
 
 
 def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -64,7 +69,8 @@ class _Chunked(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             raise RuntimeError("the gradient of a chunked loss serves one backward pass")
-        return gradient.mul_(outer[0]), None, None, None, None, None
+        factor = (outer[0] / KEPT_SCALE).view(1)  # with a dimension, or it would be rounded to the gradient's dtype
+        return gradient.mul_(factor), None, None, None, None, None
 
 
 def _chunk(
@@ -74,7 +80,7 @@ def _chunk(
     labels: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The summed loss of a few rows; *gradient*, with respect to them, is written where it is wanted.
+    """The summed loss of a few rows; KEPT_SCALE times its *gradient*, as to them, is written where it is wanted.
 
     In fp32 and in place: the logits become probabilities, less one at the label, which is the loss's gradient.
     """
@@ -86,7 +92,7 @@ def _chunk(
     sums = logits.exp_().sum(-1, keepdim=True)
     loss = ((sums.log() - at_label) * learned).sum()
     if gradient is not None:
-        logits.mul_(learned / sums)
-        logits.scatter_add_(-1, label, -learned.to(logits.dtype))
+        logits.mul_(learned * KEPT_SCALE / sums)
+        logits.scatter_add_(-1, label, learned * -KEPT_SCALE)
         torch.mm(logits.to(rows.dtype), weight, out=gradient)
     return loss
