@@ -83,6 +83,7 @@ def _contradictions(plan: Plan) -> list[str]:
     seconds = sum(part.seconds for part in plan.time.kinds)
     if not math.isclose(seconds, plan.time.device_seconds, rel_tol=1e-6, abs_tol=1e-9):
         found.append(f"time.kinds sums to {seconds} seconds, time.device_seconds is {plan.time.device_seconds}")
+    found += _overflow(plan)
     if "model_type" not in plan.model_config:
         found.append("model_config has no model_type")
     num_layers = model_facts.size(plan.model_config, "num_hidden_layers")
@@ -91,6 +92,12 @@ def _contradictions(plan: Plan) -> list[str]:
             f"configuration.layers covers {plan.configuration.num_layers} layers, model_config has {num_layers}"
         )
     return found
+
+
+def _overflow(plan: Plan) -> list[str]:
+    if plan.compute_dtype != "float16" or not model_facts.overflows_fp16(plan.model_config):
+        return []
+    return [f"compute_dtype is float16, which {plan.model_config['model_type']} overflows; plan for a GPU with bf16"]
 
 
 def _disorder(plan: Plan) -> list[str]:

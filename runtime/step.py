@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from shallowflow.planner.strategies import Configuration
 
@@ -115,7 +116,8 @@ class Trainee:
 
     def _micro_step(self, batch: MicroBatch, num_targets: int) -> torch.Tensor:
         self.before_micro_batch()
-        loss = self.loss(batch) / num_targets
+        with _not_asking_for_documents():
+            loss = self.loss(batch) / num_targets
         (loss * self.loss_scale.value).backward()
         return loss.detach()
 
@@ -124,6 +126,20 @@ class Trainee:
         if self.loss_chunks > 1:
             return chunked(self.model, batch.input_ids, batch.labels, -(-batch.labels.numel() // self.loss_chunks))
         return summed(self.model(input_ids=batch.input_ids, use_cache=False).logits, batch.labels)
+
+
+@contextlib.contextmanager
+def _not_asking_for_documents() -> Iterator[None]:
+    """Spare the host transformers' question whether positions begin anew within a sequence, which waits for the device.
+
+    Where they do, attention is given its mask, and transformers does not ask.
+    """
+    asks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asks
 
 
 def make_trainee(

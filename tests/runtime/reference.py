@@ -111,7 +111,7 @@ def plain(family: str, ours: Trainee, configuration: Configuration) -> torch.nn.
     with torch.no_grad():
         for name, module in model.named_modules():
             counterpart = held[f"base_model.model.{name}".rstrip(".")]
-            base = getattr(counterpart, "base_layer", counterpart)
+            base: Any = getattr(counterpart, "base_layer", counterpart)
             for key, parameter in module.named_parameters(recurse=False):
                 meant = _meant(base, key)
                 turned = isinstance(module, Conv1D) and not isinstance(base, Conv1D) and key == "weight"
@@ -135,8 +135,10 @@ def _meant(module: torch.nn.Module, key: str) -> torch.Tensor:
     """The values that *module*'s tensor stands for."""
     held: Any = getattr(module, key)
     if key != "weight" or not quantized.is_quantized(module):
-        return held.detach().float()
-    return _nf4(held) if type(module).__name__ == "Linear4bit" else held.data.float() * held.SCB[:, None] / 127
+        plain: torch.Tensor = held.detach().float()
+        return plain
+    whole: torch.Tensor = held.data.float() * held.SCB[:, None] / 127 if hasattr(held, "SCB") else _nf4(held)
+    return whole
 
 
 def _nf4(weight: Any) -> torch.Tensor:
@@ -147,7 +149,7 @@ def _nf4(weight: Any) -> torch.Tensor:
         blocks = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: constants.numel()]
         constants = state.state2.code[constants.long()] * blocks + state.offset
     codes = torch.stack([weight.data >> 4, weight.data & 15], dim=-1).flatten()
-    values = state.code[codes.long()].view(-1, state.blocksize) * constants.view(-1, 1)
+    values: torch.Tensor = state.code[codes.long()].view(-1, state.blocksize) * constants.view(-1, 1)
     return values.view(*state.shape)
 
 
