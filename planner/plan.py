@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from .bounds import Meta
 from .proof import Proof
-from .strategies import MOST_TOKENS, Activations, Configuration, Positive
+from .strategies import MOST_SEQUENCES, MOST_TOKENS, Activations, Configuration, Positive
 
 FORMAT_VERSION = 3
 
@@ -43,7 +43,7 @@ class Workload:
     total_tokens: Positive = 10_000_000
     num_sequences: Positive | None = None
     num_eval_sequences: Annotated[int, Meta(ge=0)] = 0
-    global_batch_size: Positive = 16
+    global_batch_size: Annotated[int, Meta(ge=1, le=MOST_SEQUENCES)] = 16
     num_gpus: Positive = 1
     rank: Positive | None = None
     min_rank: Positive = 16

@@ -273,6 +273,8 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     if missing:
         found.append(f"{len(missing)} of {len(expected)} cells have no proof, such as {next(iter(missing))}")
     own, weighed = weigh(proof, configuration)
+    if weighed.score_picoseconds < 1:
+        raise Unproven(f"the plan scores {weighed.score_picoseconds}, and every step takes time")
     within = (
         ("memory", weighed.peak_bytes, own.memory_bytes),
         ("weight error", weighed.harm, proof.harm),

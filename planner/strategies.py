@@ -13,6 +13,7 @@ Positive = Annotated[int, Meta(ge=1)]
 MOST_LAYERS = 10_000
 MOST_TOKENS = 2**24
 MOST_RANK = 2**16
+MOST_SEQUENCES = 2**16
 """Bounds of what a request or a plan file may say; far beyond any model."""
 
 
