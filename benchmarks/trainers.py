@@ -1,7 +1,7 @@
 """Our step beside transformers.Trainer and TRL's SFTTrainer, both with PEFT: speed and memory on this CPU.
 
 python -m benchmarks.trainers             # what was recorded
-python -m benchmarks.trainers --record    # measure again, about ten minutes on two cores
+python -m benchmarks.trainers --record    # measure again, about ten minutes on two cores that do nothing else
 
 All train one model of the same random weights, on the same tokens, with LoRA on every linear layer, AdamW, fp32 and
 threads of one number. Speed is paired: the trainers take turns in one process, and the order turns round each time.
@@ -275,8 +275,8 @@ def _processor() -> str:
 
 
 def load() -> dict[str, Any]:
-    """The record."""
-    found: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    """The record, without rows where there is none."""
+    found: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"rows": []}
     return found
 
 

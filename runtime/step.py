@@ -135,7 +135,7 @@ def _not_asking_for_documents() -> Iterator[None]:
     Where they do, attention is given its mask, and transformers does not ask.
     """
     asks = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda _position_ids: None
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:

@@ -17,7 +17,22 @@ from shallowflow.planner.serialize import PlanError, from_json
 from tests.front.shell import Done, sfplan
 
 HUGE = (2**63, 2**64, 10**30, -(10**30), 10**9, -1, 0, 1e308, -1e308, float("nan"), float("inf"))
-ODD = ("", "\0", "\x1b[31m", "a\nb", "\u202e", "../../etc", "9" * 400, "€", True, None, [], {}, [[]], {"": {}})
+ODD: tuple[Any, ...] = (
+    "",
+    "\0",
+    "\x1b[31m",
+    "a\nb",
+    "\u202e",
+    "../../etc",
+    "9" * 400,
+    "€",
+    True,
+    None,
+    [],
+    {},
+    [[]],
+    {"": {}},
+)
 MOST_BYTES = 64 * 2**20
 """Far above what a refusal takes, far below what a plan of such numbers would."""
 
