@@ -90,7 +90,7 @@ def test_nobody_asks_whether_bf16_is_emulated(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_first_updates_of_fp16_run() -> None:
-    """With the initial scale none of the first updates is skipped; at PyTorch's 65536 a loss as large as these is."""
+    """With the initial scale, which is far below PyTorch's 65536, none of the first updates is skipped."""
     trainee = tiny.trainee("fp16", compute_dtype="float16")
 
     assert trainee.loss_scale.value == INITIAL_FP16_SCALE < 65536
