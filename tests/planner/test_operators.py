@@ -55,6 +55,32 @@ def test_bytes_are_those_that_lie_in_memory() -> None:
     )
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_that_skips_nothing_costs_twice(backward: bool) -> None:
+    """Rates are of causal kernels; a mask is read by each head, by half where the other half is skipped."""
+    heads, tokens, size = 3, 16, 8
+    parts = [meta(2, heads, tokens, size) for _ in range(3)]
+    mask = meta(2, 1, tokens, tokens)
+
+    def attention(is_causal: bool, given: torch.Tensor | None) -> OpCost:
+        func = aten._scaled_dot_product_flash_attention_for_cpu.default
+        args, kwargs = [*parts, 0.0, is_causal], {"attn_mask": given}
+        out, sums = func(*args, **kwargs)
+        if backward:
+            func = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+            args = [out, *parts, out, sums, 0.0, is_causal]
+            out = func(*args, **kwargs)
+        [found] = operators.costs(func, tuple(args), kwargs, out)
+        return found
+
+    plain, masked, both = attention(True, None), attention(False, mask), attention(True, mask)
+
+    assert plain.flops == both.flops == masked.flops / 2 > 0
+    read = 2 * heads * tokens * tokens * 4
+    assert masked.num_bytes - both.num_bytes == read / 2
+    assert both.num_bytes - plain.num_bytes == read / 2
+
+
 def test_what_launches_nothing_costs_nothing() -> None:
     """Views, and PyTorch's own notes for its profiler."""
     assert operators.is_view(aten.view.default)
