@@ -88,8 +88,8 @@ def run(way: str, seed: int) -> dict[str, Any]:
     began = time.perf_counter()
     before = math.log(perplexity(trainee, tested, MICRO_BATCH, device))
     tokens = 0
-    for chosen in islice(batches.steps(learned, MICRO_BATCH, 1, seed), NUM_STEPS):
-        made = [batches.micro_batch(windows, device) for windows in chosen]
+    for chosen in islice(batches.steps(learned, MICRO_BATCH, 1, LENGTH, seed), NUM_STEPS):
+        made = [batches.micro_batch(group.windows, device, group.length) for group in chosen]
         trainee.step(made)
         tokens += sum(b.num_targets for b in made)
     after = math.log(perplexity(trainee, tested, MICRO_BATCH, device))

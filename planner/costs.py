@@ -236,6 +236,7 @@ def total_seconds(runs: LayerRuns, segments: Sequence[Mapping[str, float]]) -> t
     return micro, segments[0]["update"] * num_layers / PROFILED_LAYERS
 
 
-def operator_costs(profile: StepProfile, micro_batch_size: int, rank: int) -> tuple[Ints, Ints]:
-    """(flops, bytes) of every operator."""
-    return _evaluate(profile.op_flops, micro_batch_size, rank), _evaluate(profile.op_bytes, micro_batch_size, rank)
+def operator_costs(profile: StepProfile, micro_batch_size: float, rank: int) -> tuple[Ints, Ints]:
+    """(flops, bytes) of every operator; a micro-batch may end with a part of a sequence."""
+    values = np.array([1, micro_batch_size, rank, micro_batch_size * rank])
+    return profile.op_flops @ values, profile.op_bytes @ values

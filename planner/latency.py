@@ -28,24 +28,34 @@ class StepSeconds:
         return gradient_accumulation_steps * self.micro_batch_seconds + self.update_seconds
 
 
-def step_seconds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec) -> StepSeconds:
+def step_seconds(
+    runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec, length_share: float = 1.0
+) -> StepSeconds:
     """Time of one step, operator by operator, by the roofline model (Williams, Waterman and Patterson, 2009).
 
     The device runs one operator after the other, with copies from and to the host beside them, while the host launches
     all of them ahead: a stretch takes the longer of the device's time and the host's. The rates are those that last
     under the chip's power cap. Left out: caches, and how a matrix product's shape fills the chip, but for the thin ones
-    of adapters.
+    of adapters. With *length_share*, sequences are so much shorter than the profiled ones.
     """
-    device, host = zip(*(profile_seconds(profile, micro_batch_size, rank, gpu) for profile, _ in runs), strict=True)
+    found = [profile_seconds(profile, micro_batch_size, rank, gpu, length_share) for profile, _ in runs]
+    device, host = zip(*found, strict=True)
     on_device, on_host = costs.total_seconds(runs, device), costs.total_seconds(runs, host)
     return StepSeconds(max(on_device[0], on_host[0]), max(on_device[1], on_host[1]))
 
 
 def profile_seconds(
-    profile: StepProfile, micro_batch_size: int, rank: int, gpu: GpuSpec
+    profile: StepProfile, micro_batch_size: int, rank: int, gpu: GpuSpec, length_share: float = 1.0
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of every segment of *profile* on the device, and on the host that launches it."""
-    flops, num_bytes = costs.operator_costs(profile, micro_batch_size, rank)
+    """Seconds of every segment of *profile* on the device, and on the host that launches it.
+
+    A sequence of which only *length_share* is there takes what so much of one takes, and attention its square.
+    """
+    if length_share == 1.0:
+        flops, num_bytes = costs.operator_costs(profile, micro_batch_size, rank)
+    else:
+        flops, num_bytes = costs.operator_costs(profile, micro_batch_size * length_share, rank)
+        flops = np.where(np.isin(profile.op_kind, _QUADRATIC), flops * length_share, flops)
     seconds = operator_seconds(profile.op_kind, flops, num_bytes, gpu)
     waiting = waiting_seconds(profile, seconds)
     computing = costs.segment_seconds(profile, np.where(profile.op_kind == COPY, 0.0, seconds))
@@ -112,6 +122,10 @@ def launch_seconds(kinds: Ints, gpu: GpuSpec) -> Seconds:
     extra = [gpu.quantized_launch_seconds if kind in ("dequantize", "int8") else 0.0 for kind in OP_KINDS]
     seconds: Seconds = gpu.kernel_launch_seconds + np.array(extra)[kinds]
     return seconds
+
+
+_QUADRATIC = [index for index, kind in enumerate(OP_KINDS) if kind.startswith(("attention", "batched"))]
+"""Kinds whose arithmetic grows with the square of the sequence length."""
 
 
 def _rate(gpu: GpuSpec, kind: str) -> float:

@@ -26,6 +26,9 @@ class Workload:
         total_tokens: size of the whole work, padding not counted.
         num_sequences: of *sequence_length* tokens, the last ones padded, where the data is known; None derives it
             from *total_tokens*.
+        num_packed_sequences: as many as documents of these lengths were packed into, where the data is known.
+        window_counts: how many sequences that are not packed have up to 64, 128, ... tokens, where the data is known.
+        packing: several documents to a sequence, or one; None lets the planner choose.
         num_eval_sequences: held out, and evaluated before and after training.
         global_batch_size: sequences per optimizer update over all GPUs.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
@@ -42,6 +45,8 @@ class Workload:
     sequence_length: Annotated[int, Meta(ge=2, le=MOST_TOKENS)] = 2048
     total_tokens: Positive = 10_000_000
     num_sequences: Positive | None = None
+    num_packed_sequences: Positive | None = None
+    window_counts: tuple[Annotated[int, Meta(ge=0)], ...] = ()
     num_eval_sequences: Annotated[int, Meta(ge=0)] = 0
     global_batch_size: Annotated[int, Meta(ge=1, le=MOST_SEQUENCES)] = 16
     num_gpus: Positive = 1
@@ -54,26 +59,21 @@ class Workload:
     loss_chunks: Positive | None = None
     activations: Activations | None = None
     double_quantization: bool | None = None
+    packing: bool | None = None
     max_weight_error: Annotated[float, Meta(ge=0)] | None = None
     headroom: Annotated[float, Meta(ge=0, lt=1)] | None = None
     max_process_bytes: Positive | None = None
     deadline_hours: Annotated[float, Meta(gt=0)] | None = None
     budget_usd: Annotated[float, Meta(gt=0)] | None = None
 
-    @property
-    def sequences(self) -> int:
-        """Sequences in the whole work."""
-        return self.num_sequences or self.packed_sequences
+    def sequences(self, *, packing: bool) -> int:
+        """Sequences in the whole work; where the data is not known, as many as its tokens would fill."""
+        known = self.num_packed_sequences if packing else self.num_sequences
+        return known or -(-self.total_tokens // self.sequence_length)
 
-    @property
-    def packed_sequences(self) -> int:
-        """As many as the tokens would fill without padding."""
-        return -(-self.total_tokens // self.sequence_length)
-
-    @property
-    def padding_share(self) -> float:
+    def padding_share(self, *, packing: bool) -> float:
         """Positions that hold no token."""
-        return max(0.0, 1 - self.total_tokens / (self.sequences * self.sequence_length))
+        return max(0.0, 1 - self.total_tokens / (self.sequences(packing=packing) * self.sequence_length))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,4 +290,10 @@ class Plan:
     @property
     def num_steps(self) -> int:
         """Optimizer updates for the whole work."""
-        return -(-self.workload.sequences // self.configuration.global_batch_size)
+        configuration = self.configuration
+        return -(-self.workload.sequences(packing=configuration.packing) // configuration.global_batch_size)
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """A step of the work: shorter than one of full sequences where micro-batches are trimmed to their longest."""
+        return self.wall.training_seconds / self.num_steps

@@ -80,7 +80,8 @@ class Problem:
         if workload.max_weight_error is not None:
             harm = int(self.num_layers * quality.harm_of(workload.max_weight_error))
         if workload.deadline_hours is not None:
-            steps = -(-workload.sequences // workload.global_batch_size)
+            sequences = workload.sequences(packing=workload.packing is True)
+            steps = -(-sequences // workload.global_batch_size)
             step = max(0, int((workload.deadline_hours * 3600 - self.beside_seconds) / steps * SECOND))
         return Limits(memory_bytes=self.budget_bytes, harm=harm, host_bytes=self.host_bytes, step_picoseconds=step)
 
@@ -168,6 +169,7 @@ def configured(workload: Workload, cell: Cell, layers: list[Strategy]) -> Config
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
         num_gpus=workload.num_gpus,
         loss_chunks=cell.loss_chunks,
+        packing=workload.packing is True,
     )
 
 

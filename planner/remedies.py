@@ -81,13 +81,17 @@ def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterat
         yield (Change(f"--rank {SMALLEST_RANK}", replace(workload, rank=SMALLEST_RANK), gpu),)
     elif workload.rank is None and workload.min_rank > SMALLEST_RANK:
         yield (Change(f"--min-rank {SMALLEST_RANK}", replace(workload, min_rank=SMALLEST_RANK), gpu),)
-    free = replace(workload, micro_batch_size=None, loss_chunks=None, activations=None, double_quantization=None)
+    free = replace(
+        workload, micro_batch_size=None, loss_chunks=None, activations=None, double_quantization=None, packing=None
+    )
     if free != workload:
         yield (Change("the same without --fix", free, gpu),)
     shorter: list[Change] = []
     length = workload.sequence_length // 2
     while length >= SMALLEST_SEQUENCE:
-        changed = replace(workload, sequence_length=length, num_sequences=None)
+        changed = replace(
+            workload, sequence_length=length, num_sequences=None, num_packed_sequences=None, window_counts=()
+        )
         shorter.append(Change(f"--sequence-length {length}", changed, gpu))
         length //= 2
     yield tuple(shorter)

@@ -13,7 +13,7 @@ from . import quality
 from .frontier import FrontierPoint
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
-from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime
+from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
 from .strategies import Configuration, StrategyRun
 
 BAR_WIDTH = 60
@@ -226,9 +226,18 @@ def _headline(value: Plan) -> RenderableType:
         f" x {gpus} GPU{plural}"
         f" = {configuration.global_batch_size} sequences of {configuration.sequence_length} tokens per step",
     )
+    if configuration.packing:
+        grid.add_row("packing", _packing(value.workload))
     if configuration.loss_chunks > 1:
         grid.add_row("loss", f"in {configuration.loss_chunks} chunks of tokens")
     return Group(title, grid)
+
+
+def _packing(workload: Workload) -> str:
+    if workload.num_sequences is None or workload.num_packed_sequences is None:
+        return "on"
+    each = workload.num_sequences / workload.num_packed_sequences
+    return f"on: {each:.1f} documents per sequence on average"
 
 
 def _memory(value: Plan) -> RenderableType:
@@ -258,7 +267,7 @@ def _speed(value: Plan) -> RenderableType:
         ("Speed  ", "bold"),
         f"{duration(seconds)} per step, {value.prediction.tokens_per_second:,.0f} tokens/s; "
         f"{counted(value.num_steps, 'step')} ({value.workload.total_tokens:,} tokens) "
-        f"take{'s' if value.num_steps == 1 else ''} {duration(seconds * value.num_steps)}\n",
+        f"take{'s' if value.num_steps == 1 else ''} {duration(value.wall.training_seconds)}\n",
         f"of a step: {_kinds(value.time)}; {_bound(value.time)}\n",
         f"{_beside(value.wall)}: {duration(value.wall.total_seconds)} in all",
     )

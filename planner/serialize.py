@@ -69,6 +69,7 @@ def _contradictions(plan: Plan) -> list[str]:
             f"configuration.num_gpus is {plan.configuration.num_gpus}, workload.num_gpus {plan.workload.num_gpus}"
         )
     found += _disorder(plan)
+    found += _mixed(plan)
     plain = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[plan.compute_dtype]
     for run in plan.configuration.layers:
         if run.strategy.weight_format not in (plain, "int8", "nf4"):
@@ -98,6 +99,11 @@ def _overflow(plan: Plan) -> list[str]:
     if plan.compute_dtype != "float16" or not model_facts.overflows_fp16(plan.model_config):
         return []
     return [f"compute_dtype is float16, which {plan.model_config['model_type']} overflows; plan for a GPU with bf16"]
+
+
+def _mixed(plan: Plan) -> list[str]:
+    reason = model_facts.why_not_packed(plan.model_config, plan.configuration.sequence_length)
+    return [f"configuration.packing is true, but {reason}"] if plan.configuration.packing and reason else []
 
 
 def _disorder(plan: Plan) -> list[str]:

@@ -57,6 +57,7 @@ class Configuration:
         gradient_accumulation_steps: micro-batches per optimizer update and GPU.
         num_gpus: data-parallel replicas.
         loss_chunks: parts into which a micro-batch's tokens are divided for the head and the loss.
+        packing: several documents to a sequence, none of which sees another.
     """
 
     layers: tuple[StrategyRun, ...]
@@ -67,6 +68,7 @@ class Configuration:
     gradient_accumulation_steps: Positive
     num_gpus: Positive = 1
     loss_chunks: Positive = 1
+    packing: bool = False
 
     @property
     def global_batch_size(self) -> int:

@@ -36,6 +36,48 @@ def changes_logits(config: Mapping[str, Any]) -> bool:
     return any(config.get(name) not in (None, 1, 1.0) for name in _CHANGED_LOGITS)
 
 
+_PACKABLE = frozenset(
+    (
+        "cohere",
+        "gemma",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    )
+)
+"""Kinds of model of which the tests show that a packed document is computed as if it were alone."""
+
+
+def why_not_packed(config: Mapping[str, Any], sequence_length: int) -> str | None:
+    """What keeps documents from being packed into sequences of this length for the model; None if nothing does."""
+    kind = str(config.get("model_type"))
+    if kind not in _PACKABLE:
+        return f"attention of model_type {kind} was never shown to keep packed documents apart"
+    window = config.get("sliding_window")
+    if isinstance(window, int) and window < sequence_length and config.get("use_sliding_window", True):
+        return f"its sliding window of {window} tokens is shorter than a sequence of {sequence_length}"
+    scaling = config.get("rope_scaling") or config.get("rope_parameters")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope"):
+        return "its rotary embeddings depend on the longest document in a batch"
+    return None
+
+
 def size(config: Mapping[str, Any], name: str) -> int | None:
     """The size called *name* in most configurations, under any spelling; None where it is not stated."""
     for spelling in _SPELLINGS[name]:

@@ -1,14 +1,26 @@
-"""Attention as a T4 can run it: PyTorch's SDPA with the KV heads expanded first."""
+"""Attention as a T4 can run it: PyTorch's SDPA with the KV heads expanded first, also of packed documents."""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import sdpa_mask
 
 NAME = "shallowflow_sdpa"
+PACKED = "shallowflow_packed"
+FUSED_ALIGNMENT_BYTES = 16
+"""Of a head, for the memory-efficient kernel."""
 
 
 def expanded_attention(
@@ -28,20 +40,81 @@ def expanded_attention(
     to the math kernel, which keeps the whole score matrix. Shapes: query (batch, heads, tokens, head size), key
     and value (batch, KV heads, tokens, head size); returns (batch, tokens, heads, head size).
     """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    skips = bool(causal) and attention_mask is None and query.shape[2] > 1
+    return _attention(query, key, value, attention_mask, dropout, scaling, skips), None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """``expanded_attention`` under a mask that hides all later tokens.
+
+    Fused kernels take mask and causality together and pass over what is hidden by the latter, half of their work; the
+    math kernel, which takes heads that do not align, refuses both at once, and a CPU's takes no dropout.
+    """
+    is_fused = not dropout and all((t.size(-1) * t.element_size()) % FUSED_ALIGNMENT_BYTES == 0 for t in (query, value))
+    skips = attention_mask is None or is_fused
+    return _attention(query, key, value, attention_mask, dropout, scaling, skips), None
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    skips_later: bool,
+) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     out = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        scale=scaling,
-        is_causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=skips_later
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
+
+
+def pack(model: PreTrainedModel) -> None:
+    """Let *model*, which has this module's attention, take ``position_ids`` that begin at 0 with each document.
+
+    The mask is made once, in the compute dtype, for all layers.
+
+    Raises:
+        ValueError: the model's attention is another.
+    """
+    if model.config._attn_implementation != NAME:
+        raise ValueError(f"documents for {model.config.model_type} cannot be packed: its attention is its own")
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)
+    model.set_attn_implementation(PACKED)
+    decoder: Any = model.get_decoder()
+    decoder.forward = functools.partial(_masked_forward, decoder.forward, model.dtype)
+
+
+def _masked_forward(forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("position_ids") is not None:
+        kwargs["attention_mask"] = document_mask(kwargs["position_ids"], dtype)
+    return forward(*args, **kwargs)
+
+
+def document_mask(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores so that a token at position p of its document sees the p before it, and itself.
+
+    Shapes (batch, tokens) and (batch, 1, tokens, tokens).
+    """
+    place = torch.arange(position_ids.size(-1), device=position_ids.device)
+    begins = (place - position_ids).unsqueeze(-1)
+    hidden = (place < begins).logical_or_(place > place.unsqueeze(-1))
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf).unsqueeze(1)
 
 
 def register() -> str:
@@ -68,4 +141,4 @@ def best_for(config: PreTrainedConfig) -> str:
 
 def shown(implementation: str) -> str:
     """What people call it."""
-    return "SDPA" if implementation in (NAME, "sdpa") else implementation
+    return "SDPA" if implementation in (NAME, PACKED, "sdpa") else implementation

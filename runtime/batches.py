@@ -1,7 +1,8 @@
-"""Documents to batches of one fixed shape, without one document ever seeing another."""
+"""Documents to batches, without one document ever seeing another."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,25 +10,46 @@ from typing import Any
 
 import torch
 
+from shallowflow.planner.packing import first_fit_decreasing, trimmed_length
+
 from .documents import Document
 from .loss import IGNORED_LABEL
 from .step import MicroBatch
 
+PADDING = 0
+"""The token after a window's end: read by no other, and not learned."""
+
+NUM_WHOLE_STEPS = 2
+"""Steps that are not trimmed: the second is the first to meet the optimizer's state, so that the planned peak is
+reached at once or never."""
+
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A window of one document: token numbers and the shifted labels, both of the sequence length."""
+    """A window of one document, or several that are packed: token numbers and the shifted labels.
+
+    Attributes:
+        packed: the lengths of the packed windows, one after the other; empty for a window that stands alone.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     num_targets: int
+    packed: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The windows of one micro-batch, and the length that they are padded to."""
+
+    windows: tuple[Window, ...]
+    length: int
 
 
 def windows(documents: Sequence[Document], tokenizer: Any, sequence_length: int) -> list[Window]:
-    """Cut every document into windows of *sequence_length* tokens, the last padded on the right.
+    """Cut every document into windows of at most *sequence_length* tokens.
 
-    Attention is causal, so padding on the right is seen by no token before it and needs no mask; its labels are
-    ignored. Prompts are read and not learned; each document ends with the end-of-text token.
+    Prompts are read and not learned; each document ends with the end-of-text token.
     """
     end = tokenizer.eos_token_id
     start = _start(tokenizer)
@@ -37,7 +59,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, sequence_length: int)
         tokens = [*prompt, *_tokens(tokenizer, document.text), *([] if end is None else [end])]
         targets = [IGNORED_LABEL] * max(0, len(prompt) - 1) + tokens[max(1, len(prompt)) :]
         starts = range(0, len(targets), sequence_length)
-        found += [_window(tokens, targets, first, sequence_length, end or 0) for first in starts]
+        found += [_window(tokens, targets, first, sequence_length) for first in starts]
     return [window for window in found if window.num_targets]
 
 
@@ -51,39 +73,79 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
-def _window(tokens: list[int], targets: list[int], first: int, length: int, padding: int) -> Window:
+def _window(tokens: list[int], targets: list[int], first: int, length: int) -> Window:
     labels = targets[first : first + length]
-    inputs = tokens[first : first + len(labels)]
-    missing = length - len(labels)
     return Window(
-        input_ids=tuple(inputs + [padding] * missing),
-        labels=tuple(labels + [IGNORED_LABEL] * missing),
+        input_ids=tuple(tokens[first : first + len(labels)]),
+        labels=tuple(labels),
         num_targets=sum(label != IGNORED_LABEL for label in labels),
     )
 
 
-def micro_batch(chosen: Sequence[Window], device: torch.device | str) -> MicroBatch:
-    """Stack windows into one micro-batch on *device*."""
-    return MicroBatch(
-        input_ids=torch.tensor([w.input_ids for w in chosen], device=device),
-        labels=torch.tensor([w.labels for w in chosen], device=device),
-        num_targets=sum(w.num_targets for w in chosen),
+def packed(every: Sequence[Window], sequence_length: int) -> list[Window]:
+    """As few sequences of at most *sequence_length* tokens as first-fit decreasing packs *every* window into."""
+    bins = first_fit_decreasing([len(window.input_ids) for window in every], sequence_length)
+    return [_joined([every[number] for number in chosen]) for chosen in bins]
+
+
+def _joined(chosen: Sequence[Window]) -> Window:
+    return Window(
+        input_ids=tuple(token for window in chosen for token in window.input_ids),
+        labels=tuple(label for window in chosen for label in window.labels),
+        num_targets=sum(window.num_targets for window in chosen),
+        packed=tuple(len(window.input_ids) for window in chosen),
     )
 
 
+def micro_batch(chosen: Sequence[Window], device: torch.device | str, length: int | None = None) -> MicroBatch:
+    """Stack windows into one micro-batch on *device*, padded on the right to *length*, or to the longest of them.
+
+    Attention is causal, so padding on the right is seen by no token before it and needs no mask; its labels are
+    ignored. In packed sequences positions begin anew with each window, and with the padding.
+    """
+    length = length or max(len(window.input_ids) for window in chosen)
+    positions = [_positions(w.packed, length) for w in chosen] if any(w.packed for w in chosen) else None
+    return MicroBatch(
+        input_ids=torch.tensor([_padded(w.input_ids, length, PADDING) for w in chosen], device=device),
+        labels=torch.tensor([_padded(w.labels, length, IGNORED_LABEL) for w in chosen], device=device),
+        num_targets=sum(w.num_targets for w in chosen),
+        position_ids=None if positions is None else torch.tensor(positions, device=device),
+    )
+
+
+def _padded(values: tuple[int, ...], length: int, padding: int) -> tuple[int, ...]:
+    return values + (padding,) * (length - len(values))
+
+
+def _positions(lengths: tuple[int, ...], total: int) -> list[int]:
+    return [position for length in (*lengths, total - sum(lengths)) for position in range(length)]
+
+
 def steps(
-    every: Sequence[Window], micro_batch_size: int, num_micro_batches: int, seed: int
-) -> Iterator[list[list[Window]]]:
+    every: Sequence[Window], micro_batch_size: int, num_micro_batches: int, sequence_length: int, seed: int
+) -> Iterator[list[Group]]:
     """For each optimizer step its micro-batches, over the data again and again in a new order each time.
 
-    The last sequences of an epoch are filled up from the next one, so that every batch has the same shape.
+    The last sequences of an epoch are filled up from the next one, so that every step has as many. Which windows a
+    step has does not depend on their lengths; how they are spread over its micro-batches does, and that changes no
+    gradient. Each micro-batch is as long as its longest window, but in the first steps as long as *sequence_length*.
     """
     shuffle = random.Random(seed)  # noqa: S311  # an order, not a secret
     stock: list[Window] = []
-    while True:
-        while len(stock) < micro_batch_size * num_micro_batches:
+    num_windows = micro_batch_size * num_micro_batches
+    for number in itertools.count():
+        while len(stock) < num_windows:
             epoch = list(every)
             shuffle.shuffle(epoch)
             stock += epoch
-        yield [stock[i * micro_batch_size : (i + 1) * micro_batch_size] for i in range(num_micro_batches)]
-        del stock[: micro_batch_size * num_micro_batches]
+        chosen = sorted(stock[:num_windows], key=lambda window: -len(window.input_ids))
+        del stock[:num_windows]
+        yield [
+            _group(chosen[first : first + micro_batch_size], sequence_length, trims=number >= NUM_WHOLE_STEPS)
+            for first in range(0, num_windows, micro_batch_size)
+        ]
+
+
+def _group(chosen: Sequence[Window], sequence_length: int, *, trims: bool) -> Group:
+    longest = max(len(window.input_ids) for window in chosen)
+    return Group(tuple(chosen), trimmed_length(longest, sequence_length) if trims else sequence_length)

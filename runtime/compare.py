@@ -65,11 +65,12 @@ def causes(
     timed = timed_steps(steps)
     learned = sum(step.num_target_tokens for step in timed)
     expected = prediction.tokens_per_second * sum(step.seconds for step in timed)
-    more_padding = padding_share - plan.workload.padding_share > CHANGED_PACE - 1
+    planned = plan.workload.padding_share(packing=plan.configuration.packing)
+    more_padding = padding_share - planned > CHANGED_PACE - 1
     if learned and expected / learned - 1 > load_gpu(plan.gpu).step_error and more_padding:
         found.append(
             f"{learned / expected:.2f} of the predicted tokens are learned in a second: {padding_share:.0%} of the "
-            f"positions are padding, the plan counted {plan.workload.padding_share:.0%}"
+            f"positions are padding, the plan counted {planned:.0%}"
         )
     return found
 

@@ -59,8 +59,14 @@ def read_documents(path: Path) -> list[Document]:
 
 def estimated_sequences(documents: list[Document], sequence_length: int) -> tuple[int, int]:
     """(sequences, tokens) that *documents* come to, at CHARACTERS_PER_TOKEN."""
+    lengths = estimated_lengths(documents, sequence_length)
+    return len(lengths), sum(lengths)
+
+
+def estimated_lengths(documents: list[Document], sequence_length: int) -> list[int]:
+    """Tokens of each window of at most *sequence_length* that *documents* come to, at CHARACTERS_PER_TOKEN."""
     tokens = [-(-(len(d.prompt) + len(d.text)) // CHARACTERS_PER_TOKEN) for d in documents]
-    return sum(-(-count // sequence_length) for count in tokens), sum(tokens)
+    return [min(sequence_length, count - first) for count in tokens for first in range(0, count, sequence_length)]
 
 
 def _jsonl(path: Path, content: str) -> Iterator[Document]:

@@ -125,6 +125,7 @@ class Learner:
             work.windows,
             configuration.micro_batch_size,
             configuration.gradient_accumulation_steps,
+            configuration.sequence_length,
             work.request.seed,
         )
         made = training_steps(

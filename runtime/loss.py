@@ -24,7 +24,13 @@ def summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     )
 
 
-def chunked(model: Any, input_ids: torch.Tensor, labels: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+def chunked(
+    model: Any,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_tokens: int,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``summed`` of *model*'s logits, *chunk_tokens* at a time; the head is frozen.
 
     Each chunk's gradient is computed beside its loss, so nothing is computed twice and one chunk's logits are held.
@@ -35,7 +41,8 @@ def chunked(model: Any, input_ids: torch.Tensor, labels: torch.Tensor, chunk_tok
     if model_facts.changes_logits(model.config.to_dict()):
         raise ValueError(f"{model.config.model_type} changes its logits after the head; use the whole loss")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    hidden = base.get_decoder()(input_ids=input_ids, **positions, use_cache=False).last_hidden_state
     head = base.get_output_embeddings()
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     rows, wanted = hidden.flatten(0, -2), labels.flatten()

@@ -71,6 +71,8 @@ def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.de
     tokenizer = load_tokenizer(source)
     length = plan.configuration.sequence_length
     windows = _windows(batches.windows(documents, tokenizer, length), request.data)
+    if plan.configuration.packing:
+        windows = batches.packed(windows, length)
     eval_windows = _windows(batches.windows(held_out, tokenizer, length), request.eval_data) if held_out else []
     return Work(
         plan=plan,

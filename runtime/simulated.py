@@ -114,7 +114,8 @@ def make_meta_step(
     batches = []
     for _ in range(num_micro_batches):
         tokens = torch.empty(shape, dtype=torch.int64, device="meta")
-        batches.append(MicroBatch(tokens, torch.empty_like(tokens), math.prod(shape)))
+        positions = torch.empty_like(tokens) if configuration.packing else None
+        batches.append(MicroBatch(tokens, torch.empty_like(tokens), math.prod(shape), positions))
     return MetaStep(trainee, batches)
 
 

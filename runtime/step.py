@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from shallowflow.planner.strategies import Configuration
 
-from . import activations, build, quantized
+from . import activations, attention, build, quantized
 from .loss import chunked, summed
 from .precision import LossScale
 
@@ -26,11 +26,19 @@ class MicroBatch:
     """Token numbers and the labels to learn, both (micro batch, sequence length).
 
     Labels are already shifted: position ``t`` holds the token at ``t + 1``, or -100 where nothing is learned.
+
+    Attributes:
+        position_ids: of packed sequences, which begin at 0 with each document; None where each sequence is of one.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     num_targets: int
+    position_ids: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of it."""
+        return [t for t in (self.input_ids, self.labels, self.position_ids) if t is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +132,10 @@ class Trainee:
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy over the target tokens, in fp32."""
         if self.loss_chunks > 1:
-            return chunked(self.model, batch.input_ids, batch.labels, -(-batch.labels.numel() // self.loss_chunks))
-        return summed(self.model(input_ids=batch.input_ids, use_cache=False).logits, batch.labels)
+            chunk_tokens = -(-batch.labels.numel() // self.loss_chunks)
+            return chunked(self.model, batch.input_ids, batch.labels, chunk_tokens, batch.position_ids)
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        return summed(self.model(input_ids=batch.input_ids, **positions, use_cache=False).logits, batch.labels)
 
 
 @contextlib.contextmanager
@@ -157,6 +167,8 @@ def make_trainee(
         ValueError: the configuration does not match the model.
     """
     strategies = configuration.strategies()
+    if configuration.packing:
+        attention.pack(model)
     build.apply_formats(model, strategies, compute_dtype)
     layers = build.decoder_layers(model)
     activations.apply_policies(model, layers, strategies)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 
 import torch
 
-from shallowflow.planner.plan import Plan
+from shallowflow.planner.plan import Plan, Prediction
 from shallowflow.planner.profiler import cache
 
 from . import compare
@@ -19,7 +20,8 @@ from .request import RunRequest
 
 def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
     """What the run of *work* has come to, the last part of it as *kept*."""
-    plan, request, prediction = work.plan, work.request, kept.candidate.prediction
+    plan, request = work.plan, work.request
+    prediction = _of_the_mean_step(plan, kept.candidate.prediction)
     seconds = progress.seconds()
     positions = len(work.windows) * plan.configuration.sequence_length
     padding_share = 1 - sum(window.num_targets for window in work.windows) / positions
@@ -59,6 +61,12 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         evaluation_peak_bytes=kept.evaluation_peak_bytes if work.eval_windows else None,
         best_step=progress.best_step if request.patience is not None and ended else None,
     )
+
+
+def _of_the_mean_step(plan: Plan, prediction: Prediction) -> Prediction:
+    """*prediction* for steps whose micro-batches are trimmed as much as the plan counts on."""
+    share = plan.mean_step_seconds / plan.prediction.step_seconds
+    return replace(prediction, step_seconds=prediction.step_seconds * share)
 
 
 def _samples(request: RunRequest, progress: Progress) -> tuple[SampleRecord, ...]:

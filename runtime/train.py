@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from .batches import Window, micro_batch
+from .batches import Group, micro_batch
 from .meter import MeasuredPeak, Stopwatch, measure_peak
 from .record import StepRecord
 from .step import StepOutcome, Trainee
@@ -21,7 +21,7 @@ Its time does not count.
 
 def train(
     trainee: Trainee,
-    steps: Iterable[Sequence[Sequence[Window]]],
+    steps: Iterable[Sequence[Group]],
     device: torch.device,
     *,
     on_peak: Callable[[MeasuredPeak], None],
@@ -36,9 +36,9 @@ def train(
     for index, chosen in enumerate(steps, start=first):
         torch.manual_seed((seed << 32) + index)
         watch = Stopwatch(device)
-        batches = [micro_batch(windows, device) for windows in chosen]
+        batches = [micro_batch(group.windows, device, group.length) for group in chosen]
         if index == max(MEASURED_STEP, first):
-            tokens = [t for b in batches for t in (b.input_ids, b.labels)]
+            tokens = [tensor for batch in batches for tensor in batch.tensors()]
             run = functools.partial(trainee.step, batches)
             outcome, peak = measure_peak(run, [*trainee.resident(), *tokens], device)
             on_peak(peak)

@@ -160,25 +160,38 @@ def _request(
 
 def _work(
     tokens: int | None, data: Path | None, eval_data: Path | None, sequence_length: int
-) -> tuple[dict[str, int], tuple[str, ...]]:
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What is known of the work: fields of a workload, and notes on where they come from."""
     if tokens is not None and data is not None:
         raise RequestError("give either --tokens or --data, not both")
     if data is None and eval_data is None:
         return ({"total_tokens": tokens} if tokens else {}), ()
-    from shallowflow.runtime.documents import CHARACTERS_PER_TOKEN, estimated_sequences, read_documents
+    from shallowflow.planner.packing import first_fit_decreasing, window_counts
+    from shallowflow.runtime.documents import (
+        CHARACTERS_PER_TOKEN,
+        estimated_lengths,
+        estimated_sequences,
+        read_documents,
+    )
 
-    work: dict[str, int] = {}
+    work: dict[str, Any] = {}
     if eval_data is not None:
         work["num_eval_sequences"], _ = estimated_sequences(read_documents(eval_data), sequence_length)
     if data is None:
         return {**work, **({"total_tokens": tokens} if tokens else {})}, ()
-    sequences, total = estimated_sequences(read_documents(data), sequence_length)
+    lengths = estimated_lengths(read_documents(data), sequence_length)
+    total = sum(lengths)
     note = (
-        f"{data.name}: about {total:,} tokens in {sequences:,} sequences, estimated at "
+        f"{data.name}: about {total:,} tokens in {len(lengths):,} sequences, estimated at "
         f"{CHARACTERS_PER_TOKEN} characters per token; the hours follow from it."
     )
-    return {**work, "total_tokens": total, "num_sequences": sequences}, (note,)
+    found = {
+        "total_tokens": total,
+        "num_sequences": len(lengths),
+        "num_packed_sequences": len(first_fit_decreasing(lengths, sequence_length)),
+        "window_counts": window_counts(lengths, sequence_length),
+    }
+    return {**work, **found}, (note,)
 
 
 def _check_writable(output: Path | None) -> None:

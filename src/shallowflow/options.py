@@ -17,7 +17,8 @@ DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 DEFAULTS = Workload()
 POSITIVE = click.FloatRange(min=0, min_open=True)
 MOST_FIXED = 65_536
-FIXABLE = ("micro_batch_size", "loss_chunks", "rank", "activations", "quantization", "double_quantization")
+FIXABLE = ("micro_batch_size", "loss_chunks", "rank", "activations", "quantization", "double_quantization", "packing")
+BOOLEANS = ("double_quantization", "packing")
 
 
 def fixed_fields(fixed: tuple[str, ...]) -> dict[str, object]:
@@ -39,12 +40,12 @@ def _field(key: str, value: str) -> object:
     texts: dict[str, tuple[str, ...]] = {
         "activations": get_args(Activations),
         "quantization": get_args(Quantization),
-        "double_quantization": ("true", "false"),
+        **dict.fromkeys(BOOLEANS, ("true", "false")),
     }
     if key in texts:
         if value not in texts[key]:
             raise RequestError(f"--fix {key}={value}: not one of {', '.join(texts[key])}")
-        return value == "true" if key == "double_quantization" else value
+        return value == "true" if key in BOOLEANS else value
     if not value.isdecimal() or not 1 <= int(value) <= MOST_FIXED:
         raise RequestError(f"--fix {key}={value}: not a whole number from 1 to {MOST_FIXED}")
     return int(value)
@@ -74,6 +75,11 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             default=DEFAULTS.global_batch_size,
             show_default=True,
             help="Sequences per optimizer update, over all GPUs.",
+        ),
+        click.option(
+            "--packing/--no-packing",
+            default=None,
+            help="Several documents to a sequence, or one.  [default: what takes fewer hours]",
         ),
         click.option("--rank", type=count, help="LoRA's rank, fixed."),
         click.option("--min-rank", type=count, help=f"LoRA's rank, at least.  [default: {DEFAULTS.min_rank}]"),

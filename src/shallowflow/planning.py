@@ -10,8 +10,10 @@ from typing import Any
 
 import msgspec
 
+from shallowflow import packing
 from shallowflow.planner import breakdown, costs, money, problem, quality, solver, wall_time
 from shallowflow.planner.costs import LayerRuns
+from shallowflow.planner.packing import trimmed_seconds
 from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, WallTime, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
@@ -22,7 +24,6 @@ from shallowflow.profiles.load import gpu_names, load_gpu, load_instances, load_
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.session import Progress, RequestError, Session
 
-LEAST_PADDING_SHOWN = 0.02
 MOST_DEADLINE_ROUNDS = 3
 """Of solving again where a run takes longer beside its steps than was allowed for."""
 
@@ -73,7 +74,12 @@ def make_plan(
     """
     _check(workload, model, gpu)
     session = Session(model, gpu, progress)
-    timed = replace(workload, deadline_hours=_deadline_hours(workload, gpu))
+    return packing.decided(workload, model, lambda work: _best(session, work, notes, num_alternatives))
+
+
+def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alternatives: int) -> Plan:
+    """The best plan for *workload*, which says whether documents are packed."""
+    timed = replace(workload, deadline_hours=_deadline_hours(workload, session.gpu))
     considered, rank = space(session, workload)
     posed = session.problem(timed, considered, rank)
     made: Plan | None = None
@@ -118,7 +124,7 @@ def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
         )
     rank = workload.rank
     if rank is None:
-        per_rank = session.parameters_per_rank(workload.sequence_length)
+        per_rank = session.parameters_per_rank(workload.sequence_length, packing=workload.packing is True)
         rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank)
         widest = model_facts.size(session.model.config, "hidden_size") or rank
         rank = max(workload.min_rank, min(rank, widest))
@@ -186,6 +192,9 @@ def _check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
             "try a GPU that has, such as --gpu l4"
         )
     check_sizes(model, workload.sequence_length, workload.rank or workload.min_rank)
+    reason = packing.refusal(workload, model)
+    if workload.packing and reason is not None:
+        raise RequestError(f"documents for {model.name} cannot be packed: {reason}; try --no-packing")
 
 
 def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:
@@ -264,12 +273,13 @@ def _wall_time(
 ) -> WallTime:
     configuration, gpu = chosen.configuration, session.gpu
     micro_batch_size, rank = configuration.micro_batch_size, configuration.rank
-    steps = math.ceil(workload.sequences / configuration.global_batch_size)
+    steps = math.ceil(workload.sequences(packing=configuration.packing) / configuration.global_batch_size)
+    step = chosen.prediction.step_seconds - trimmed_seconds(runs, configuration, workload, gpu)
     evaluated = wall_time.NUM_EVALUATIONS * math.ceil(workload.num_eval_sequences / micro_batch_size)
     return wall_time.wall_time(
         num_parameters=session.num_parameters(),
         total_tokens=workload.total_tokens,
-        training_seconds=steps * chosen.prediction.step_seconds,
+        training_seconds=steps * step,
         evaluation_seconds=evaluated * breakdown.forward_seconds(runs, micro_batch_size, rank, gpu),
         saved_bytes=sum(costs.gradient_bytes(profile, count, rank) for profile, count in runs),
         host_to_device_bytes_per_second=gpu.pcie_bytes_per_second,
@@ -295,11 +305,6 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
         notes.append(
             "No step with offloaded activations was recorded on a GPU: their copies are priced at the link's rate, "
             "beside the computing of their layer."
-        )
-    if workload.padding_share >= LEAST_PADDING_SHOWN:
-        notes.append(
-            f"{workload.padding_share:.0%} of the positions are padding, as documents are not packed: packed, they "
-            f"would fill {workload.packed_sequences:,} of the {workload.sequences:,} sequences."
         )
     if workload.num_gpus > 1:
         notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")

@@ -68,12 +68,20 @@ class Session:
         return known
 
     def profile(
-        self, strategy: Strategy, sequence_length: int, like_layer: int = 0, loss_chunks: int = 1
+        self,
+        strategy: Strategy,
+        sequence_length: int,
+        like_layer: int = 0,
+        loss_chunks: int = 1,
+        *,
+        packing: bool = False,
     ) -> StepProfile:
         """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
         facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length, "like": like_layer}
         if loss_chunks > 1:
             facts["loss_chunks"] = loss_chunks
+        if packing:
+            facts["packing"] = packing
         name = cache.key("profile", facts)
         known = cache.read_profile(name)
         if known is not None:
@@ -92,6 +100,7 @@ class Session:
                     micro_batch_size=micro_batch_size,
                     gradient_accumulation_steps=2,
                     loss_chunks=loss_chunks,
+                    packing=packing,
                 ),
                 like_layer,
             )
@@ -126,22 +135,25 @@ class Session:
         """The search problem of *workload* with an adapter of *rank*, in the cells *considered*, over *only* some."""
         kinds = self.layer_kinds()
         wanted = list(filter(only, problem.strategies(workload, self.gpu)))
-        profiles = self._profiles(wanted, workload.sequence_length)
+        length, packing = workload.sequence_length, workload.packing is True
+        profiles = self._profiles(wanted, length, packing)
         last = next((strategy for strategy, kind in profiles if kind == kinds[-1]), None)
         heads: dict[int, StepProfile] = {}
         for chunks in {cell.loss_chunks for cell in considered}:
             if last is not None:
-                heads[chunks] = self.profile(last, workload.sequence_length, kinds[-1], chunks)
+                heads[chunks] = self.profile(last, length, kinds[-1], chunks, packing=packing)
         return problem.Problem(workload, self.gpu, kinds, profiles, heads, rank, self._host_bytes(workload))
 
-    def _profiles(self, wanted: Sequence[Strategy], sequence_length: int) -> dict[tuple[Strategy, int], StepProfile]:
+    def _profiles(
+        self, wanted: Sequence[Strategy], sequence_length: int, packing: bool
+    ) -> dict[tuple[Strategy, int], StepProfile]:
         """Of each kind of layer under each of *wanted*, but for those that the model's code does not allow."""
         found: dict[tuple[Strategy, int], StepProfile] = {}
         refusal: RequestError | None = None
         for strategy in wanted:
             for kind in sorted(set(self.layer_kinds())):
                 try:
-                    found[strategy, kind] = self.profile(strategy, sequence_length, kind)
+                    found[strategy, kind] = self.profile(strategy, sequence_length, kind, packing=packing)
                 except RequestError as error:
                     if strategy.activations not in PARTIAL:
                         raise
@@ -151,11 +163,11 @@ class Session:
             raise refusal
         return found
 
-    def parameters_per_rank(self, sequence_length: int) -> int:
+    def parameters_per_rank(self, sequence_length: int, *, packing: bool = False) -> int:
         """How many parameters the adapter has for each unit of its rank."""
         plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
         per_layer = {
-            kind: int(self.profile(plain, sequence_length, kind).gradients[:, 2].sum()) // FP32_BYTES
+            kind: int(self.profile(plain, sequence_length, kind, packing=packing).gradients[:, 2].sum()) // FP32_BYTES
             for kind in set(self.layer_kinds())
         }
         return sum(per_layer[kind] for kind in self.layer_kinds())

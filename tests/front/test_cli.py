@@ -116,7 +116,8 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
         "deadline-hours": ("deadline_hours", 1000.0),
         "budget-usd": ("budget_usd", 900.0),
     }
-    fixed = {"micro_batch_size": 3, "loss_chunks": 4, "activations": "recompute", "double_quantization": True}
+    fixed: dict[str, object] = {"micro_batch_size": 3, "loss_chunks": 4, "activations": "recompute"}
+    fixed |= {"double_quantization": True, "packing": True}
     words = [word for option, (_, value) in given.items() for word in (f"--{option}", value)]
     words += [word for key, value in fixed.items() for word in ("--fix", f"{key}={value}".lower())]
     words += ["--max-process-gib", 10]
@@ -125,7 +126,8 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
 
     assert done.code == 0, done.errors
     workload = json.loads(done.output)["workload"]
-    unsaid = {"num_sequences": None, "num_eval_sequences": 0, "max_process_bytes": 10 * 2**30}
+    unsaid: dict[str, object] = {"num_sequences": None, "num_packed_sequences": None, "window_counts": []}
+    unsaid |= {"num_eval_sequences": 0, "max_process_bytes": 10 * 2**30}
     assert workload == {**unsaid, **fixed, **dict(given.values())}
 
 
@@ -136,9 +138,39 @@ def test_data_gives_the_size_of_the_work(tiny_folder: Path, data: Path) -> None:
     made = serialize.from_json(sfplan(tiny_folder, *SMALL, "--data", data, "--json").output)
 
     assert abs(made.workload.total_tokens - characters / 4) < 12
-    assert made.workload.num_sequences == 12
+    assert made.workload.num_sequences == 12 >= sum(made.workload.window_counts[:1])
+    assert made.workload.num_packed_sequences is not None and made.workload.num_packed_sequences <= 12
     assert made.num_steps == 1
     assert any("data.jsonl: about" in note and "estimated at 4 characters" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "packed"),
+    [
+        ((), None),
+        (("--packing",), True),
+        (("--no-packing",), False),
+        (("--fix", "packing=true"), True),
+        (("--fix", "packing=false"), False),
+    ],
+)
+def test_packing_is_chosen_or_given(
+    words: tuple[str, ...], packed: bool | None, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Short documents are packed by choice; whatever is said is done, shown, and has a proof that holds."""
+    file, data = tmp_path / "plan.json", tmp_path / "short.jsonl"
+    data.write_text('{"text": "a few words here"}\n' * 200, encoding="utf-8")
+
+    done = sfplan(tiny_folder, *SMALL, "--data", data, *words, "--output", file)
+
+    assert done.code == 0, done.errors
+    made = serialize.from_json(file.read_text(encoding="utf-8"))
+    assert (made.workload.packing, made.configuration.packing) == (packed, packed is not False)
+    assert (made.workload.num_sequences, made.workload.num_packed_sequences) == (200, 25)
+    shown = "packing  on: 8.0 documents per sequence on average" in done.output
+    assert shown == made.configuration.packing
+    assert made.num_steps == (2 if packed is not False else 13)
+    assert sfplan("verify", file).code == 0
 
 
 def test_a_plan_is_the_same_every_time(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every token is learned once, from what precedes it in its own document, in batches of one shape."""
+"""Every token is learned once, from what precedes it in its own document, in batches no longer than planned."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shallowflow.planner.packing import first_fit_decreasing
 from shallowflow.runtime import batches
 from shallowflow.runtime.batches import Window
 from shallowflow.runtime.documents import Document
@@ -59,9 +60,9 @@ def _take(letters: Iterator[str], count: int) -> str:
     return "".join(itertools.islice(letters, count))
 
 
-def numbered(count: int) -> list[Window]:
-    """Windows that can be told apart."""
-    return [Window(input_ids=(i, i), labels=(i, IGNORED_LABEL), num_targets=1) for i in range(count)]
+def numbered(lengths: Sequence[int]) -> list[Window]:
+    """Windows of these lengths that can be told apart by any of their tokens."""
+    return [Window(input_ids=(i,) * n, labels=(i,) * n, num_targets=n) for i, n in enumerate(lengths)]
 
 
 def is_padding(label: int) -> bool:
@@ -89,14 +90,13 @@ def test_every_target_is_learned_once(documents: list[Document], tokenizer: Lett
 
 @given(documents=distinct_documents(), tokenizer=TOKENIZERS, length=LENGTHS)
 def test_a_window_is_a_slice_of_one_document(documents: list[Document], tokenizer: Letters, length: int) -> None:
-    """A window reads consecutive tokens of a single document, then padding on the right that is not learned."""
+    """A window reads consecutive tokens of one document, no more than the sequence length, and holds no padding."""
     streams = [tokenizer.tokens(document)[0] for document in documents]
     for w in batches.windows(documents, tokenizer, length):
-        assert len(w.input_ids) == len(w.labels) == length
-
-        num_read = max(i for i, label in enumerate(w.labels) if not is_padding(label)) + 1
-        read = list(w.input_ids[:num_read])
-        assert any(read == stream[i : i + num_read] for stream in streams for i in range(len(stream)))
+        assert 1 <= len(w.input_ids) == len(w.labels) <= length
+        assert any(
+            list(w.input_ids) == stream[i : i + len(w.input_ids)] for stream in streams for i in range(len(stream))
+        )
 
 
 @given(documents=distinct_documents(), tokenizer=TOKENIZERS, length=LENGTHS)
@@ -131,34 +131,112 @@ def test_one_document_does_not_change_the_loss_of_another(neighbour: Sequence[in
     torch.testing.assert_close(together, alone[0] + alone[1])
 
 
+# Packing
+
+SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=40)
+
+
+@given(lengths=SIZES, capacity=st.integers(20, 64))
+def test_packing_keeps_every_window_whole(lengths: list[int], capacity: int) -> None:
+    """No token is lost or doubled, no window straddles sequences, none is too long, and there are no more of them."""
+    every = numbered(lengths)
+    found = batches.packed(every, capacity)
+
+    inside: list[int] = []
+    for sequence in found:
+        assert sum(sequence.packed) == len(sequence.input_ids) <= capacity
+        assert sequence.labels == sequence.input_ids and sequence.num_targets == len(sequence.labels)
+        places = itertools.accumulate(sequence.packed, initial=0)
+        parts = [sequence.input_ids[first:last] for first, last in itertools.pairwise(places)]
+        assert all(len(set(part)) == 1 and len(part) == lengths[part[0]] for part in parts)
+        inside += [part[0] for part in parts]
+    assert sorted(inside) == list(range(len(lengths)))
+    assert -(-sum(lengths) // capacity) <= len(found) <= len(every)
+    assert found == batches.packed(every, capacity)
+
+
+@given(lengths=SIZES, capacity=st.integers(20, 64))
+def test_packing_takes_the_first_place_with_room(lengths: list[int], capacity: int) -> None:
+    """The sequences are those of first-fit decreasing, done the slow way."""
+    expected: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = (chosen for chosen in expected if sum(lengths[i] for i in chosen) + lengths[number] <= capacity)
+        chosen = next(room, None)
+        if chosen is None:
+            expected.append([number])
+        else:
+            chosen.append(number)
+
+    assert first_fit_decreasing(lengths, capacity) == expected
+
+
+def test_positions_begin_anew_with_each_window() -> None:
+    """In a packed micro-batch each window, and the padding, counts from 0; without packing there are no positions."""
+    every = numbered([3, 2, 4, 1])
+
+    made = batches.micro_batch(batches.packed(every, 6), "cpu", 8)
+
+    assert made.position_ids is not None
+    assert made.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1], [0, 1, 2, 0, 0, 1, 2, 3]]
+    assert made.input_ids[:, :6].tolist() == [[2, 2, 2, 2, 1, 1], [0, 0, 0, 3, 0, 0]]
+    assert [int((row != IGNORED_LABEL).sum()) for row in made.labels] == [6, 4]
+    assert batches.micro_batch(every, "cpu").position_ids is None
+
+
 # Steps
 
 
+@given(lengths=SIZES, micro_batch_size=st.integers(1, 5), accumulation=st.integers(1, 4), seed=st.integers())
+def test_an_epoch_sees_every_window_once(
+    lengths: list[int], micro_batch_size: int, accumulation: int, seed: int
+) -> None:
+    """All steps have as many windows, and those of successive steps are one permutation of the data after another."""
+    every = numbered(lengths)
+    per_step = micro_batch_size * accumulation
+    num_steps = -(-3 * len(lengths) // per_step)
+
+    taken = list(itertools.islice(batches.steps(every, micro_batch_size, accumulation, 20, seed), num_steps))
+
+    assert {(len(step), *(len(group.windows) for group in step)) for step in taken} == {
+        (accumulation, *[micro_batch_size] * accumulation)
+    }
+    seen = Counter(w.input_ids[0] for step in taken for group in step for w in group.windows)
+    rounds, rest = divmod(num_steps * per_step, len(lengths))
+    assert set(seen.values()) <= {rounds, rounds + 1} and seen.total() == rounds * len(lengths) + rest
+    for done in range(len(lengths) // per_step):
+        early = [w.input_ids[0] for step in taken[: done + 1] for group in step for w in group.windows]
+        assert len(set(early)) == len(early)
+
+
 @given(
-    num_windows=st.integers(1, 20),
-    micro_batch_size=st.integers(1, 5),
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    micro_batch_size=st.integers(1, 4),
     accumulation=st.integers(1, 4),
     seed=st.integers(),
 )
-def test_an_epoch_sees_every_window_once(num_windows: int, micro_batch_size: int, accumulation: int, seed: int) -> None:
-    """All batches have one shape, and read in order they are one permutation of the data after another."""
-    every = numbered(num_windows)
-    per_step = micro_batch_size * accumulation
-    num_steps = -(-3 * num_windows // per_step)
+def test_no_shape_exceeds_the_planned_one(
+    lengths: list[int], micro_batch_size: int, accumulation: int, seed: int
+) -> None:
+    """The first two steps have the planned length; later micro-batches the next multiple of 64 that holds the longest.
 
-    taken = list(itertools.islice(batches.steps(every, micro_batch_size, accumulation, seed), num_steps))
+    Their longest come in order, and no other way to cut a step gives shorter micro-batches.
+    """
+    planned = 300
+    endless = batches.steps(numbered(lengths), micro_batch_size, accumulation, planned, seed)
 
-    assert {(len(step), *map(len, step)) for step in taken} == {(accumulation, *[micro_batch_size] * accumulation)}
-    stream = [w.input_ids[0] for step in taken for chosen in step for w in chosen]
-    for epoch in range(3):
-        assert sorted(stream[epoch * num_windows : (epoch + 1) * num_windows]) == list(range(num_windows))
+    for number, step in enumerate(itertools.islice(endless, 6)):
+        longest = [max(len(w.input_ids) for w in group.windows) for group in step]
+        expected = [min(planned, -(-n // 64) * 64) for n in longest] if number >= 2 else [planned] * accumulation
+        assert [group.length for group in step] == expected
+        inside = sorted((len(w.input_ids) for group in step for w in group.windows), reverse=True)
+        assert longest == inside[::micro_batch_size]
 
 
 @given(seed=st.integers(0, 2**32))
 def test_the_seed_decides_the_order(seed: int) -> None:
     """The same seed gives the same batches, another seed and the next epoch other ones."""
-    every = numbered(50)
-    first, again, other = (batches.steps(every, 5, 10, s) for s in (seed, seed, seed + 1))
+    every = numbered([2] * 50)
+    first, again, other = (batches.steps(every, 5, 10, 2, s) for s in (seed, seed, seed + 1))
 
     epoch = next(first)
     assert epoch == next(again)
