@@ -77,7 +77,7 @@ def run(way: str, seed: int) -> dict[str, Any]:
     configuration = Configuration(
         layers=layers,
         rank=rank,
-        alpha=ALPHA,
+        alpha=ALPHA["lora"],
         sequence_length=LENGTH,
         micro_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=1,

@@ -15,13 +15,13 @@ from .chain import Chain, Choice, Counts, Group, Limits, backward_order
 from .costs import LayerRuns, StepProfile
 from .layer_cost import sent_to_host
 from .plan import Prediction, Workload
-from .strategies import Activations, Cell, Configuration, Strategy, StrategyRun, WeightFormat
+from .strategies import Activations, Adapter, Cell, Configuration, Strategy, StrategyRun, WeightFormat
 
 LOSS_CHUNKS = (1, 4, 16)
 """Parts that the loss may be computed in."""
 
-ALPHA = 32
-"""LoRA's alpha at every rank.
+ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8}
+"""The alpha at every rank; of rsLoRA one that scales an adapter of rank 16 as LoRA's does.
 
 With adapters scaled by alpha / rank, one alpha makes the best learning rate nearly the same for all ranks (LoRA Without
 Regret, Schulman et al., 2025), so that the rank decides capacity and nothing else.
@@ -163,13 +163,14 @@ def configured(workload: Workload, cell: Cell, layers: list[Strategy]) -> Config
     return Configuration(
         layers=tuple(runs),
         rank=cell.rank,
-        alpha=ALPHA,
+        alpha=ALPHA[workload.adapter],
         sequence_length=workload.sequence_length,
         micro_batch_size=cell.micro_batch_size,
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
         num_gpus=workload.num_gpus,
         loss_chunks=cell.loss_chunks,
         packing=workload.packing is True,
+        adapter=workload.adapter,
     )
 
 

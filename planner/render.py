@@ -14,8 +14,9 @@ from .frontier import FrontierPoint
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
-from .strategies import Configuration, StrategyRun
+from .strategies import Adapter, Configuration, StrategyRun
 
+ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA"}
 BAR_WIDTH = 60
 FRONTIER_WIDTH = 24
 COLOURS = {
@@ -218,7 +219,8 @@ def _headline(value: Plan) -> RenderableType:
     else:
         for index, run in enumerate(configuration.layers):
             grid.add_row("" if index else "layers", f"{_span(run):<7}{strategy(run)}")
-    grid.add_row("adapter", f"LoRA rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
+    kind = ADAPTERS[configuration.adapter]
+    grid.add_row("adapter", f"{kind} rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
     grid.add_row("compute", f"{value.compute_dtype}, {value.attention} attention, AdamW")
     grid.add_row(
         "batch",

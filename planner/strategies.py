@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from .bounds import Meta
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Activations = Literal["save", "recompute attention", "recompute mlp", "recompute", "offload"]
+Adapter = Literal["lora", "rslora"]
 Positive = Annotated[int, Meta(ge=1)]
 MOST_LAYERS = 10_000
 MOST_TOKENS = 2**24
@@ -53,6 +55,7 @@ class Configuration:
     Attributes:
         layers: strategies of all decoder layers, in order and without gaps.
         rank, alpha: of LoRA on every linear module of the decoder layers.
+        adapter: ``rslora`` divides alpha by the root of the rank, not by the rank (Kalajdzievski, 2023).
         micro_batch_size: sequences per forward pass and GPU.
         gradient_accumulation_steps: micro-batches per optimizer update and GPU.
         num_gpus: data-parallel replicas.
@@ -69,6 +72,12 @@ class Configuration:
     num_gpus: Positive = 1
     loss_chunks: Positive = 1
     packing: bool = False
+    adapter: Adapter = "lora"
+
+    @property
+    def scaling(self) -> float:
+        """What the adapter's product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.adapter == "rslora" else self.rank)
 
     @property
     def global_batch_size(self) -> int:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shallowflow.planner.strategies import Strategy
+from shallowflow.planner.strategies import Adapter, Strategy
 from shallowflow.profiles import BadFacts, FactsError
 from shallowflow.profiles import load_model as load_model_spec
 
@@ -172,7 +172,7 @@ def apply_formats(model: torch.nn.Module, strategies: Sequence[Strategy], comput
             quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], twice)
 
 
-def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Module:
+def add_adapters(model: PreTrainedModel, rank: int, alpha: int, adapter_kind: Adapter = "lora") -> torch.nn.Module:
     """LoRA in fp32 on every linear layer of the decoder, as PEFT does it.
 
     fp32, because a loss scale needs gradients that neither overflow nor vanish; the base keeps its dtype.
@@ -182,7 +182,12 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> torch.nn.Modu
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=adapter_targets(model), lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=adapter_kind == "rslora",
+        target_modules=adapter_targets(model),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -106,7 +106,7 @@ def _merge(base: PreTrainedModel, plan: Plan, trained: dict[str, torch.Tensor]) 
     """Give *base*, in place, the weights that *plan* stored it in, plus the adapter *trained*."""
     transposed = {name for name, module in base.named_modules() if isinstance(module, Conv1D)}
     build.apply_formats(base, plan.configuration.strategies(), plan.compute_dtype)
-    scaling = plan.configuration.alpha / plan.configuration.rank
+    scaling = plan.configuration.scaling
     known = dict(base.named_modules())
     pairs = [key.removesuffix(".lora_A.weight") for key in trained if key.endswith(".lora_A.weight")]
     unknown = [key for key in trained if key.removesuffix(".lora_A.weight") not in pairs and "lora_B" not in key]

@@ -172,7 +172,7 @@ def make_trainee(
     build.apply_formats(model, strategies, compute_dtype)
     layers = build.decoder_layers(model)
     activations.apply_policies(model, layers, strategies)
-    adapted = build.add_adapters(model, configuration.rank, configuration.alpha)
+    adapted = build.add_adapters(model, configuration.rank, configuration.alpha, configuration.adapter)
     if device is not None:
         adapted.to(device)
     adapted.train()

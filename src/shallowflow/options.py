@@ -10,7 +10,7 @@ import click
 
 from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.problem import HEADROOM
-from shallowflow.planner.strategies import Activations
+from shallowflow.planner.strategies import Activations, Adapter
 from shallowflow.session import RequestError
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
@@ -80,6 +80,13 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             "--packing/--no-packing",
             default=None,
             help="Several documents to a sequence, or one.  [default: what takes fewer hours]",
+        ),
+        click.option(
+            "--adapter",
+            type=click.Choice(get_args(Adapter)),
+            default=DEFAULTS.adapter,
+            show_default=True,
+            help="The kind of LoRA.",
         ),
         click.option("--rank", type=count, help="LoRA's rank, fixed."),
         click.option("--min-rank", type=count, help=f"LoRA's rank, at least.  [default: {DEFAULTS.min_rank}]"),

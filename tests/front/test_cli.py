@@ -109,6 +109,7 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
         "rank": ("rank", 24),
         "min-rank": ("min_rank", 8),
         "quantization": ("quantization", "nf4"),
+        "adapter": ("adapter", "rslora"),
         "objective": ("objective", "cost"),
         "region": ("region", "eu-west-1"),
         "headroom": ("headroom", 0.1),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,27 @@ def test_its_loss_is_the_adapters(
     weights = load_file(merged / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert not any("lora" in name or "absmax" in name for name in weights)
+
+
+def test_rslora_is_planned_trained_and_merged(
+    plans: dict[str, Plan], request_for: Requests, held_out: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """It takes what LoRA takes, is scaled by the root of the rank, named to PEFT, and merged as it was trained."""
+    sizes: dict[str, Any] = {"sequence_length": 32, "global_batch_size": 4, "rank": 8}
+    plan = shallowflow.plan(str(tiny_folder), "cpu", adapter="rslora", quantization="fp16", **sizes)
+    plain = plans["fp16"]
+    assert plan.prediction == plain.prediction
+    assert plan.configuration == replace(plain.configuration, adapter="rslora", alpha=8)
+    assert (plan.configuration.scaling, plain.configuration.scaling) == (8 / math.sqrt(8), 32 / 8)
+
+    record = train(plan, request_for(eval_data=held_out, num_steps=8, learning_rate=5e-3))
+    merged = merge(request_for().output, tmp_path / "merged", tiny_folder)
+
+    told = json.loads((request_for().output / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (told["use_rslora"], told["lora_alpha"], told["r"]) == (True, 8, 8)
+    assert record.perplexity_before is not None and record.perplexity_after is not None
+    assert perplexity(merged, held_out, 32) == pytest.approx(record.perplexity_after, rel=1e-3)
+    assert record.perplexity_after < 0.95 * record.perplexity_before
 
 
 @pytest.mark.parametrize("weight_format", ["fp16", "nf4"])
