@@ -239,7 +239,7 @@ def _packing(workload: Workload) -> str:
     if workload.num_sequences is None or workload.num_packed_sequences is None:
         return "on"
     each = workload.num_sequences / workload.num_packed_sequences
-    return f"on: {each:.1f} documents per sequence on average"
+    return f"on: {each:.3g} documents per sequence on average"
 
 
 def _memory(value: Plan) -> RenderableType:

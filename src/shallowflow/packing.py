@@ -8,7 +8,7 @@ from dataclasses import replace
 from shallowflow.planner.packing import MASK_ALIGNMENT
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import Infeasible
-from shallowflow.planner.render import counted, duration
+from shallowflow.planner.render import counted
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.specs import ModelSpec
 
@@ -58,14 +58,14 @@ def _faster(plain: Plan, workload: Workload, pack: Callable[[], Plan]) -> Plan:
     least = num_steps * plain.prediction.step_seconds
     if least >= plain.wall.training_seconds:
         padded = workload.padding_share(packing=False) >= LEAST_PADDING_SHOWN
-        return _noted(plain, workload, _kept(plain, f"at least {duration(least)}") if padded else "")
+        return _noted(plain, workload, _kept(plain, least, "at least ") if padded else "")
     try:
         packed = pack()
     except Infeasible:
         return _noted(plain, workload, "Packed documents fit in no way within these limits.")
     if packed.wall.total_seconds < plain.wall.total_seconds:
         return _noted(packed, workload, _gained(packed, plain))
-    return _noted(plain, workload, _kept(plain, duration(packed.wall.training_seconds)))
+    return _noted(plain, workload, _kept(plain, packed.wall.training_seconds))
 
 
 _UNKNOWN = (
@@ -79,20 +79,21 @@ def _noted(plan: Plan, workload: Workload, note: str) -> Plan:
     return replace(plan, workload=workload, notes=(*plan.notes, *([note] if note else [])))
 
 
-def _kept(plain: Plan, packed_time: str) -> str:
+def _kept(plain: Plan, packed_seconds: float, qualified: str = "") -> str:
     work = plain.workload
+    longer = packed_seconds / plain.wall.training_seconds - 1
     return (
         f"{work.padding_share(packing=False):.0%} of the positions are padding, most of which is trimmed off; packed, "
         f"the documents would fill {work.sequences(packing=True):,} of the {work.sequences(packing=False):,} sequences "
-        f"and train for {packed_time}, not {duration(plain.wall.training_seconds)}."
+        f"and train {qualified}{longer:.0%} longer."
     )
 
 
 def _gained(packed: Plan, plain: Plan) -> str:
     work = packed.workload
+    longer = plain.wall.training_seconds / packed.wall.training_seconds - 1
     return (
         f"Packed, {work.padding_share(packing=True):.0%} of the positions are padding, not "
         f"{work.padding_share(packing=False):.0%}; one document to a sequence would take "
-        f"{counted(plain.num_steps, 'step')} and {duration(plain.wall.training_seconds)}, not {packed.num_steps:,} and "
-        f"{duration(packed.wall.training_seconds)}."
+        f"{counted(plain.num_steps, 'step')}, not {packed.num_steps:,}, and {longer:.0%} longer."
     )

@@ -168,7 +168,7 @@ def test_packing_is_chosen_or_given(
     made = serialize.from_json(file.read_text(encoding="utf-8"))
     assert (made.workload.packing, made.configuration.packing) == (packed, packed is not False)
     assert (made.workload.num_sequences, made.workload.num_packed_sequences) == (200, 25)
-    shown = "packing  on: 8.0 documents per sequence on average" in done.output
+    shown = "packing  on: 8 documents per sequence on average" in done.output
     assert shown == made.configuration.packing
     assert made.num_steps == (2 if packed is not False else 13)
     assert sfplan("verify", file).code == 0

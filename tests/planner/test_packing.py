@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,10 +94,10 @@ def test_a_packed_step_takes_more_than_another() -> None:
     assert packed.prediction.step_seconds > 0.99 * alone.prediction.step_seconds
 
 
-def test_full_sequences_are_not_traced_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_sequences_are_not_traced_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where packing saves no sequence a bound tells that it cannot win, and no packed step is traced."""
     make, traced = Session._meta_step, []
-    monkeypatch.setenv("SHALLOWFLOW_CACHE", "/nonexistent")
+    monkeypatch.setenv("SHALLOWFLOW_CACHE", str(tmp_path))
 
     def watch(session: Session, configuration: Any, like_layer: int | None = None) -> Any:
         traced.append(configuration.packing)
