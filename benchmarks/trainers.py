@@ -92,7 +92,7 @@ def ours(work: Work) -> Train:
     configuration = Configuration(
         layers=uniform(strategy, NUM_LAYERS),
         rank=RANK,
-        alpha=ALPHA,
+        alpha=ALPHA["lora"],
         sequence_length=work.sequence_length,
         micro_batch_size=work.micro_batch_size,
         gradient_accumulation_steps=work.gradient_accumulation_steps,
@@ -135,7 +135,9 @@ def _plain_model(work: Work) -> Any:
     if work.weight_format == "nf4":
         for layer in build.decoder_layers(model):
             quantized.quantize_linears(layer, "nf4", torch.float32, double_quantization=False)
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=build.adapter_targets(model)))
+    return get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=ALPHA["lora"], target_modules=build.adapter_targets(model))
+    )
 
 
 def _theirs(work: Work, make: Callable[[Any, dict[str, Any], list[list[int]]], Any]) -> Train:

@@ -45,12 +45,17 @@ def plan(plans: dict[str, Plan]) -> Plan:
     return replace(made, prediction=prediction)
 
 
+def padding_planned(plan: Plan) -> float:
+    """Of all positions."""
+    return plan.workload.padding_share(packing=plan.configuration.packing)
+
+
 def told(plan: Plan, *, mib: tuple[int, int, int] = (100, 200, 220), seconds: list[float] | None = None) -> list[str]:
     """What is said of a run with such a peak and such steps."""
     resident, allocated, reserved = (size * MIB for size in mib)
     peak = MeasuredPeak(resident_bytes=resident, peak_allocated_bytes=allocated, peak_reserved_bytes=reserved)
     steps = [step(index, one) for index, one in enumerate(seconds or [])]
-    return causes(plan, plan.prediction, peak, steps, [], 100.0, plan.workload.padding_share)
+    return causes(plan, plan.prediction, peak, steps, [], 100.0, padding_planned(plan))
 
 
 def test_as_predicted_nothing_is_said(plan: Plan) -> None:
@@ -95,13 +100,13 @@ def test_evaluations_and_padding_are_told(plan: Plan) -> None:
     """A tenth of the time spent on evaluations is said, and padding where fewer tokens than predicted are learned."""
     evaluations = [EvaluationRecord(step=n, loss=1.0, perplexity=2.7, seconds=5.0, tokens=1) for n in range(4)]
     steps = [step(index, 1.0, tokens=10) for index in range(4)]
-    padding = plan.workload.padding_share + 0.5
+    padding = padding_planned(plan) + 0.5
 
     found = causes(plan, plan.prediction, None, steps, evaluations, 100.0, padding)
 
     assert found[0] == "4 evaluations took 20.0 s, 20% of the time; the plan counted 2"
     assert "0.33 of the predicted tokens are learned in a second" in found[1] and "padding" in found[1]
-    assert causes(plan, plan.prediction, None, steps, evaluations[:2], 50.0, plan.workload.padding_share) == []
+    assert causes(plan, plan.prediction, None, steps, evaluations[:2], 50.0, padding_planned(plan)) == []
 
 
 @pytest.mark.parametrize("num_skipped", [0, 1, MOST_SKIPPED, MOST_SKIPPED + 1])

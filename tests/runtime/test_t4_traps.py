@@ -103,17 +103,16 @@ def test_the_scale_survives_a_checkpoint(tmp_path: Path) -> None:
     trainee.step([BATCH])
     trainee.loss_scale = LossScale(256.0, dynamic=True, num_skipped=2, num_calm=77)
     scale = trainee.loss_scale
-    progress = checkpoint.Progress(
+    state = checkpoint.State(
         steps=(),
         started="",
         seconds=0.0,
-        perplexity_before=None,
         loss_scale=scale.value,
         num_skipped=scale.num_skipped,
         num_calm=scale.num_calm,
     )
 
-    checkpoint.restore(checkpoint.save(tmp_path / "kept", trainee, progress), other)
+    checkpoint.restore(checkpoint.save(tmp_path / "kept", trainee, state), other)
 
     assert other.loss_scale == scale
 
