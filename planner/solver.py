@@ -347,9 +347,16 @@ def _best_uniform(chains: dict[Cell, Chain], limits: dict[Cell, Limits]) -> floa
 
 
 def smallest(problem: Problem, considered: tuple[Cell, ...]) -> Configuration | None:
-    """The configuration with one strategy that needs the least memory; None without any."""
+    """The configuration with one strategy that needs the least memory; None without any.
+
+    What exceeds the host's memory comes after all that does not.
+    """
+    host = float("inf") if problem.host_bytes is None else problem.host_bytes
     found = [
-        (needs.peak_bytes, posing.configured(problem.workload, cell, _strategies(alone) * problem.num_layers))
+        (
+            (needs.host_bytes > host, needs.peak_bytes),
+            posing.configured(problem.workload, cell, _strategies(alone) * problem.num_layers),
+        )
         for cell, chain in posing.chains(problem, considered).items()
         for alone, needs in _uniform(chain)
     ]

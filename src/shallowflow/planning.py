@@ -324,6 +324,11 @@ def _infeasible(
 ) -> Infeasible:
     """The refusal, with remedies that each fit when traced whole."""
     gpu = session.gpu
+    if posed.host_bytes is not None and workload.activations == "offload":
+        without = replace(posed, host_bytes=None)
+        solution = _solved(session, without, considered, 0)
+        if solution is not None:
+            return _too_much_sent(session, workload, posed.host_bytes, solution)
     for loosened, refusal in _beyond_memory(posed, workload):
         solution = _solved(session, loosened, considered, 0)
         if solution is not None:
@@ -343,6 +348,17 @@ def _infeasible(
     headroom = problem.HEADROOM if workload.headroom is None else workload.headroom
     needed = math.ceil(peak / (1 - headroom))  # the memory of which headroom leaves the peak
     return Infeasible(needed, gpu.memory_bytes, remedies)
+
+
+def _too_much_sent(session: Session, workload: Workload, host_bytes: int, solution: Solution) -> Infeasible:
+    """The refusal where the device's memory would do, and the host's does not."""
+    reason = (
+        f"no plan fits in {host_bytes / 2**30:.2f} GiB of host memory for offloaded activations, "
+        "half of the smallest machine's with this GPU."
+    )
+    free = Change("the same without --fix activations=offload", replace(workload, activations=None), session.gpu)
+    peak = solution.best.prediction.peak_process_bytes
+    return Infeasible(peak, session.gpu.memory_bytes, _first_that_fits(session, (free,)), reason)
 
 
 def _beyond_memory(
@@ -387,10 +403,17 @@ def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy
             continue
         session.progress(f"trying {change.option}")
         changed = replace(session, gpu=change.gpu)
+        if change.workload.activations == "offload" and not _can_be_planned(changed, change.workload):
+            continue  # for the host's memory, of which the device's says nothing
         peak = _smallest_process_bytes(changed, change.workload)
         if peak <= problem.budget_bytes(change.gpu, change.workload) + change.gpu.context_bytes:
             return [Remedy(option=change.option, peak_process_bytes=peak)]
     return []
+
+
+def _can_be_planned(session: Session, workload: Workload) -> bool:
+    considered, rank = space(session, workload)
+    return _solved(session, session.problem(workload, considered, rank), considered, 0) is not None
 
 
 def _smallest_process_bytes(session: Session, workload: Workload) -> int:

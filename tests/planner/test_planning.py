@@ -235,6 +235,18 @@ def test_every_offered_remedy_fits(share: float, work: Workload) -> None:
         assert remedy.peak_process_bytes <= budget_bytes(changed_gpu) + changed_gpu.context_bytes
 
 
+def test_a_host_too_small_for_what_is_offloaded_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only the host's memory is short, the refusal says so, and its remedy plans without offloading."""
+    monkeypatch.setattr(Session, "_host_bytes", lambda _session, _workload: 1000)
+
+    found = refusal(T4, replace(SHORT, activations="offload"))
+
+    assert "GiB of host memory for offloaded activations" in str(found) and "too much" not in str(found)
+    assert [remedy.option for remedy in found.remedies] == ["the same without --fix activations=offload"]
+    free = make_plan(model(), T4, SHORT)
+    assert all(strategy.activations != "offload" for strategy in free.configuration.strategies())
+
+
 def applied(option: str, work: Workload, gpu: GpuSpec) -> tuple[Workload, GpuSpec]:
     """The request after one option of the command line."""
     name, value = option.split()
