@@ -22,9 +22,9 @@ from shallowflow.planner.chain import Chain, Choice, Counts, Limits, Taken, take
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.problem import Problem
 from shallowflow.planner.strategies import Cell
-from shallowflow.planning import space
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.session import Session
+from shallowflow.workloads import space
 
 MODELS = ("Llama-3.2-1B", "Qwen2.5-1.5B", "Llama-3.2-3B", "Qwen2.5-7B", "Llama-3.1-8B")
 LENGTHS = (1024, 2048)

@@ -11,10 +11,10 @@ from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LENGTH_STRIDE, LayerKind, LengthProfile, ModelProfile, layer_cost
 from shallowflow.planner.problem import unquantized_format
 from shallowflow.planner.strategies import Activations, Strategy, WeightFormat
-from shallowflow.planning import check_sizes
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import PARTIAL, Progress, RequestError, Session
+from shallowflow.workloads import check_sizes
 
 
 def profile(

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shallowflow.planner import problem
+from shallowflow.planner import problem, solver
 from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart, Workload
 from shallowflow.planner.profiler import cache
+from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell, Configuration, Strategy, uniform
 from shallowflow.profiles import FactsError, model_facts
 from shallowflow.profiles.load import load_instances
@@ -124,6 +125,14 @@ class Session:
                 known = traced_peak(self._meta_step(alone), Target.of(self.gpu), self.gpu.context_bytes)
             cache.write_peak(name, known)
         return known if configuration.num_gpus == 1 else _with_buckets(known)
+
+    def solve(
+        self, posed: problem.Problem, considered: tuple[Cell, ...], num_alternatives: int = solver.NUM_ALTERNATIVES
+    ) -> Solution | None:
+        """The best of *posed* in the cells *considered*, its steps traced here; None where nothing fits."""
+        if not posed.profiles:
+            return None
+        return solver.solve(posed, considered, self.trace, num_alternatives)
 
     def problem(
         self,

@@ -10,10 +10,12 @@ from shallowflow.planner.frontier import FrontierPoint, frontier, point
 from shallowflow.planner.plan import Objective, Workload
 from shallowflow.planner.problem import budget_bytes
 from shallowflow.planner.remedies import Infeasible
-from shallowflow.planning import make_plan, smallest_process_bytes, workload_of
+from shallowflow.planning import make_plan
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
-from shallowflow.session import Progress
+from shallowflow.refusals import smallest_process_bytes
+from shallowflow.session import Progress, Session
+from shallowflow.workloads import check, workload_of
 
 NUM_MEMORIES = 6
 OBJECTIVES: tuple[Objective, ...] = tuple(o for o in get_args(Objective) if o != "cost")
@@ -36,7 +38,8 @@ def find_trade_offs(
     """
     most = budget_bytes(gpu, workload) + gpu.context_bytes
     found: list[FrontierPoint] = []
-    least = min(most, smallest_process_bytes(model, gpu, workload, progress))
+    check(workload, model, gpu)
+    least = min(most, smallest_process_bytes(Session(model, gpu, progress), workload))
     for number in range(NUM_MEMORIES, 0, -1):
         memory = round(least * (most / least) ** ((number - 1) / (NUM_MEMORIES - 1)))
         for objective in OBJECTIVES:

@@ -1,0 +1,133 @@
+"""Why nothing fits, and which changes were computed to fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from shallowflow.planner import problem, solver
+from shallowflow.planner.plan import Plan, Workload
+from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
+from shallowflow.planner.solver import Solution
+from shallowflow.planner.strategies import Cell
+from shallowflow.profiles.load import gpu_names, load_gpu
+from shallowflow.session import RequestError, Session
+from shallowflow.workloads import check, space
+
+PlanOf = Callable[[Session, problem.Problem, Workload, Solution, tuple[str, ...]], Plan]
+"""Makes a solution of a problem a plan, with notes."""
+
+
+def infeasible(
+    session: Session, posed: problem.Problem, considered: tuple[Cell, ...], workload: Workload, plan_of: PlanOf
+) -> Infeasible:
+    """The refusal of *workload*, with remedies that each fit when traced whole."""
+    gpu = session.gpu
+    if posed.host_bytes is not None and workload.activations == "offload":
+        without = replace(posed, host_bytes=None)
+        solution = session.solve(without, considered, 0)
+        if solution is not None:
+            return _too_much_sent(session, workload, posed.host_bytes, solution)
+    for loosened, refusal in _beyond_memory(posed, workload):
+        solution = session.solve(loosened, considered, 0)
+        if solution is not None:
+            return refusal(plan_of(session, loosened, workload, solution, ()))
+    peak = smallest_process_bytes(session, workload)
+    remedies: list[Remedy] = []
+    if workload.max_process_bytes is not None:
+        option = f"--max-process-gib {math.ceil(peak / 2**30 * 100) / 100:g}"
+        roomy = replace(workload, max_process_bytes=math.ceil(peak / 2**30 * 100) * 2**30 // 100)
+        remedies += _first_that_fits(session, (Change(option, roomy, gpu),))
+    for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()]):
+        remedies += _first_that_fits(session, group)
+        if len(remedies) == MOST_REMEDIES:
+            break
+    if workload.max_process_bytes is not None and workload.max_process_bytes < gpu.memory_bytes:
+        return Infeasible(peak, workload.max_process_bytes, remedies)
+    headroom = problem.HEADROOM if workload.headroom is None else workload.headroom
+    needed = math.ceil(peak / (1 - headroom))  # the memory of which headroom leaves the peak
+    return Infeasible(needed, gpu.memory_bytes, remedies)
+
+
+def _too_much_sent(session: Session, workload: Workload, host_bytes: int, solution: Solution) -> Infeasible:
+    """The refusal where the device's memory would do, and the host's does not."""
+    reason = (
+        f"no plan fits in {host_bytes / 2**30:.2f} GiB of host memory for offloaded activations, "
+        "half of the smallest machine's with this GPU."
+    )
+    free = Change("the same without --fix activations=offload", replace(workload, activations=None), session.gpu)
+    peak = solution.best.prediction.peak_process_bytes
+    return Infeasible(peak, session.gpu.memory_bytes, _first_that_fits(session, (free,)), reason)
+
+
+def _beyond_memory(
+    posed: problem.Problem, workload: Workload
+) -> Iterator[tuple[problem.Problem, Callable[[Plan], Infeasible]]]:
+    """The problem without one of its other limits, and what to say if that can be solved."""
+    timed = posed.workload
+    if timed.deadline_hours is not None:
+
+        def too_slow(plan: Plan) -> Infeasible:
+            hours = plan.wall.total_seconds / 3600
+            option = f"--deadline-hours {math.ceil(hours * 100) / 100:g}"
+            if workload.budget_usd is not None and plan.offers:
+                option = f"--budget-usd {math.ceil(plan.offers[0].on_demand_usd * 100) / 100:g}"
+            remedy = Remedy(option=option, peak_process_bytes=plan.prediction.peak_process_bytes)
+            reason = (
+                f"no plan ends within {timed.deadline_hours:.2f} h: the best without that limit takes {hours:.2f} h."
+            )
+            return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
+
+        yield replace(posed, workload=replace(timed, deadline_hours=None)), too_slow
+    if timed.max_weight_error is not None:
+
+        def too_coarse(plan: Plan) -> Infeasible:
+            option = f"--max-weight-error {math.ceil(plan.weight_error * 1e4) / 1e4:g}"
+            remedy = Remedy(option=option, peak_process_bytes=plan.prediction.peak_process_bytes)
+            reason = (
+                f"no plan keeps the weight error within {timed.max_weight_error:g}: "
+                f"the finest that fits has {plan.weight_error:.4f}."
+            )
+            return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
+
+        finest = replace(timed, max_weight_error=None, objective="quality")
+        yield replace(posed, workload=finest), too_coarse
+
+
+def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy]:
+    for change in group:
+        try:
+            check(change.workload, session.model, change.gpu)
+        except RequestError:
+            continue
+        session.progress(f"trying {change.option}")
+        changed = replace(session, gpu=change.gpu)
+        if change.workload.activations == "offload" and not _can_be_planned(changed, change.workload):
+            continue  # for the host's memory, of which the device's says nothing
+        peak = smallest_process_bytes(changed, change.workload)
+        if peak <= problem.budget_bytes(change.gpu, change.workload) + change.gpu.context_bytes:
+            return [Remedy(option=change.option, peak_process_bytes=peak)]
+    return []
+
+
+def _can_be_planned(session: Session, workload: Workload) -> bool:
+    considered, rank = space(session, workload)
+    return session.solve(session.problem(workload, considered, rank), considered, 0) is not None
+
+
+def smallest_process_bytes(session: Session, workload: Workload) -> int:
+    """The lowest process peak of all configurations with one strategy, weights too large for the GPU included."""
+    least = replace(workload, max_weight_error=None, deadline_hours=None)
+    considered, rank = space(session, least)
+    smallest_batch = min(cell.micro_batch_size for cell in considered)
+    most_chunks = max(cell.loss_chunks for cell in considered)
+    considered = tuple(c for c in considered if (c.micro_batch_size, c.loss_chunks) == (smallest_batch, most_chunks))
+    allowed = problem.strategies(least, session.gpu)
+    lean = [s for s in allowed if s.activations in ("recompute", "offload")] or list(allowed)
+    bits = min(problem.BYTES_PER_WEIGHT[s.weight_format] for s in lean)
+    lean = [s for s in lean if problem.BYTES_PER_WEIGHT[s.weight_format] == bits]
+    posed = session.problem(least, considered, rank, only=lambda strategy: strategy in lean)
+    configuration = solver.smallest(posed, considered)
+    assert configuration is not None
+    return session.trace(configuration).peak_reserved_bytes + session.gpu.context_bytes

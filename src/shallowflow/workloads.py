@@ -1,0 +1,117 @@
+"""What is asked for: a workload from its entries, whether it makes sense, and what it leaves to choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from shallowflow import packing
+from shallowflow.planner import problem, quality
+from shallowflow.planner.plan import Workload
+from shallowflow.planner.strategies import Cell
+from shallowflow.profiles import model_facts
+from shallowflow.profiles.load import load_instances
+from shallowflow.profiles.specs import GpuSpec, ModelSpec
+from shallowflow.session import RequestError, Session
+
+
+def workload_of(entries: Mapping[str, Any]) -> Workload:
+    """A workload of these *entries*; RequestError where one is unknown or wrong."""
+    try:
+        wanted = msgspec.convert(dict(entries), type=Workload, strict=True)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"bad workload: {error}") from None
+    unknown = sorted(set(entries) - set(Workload.__dataclass_fields__))
+    if unknown:
+        raise RequestError(f"unknown workload {unknown[0]!r}; there are {', '.join(Workload.__dataclass_fields__)}")
+    return wanted
+
+
+def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
+    """RequestError where *workload* contradicts itself, *model* or *gpu*."""
+    if workload.global_batch_size % workload.num_gpus:
+        raise RequestError(
+            f"a global batch of {workload.global_batch_size} sequences does not divide over {workload.num_gpus} GPUs; "
+            f"try --global-batch-size {math.ceil(workload.global_batch_size / workload.num_gpus) * workload.num_gpus}"
+        )
+    share = workload.global_batch_size // workload.num_gpus
+    if workload.micro_batch_size is not None and share % workload.micro_batch_size:
+        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        raise RequestError(
+            f"micro-batches of {workload.micro_batch_size} do not divide the {share} sequences of one GPU's step; "
+            f"try one of {divisors}"
+        )
+    if workload.loss_chunks is not None and workload.sequence_length % workload.loss_chunks:
+        raise RequestError(
+            f"{workload.loss_chunks} chunks do not divide a sequence of {workload.sequence_length} tokens; "
+            "try a power of two"
+        )
+    if model_facts.is_mixture_of_experts(model.config):
+        raise RequestError(f"{model.name} is a mixture of experts, which cannot be planned yet; try a dense model")
+    offered = {price.region for instance in load_instances(gpu.name) for price in instance.prices}
+    if offered and workload.region not in offered:
+        raise RequestError(
+            f"no prices of {gpu.title} instances in region {workload.region!r}; known: {', '.join(sorted(offered))}"
+        )
+    kind = str(model.config.get("model_type"))
+    if gpu.compute_dtype == "float16" and model_facts.overflows_fp16(model.config):
+        raise RequestError(
+            f"{model.name} overflows in fp16 (model_type {kind}) and {gpu.title} has no bf16; "
+            "try a GPU that has, such as --gpu l4"
+        )
+    check_sizes(model, workload.sequence_length, workload.rank or workload.min_rank)
+    reason = packing.refusal(workload, model)
+    if workload.packing and reason is not None:
+        raise RequestError(f"documents for {model.name} cannot be packed: {reason}; try --no-packing")
+
+
+def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:
+    """RequestError where *model* was not built for sequences so long, or a rank is so large that it saves nothing."""
+    longest = model_facts.size(model.config, "max_position_embeddings")
+    if longest is not None and sequence_length > longest:
+        raise RequestError(
+            f"sequence length {sequence_length} is more than the {longest} that {model.name} was built for; "
+            f"try --sequence-length {longest}"
+        )
+    width = model_facts.size(model.config, "hidden_size")
+    if width is not None and rank > width:
+        raise RequestError(
+            f"rank {rank} is more than the hidden size {width} of {model.name}; try a rank up to {width}"
+        )
+
+
+def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
+    """The cells to search for *workload*, and the adapter's rank in all of them."""
+    divisible = not model_facts.changes_logits(session.model.config)
+    if not divisible and (workload.loss_chunks or 1) > 1:
+        raise RequestError(
+            f"{session.model.name} changes its logits after the head, so its loss is not computed in chunks; "
+            "try loss_chunks=1"
+        )
+    rank = workload.rank
+    if rank is None:
+        per_rank = session.parameters_per_rank(workload.sequence_length, packing=workload.packing is True)
+        rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank)
+        widest = model_facts.size(session.model.config, "hidden_size") or rank
+        rank = max(workload.min_rank, min(rank, widest))
+    return problem.cells(workload, rank, divisible_loss=divisible), rank
+
+
+def deadline_hours(workload: Workload, gpu: GpuSpec) -> float | None:
+    """When the run must be over, for the time or for the money."""
+    if workload.budget_usd is None:
+        return workload.deadline_hours
+    prices = [
+        price.on_demand_usd_per_hour
+        for instance in load_instances(gpu.name)
+        if instance.num_gpus >= workload.num_gpus
+        for price in instance.prices
+        if price.region == workload.region
+    ]
+    if not prices:
+        raise RequestError(f"no shipped instance has {workload.num_gpus} x {gpu.title}, so --budget-usd has no price")
+    hours = workload.budget_usd / min(prices)
+    return hours if workload.deadline_hours is None else min(hours, workload.deadline_hours)
