@@ -30,6 +30,8 @@ MOST_COLUMNS = 400
 MOST_WHOLE_NODES = 50
 FEASIBLE = 2
 """HiGHS's number for a solution that satisfies everything."""
+LARGEST_PRICES = 2.0**60
+"""The sum of those that show a part to be infeasible; readers of JSON know whole numbers of 64 bits."""
 MOST_ROUNDS = 50
 """Of adding the rows that a solution breaks."""
 Bounds = Mapping[int, tuple[int, int]]
@@ -372,7 +374,9 @@ class Relaxation:
             return None
         prices = np.asarray(ray)
         prices = prices / max(float(np.abs(prices).max()), 1e-30)
-        signs = [self._leaf(sign * prices, infeasible=True) for sign in (-1.0, 1.0)]
-        node = max(signs, key=lambda leaf: sum(price.amount for price in leaf.prices))
+        signs = [(sum(p.amount for p in self._leaf(sign * prices).prices), sign) for sign in (-1.0, 1.0)]
+        total, sign = max(signs)
+        finer = LARGEST_PRICES / max(total, 1)  # these prices count only against each other
+        node = self._leaf(sign * finer * prices, infeasible=True)
         nothing = np.zeros(len(self.columns))
         return Point(float("inf"), nothing, nothing, node)

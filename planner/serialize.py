@@ -70,12 +70,9 @@ def _contradictions(plan: Plan) -> list[str]:
         )
     found += _disorder(plan)
     found += _mixed(plan)
-    plain = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[plan.compute_dtype]
-    for run in plan.configuration.layers:
-        if run.strategy.weight_format not in (plain, "int8", "nf4"):
-            found.append(f"compute_dtype is {plan.compute_dtype}, a layer's weights {run.strategy.weight_format}")
-        if run.strategy.double_quantization and run.strategy.weight_format != "nf4":
-            found.append(f"double_quantization of a layer whose weights are {run.strategy.weight_format}, not nf4")
+    found += _formats(plan, plan.configuration)
+    for number, candidate in enumerate(plan.alternatives):
+        found += [f"alternatives[{number}]: {problem}" for problem in _unlike(plan, candidate.configuration)]
     total = sum(part.num_bytes for part in plan.memory)
     if total != plan.prediction.peak_process_bytes:
         found.append(
@@ -92,6 +89,27 @@ def _contradictions(plan: Plan) -> list[str]:
         found.append(
             f"configuration.layers covers {plan.configuration.num_layers} layers, model_config has {num_layers}"
         )
+    return found
+
+
+def _formats(plan: Plan, configuration: Configuration) -> list[str]:
+    found: list[str] = []
+    plain = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[plan.compute_dtype]
+    for run in configuration.layers:
+        if run.strategy.weight_format not in (plain, "int8", "nf4"):
+            found.append(f"compute_dtype is {plan.compute_dtype}, a layer's weights {run.strategy.weight_format}")
+        if run.strategy.double_quantization and run.strategy.weight_format != "nf4":
+            found.append(f"double_quantization of a layer whose weights are {run.strategy.weight_format}, not nf4")
+    return found
+
+
+def _unlike(plan: Plan, other: Configuration) -> list[str]:
+    """How an alternative is none to *plan*: what a run goes on with has its layers, data and GPUs."""
+    found = _gaps(other) + _formats(plan, other)
+    for name in ("num_layers", "sequence_length", "global_batch_size", "num_gpus", "packing"):
+        mine, its = getattr(plan.configuration, name), getattr(other, name)
+        if mine != its:
+            found.append(f"configuration.{name} is {its}, the plan's own {mine}")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,6 +102,7 @@ def _fall_back(work: Work, progress: Progress, learner: Learner | None, alternat
     progress.fallbacks.append(
         FallbackRecord(
             step=len(progress.steps),
+            went_on_at=len(progress.steps),
             reason=trouble,
             alternative=alternative,
             configuration=chosen.configuration,
@@ -116,4 +118,5 @@ def _fall_back(work: Work, progress: Progress, learner: Learner | None, alternat
         progress.start_again()
     else:
         progress.go_back_to(checkpoint.read(path))
+    progress.fallbacks[-1] = replace(progress.fallbacks[-1], went_on_at=len(progress.steps))
     return path

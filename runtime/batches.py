@@ -40,10 +40,11 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The windows of one micro-batch, and the length that they are padded to."""
+    """The windows of one micro-batch, the length that they are padded to, and whether that is the planned one."""
 
     windows: tuple[Window, ...]
     length: int
+    is_whole: bool
 
 
 def windows(documents: Sequence[Document], tokenizer: Any, sequence_length: int) -> list[Window]:
@@ -122,13 +123,19 @@ def _positions(lengths: tuple[int, ...], total: int) -> list[int]:
 
 
 def steps(
-    every: Sequence[Window], micro_batch_size: int, num_micro_batches: int, sequence_length: int, seed: int
+    every: Sequence[Window],
+    micro_batch_size: int,
+    num_micro_batches: int,
+    sequence_length: int,
+    seed: int,
+    first_whole: int = 0,
 ) -> Iterator[list[Group]]:
     """For each optimizer step its micro-batches, over the data again and again in a new order each time.
 
     The last sequences of an epoch are filled up from the next one, so that every step has as many. Which windows a
     step has does not depend on their lengths; how they are spread over its micro-batches does, and that changes no
-    gradient. Each micro-batch is as long as its longest window, but in the first steps as long as *sequence_length*.
+    gradient. Each micro-batch is as long as its longest window, but in the first steps from *first_whole* on as long as
+    *sequence_length*.
     """
     shuffle = random.Random(seed)  # noqa: S311  # an order, not a secret
     stock: list[Window] = []
@@ -141,11 +148,16 @@ def steps(
         chosen = sorted(stock[:num_windows], key=lambda window: -len(window.input_ids))
         del stock[:num_windows]
         yield [
-            _group(chosen[first : first + micro_batch_size], sequence_length, trims=number >= NUM_WHOLE_STEPS)
+            _group(
+                chosen[first : first + micro_batch_size],
+                sequence_length,
+                trims=not 0 <= number - first_whole < NUM_WHOLE_STEPS,
+            )
             for first in range(0, num_windows, micro_batch_size)
         ]
 
 
 def _group(chosen: Sequence[Window], sequence_length: int, *, trims: bool) -> Group:
     longest = max(len(window.input_ids) for window in chosen)
-    return Group(tuple(chosen), trimmed_length(longest, sequence_length) if trims else sequence_length)
+    length = trimmed_length(longest, sequence_length) if trims else sequence_length
+    return Group(tuple(chosen), length, is_whole=length == sequence_length)

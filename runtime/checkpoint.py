@@ -79,11 +79,15 @@ def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.
     (partial / _MANIFEST).write_bytes(msgspec.json.encode({n: _sha256(partial / n) for n in names}))
     _to_disk(partial / _MANIFEST)
     _to_disk(partial)
+    replaced = folder / f".{name}.replaced.partial"
     if final.exists():  # of the same step, and not to be believed, or it had been resumed from
-        shutil.rmtree(final)
+        final.rename(replaced)
     partial.rename(final)
     _to_disk(folder)
-    for old in _found(folder)[NUM_KEPT:]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    found = _found(folder)
+    newer = [path for path in found if path.name > name]  # not believed, or left behind by a run that went back
+    for old in (*newer, *found[len(newer) + NUM_KEPT :]):
         shutil.rmtree(old)
     return final
 
@@ -91,6 +95,10 @@ def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in *folder* that is what its manifest says; and why newer ones are not believed."""
     doubts: list[str] = []
+    for left in folder.glob(".step-????????.partial"):  # whole, if only its name was still to be given
+        final = folder / left.name.removeprefix(".").removesuffix(".partial")
+        if not final.exists() and _doubt(left) is None:
+            left.rename(final)
     for path in _found(folder):
         doubt = _doubt(path)
         if doubt is None:
@@ -162,6 +170,9 @@ def _doubt(path: Path) -> str | None:
         for name, expected in manifest.items():
             if _sha256(path / name) != expected:
                 return f"{name} is not what was written"
+        read(path)
+    except msgspec.ValidationError:
+        return "its state is of another version of this program"
     except (OSError, msgspec.DecodeError) as error:
         return error.strerror or str(error) if isinstance(error, OSError) else "its manifest is not JSON"
     return None

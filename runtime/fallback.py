@@ -29,11 +29,12 @@ def following(plan: Plan, failed: Candidate) -> int | None:
     before = failed.configuration
     for number, other in enumerate(plan.alternatives):
         after = other.configuration
-        same = (after.rank, after.alpha, after.sequence_length, after.global_batch_size) == (
+        same = (after.rank, after.scaling, after.sequence_length, after.global_batch_size, after.packing) == (
             before.rank,
-            before.alpha,
+            before.scaling,
             before.sequence_length,
             before.global_batch_size,
+            before.packing,
         )
         if same and other.prediction.peak_reserved_bytes < failed.prediction.peak_reserved_bytes:
             return number

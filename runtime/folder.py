@@ -99,6 +99,7 @@ def _fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
     parts: dict[str, bytes | str | float] = {
         "plan": serialize.to_json(plan).encode(),
         "data": request.data.read_bytes(),
+        "weights": str(request.weights.resolve()) if request.weights else "",
         "held-out text": request.eval_data.read_bytes() if request.eval_data else "",
         "seed": request.seed,
         "learning rate": request.learning_rate,

@@ -16,6 +16,7 @@ from shallowflow.planner.plan import Plan
 from . import batches, checkpoint, fallback, folder, sample
 from .evaluate import exp, mean_loss
 from .meter import MeasuredPeak
+from .precision import LEAST_SCALE
 from .progress import Progress, exhausted, improves
 from .promise import Promise
 from .record import EvaluationRecord, StepRecord
@@ -113,7 +114,10 @@ class Learner:
                 progress.outcome = "stopped early"
         except KeyboardInterrupt:
             progress.outcome = "interrupted"
-            self.save_state()
+            if self.updating:  # a second signal, which did not wait
+                progress.failure = "interrupted within an update, which is half made and not kept"
+            else:
+                self.save_state()
         finally:
             self.trainee.optimizer.zero_grad(set_to_none=True)
 
@@ -127,6 +131,7 @@ class Learner:
             configuration.gradient_accumulation_steps,
             configuration.sequence_length,
             work.request.seed,
+            first_whole=progress.fallbacks[-1].went_on_at if progress.fallbacks else 0,
         )
         made = training_steps(
             self.trainee,
@@ -147,10 +152,13 @@ class Learner:
                 fallback.check_budget(work.plan, self.promise.candidate, progress.peak)
 
     def _hear(self, record: StepRecord) -> None:
-        if not math.isfinite(record.loss) and not self.trainee.loss_scale.dynamic:
+        scale = self.trainee.loss_scale
+        helpless = not scale.dynamic or (record.skipped and record.loss_scale <= LEAST_SCALE)
+        if helpless and not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
             raise Diverged(
-                f"the loss of step {record.index} is {record.loss} in {self.work.plan.compute_dtype}, which needs no "
-                "loss scale; look at the data, or give a lower --learning-rate in a new --output"
+                f"the loss of step {record.index} is {record.loss}, its gradients' norm {record.gradient_norm}, in "
+                f"{self.work.plan.compute_dtype}, and no lower loss scale can help; look at the data, or give a lower "
+                "--learning-rate in a new --output"
             )
         self.progress.steps.append(record)
         self.trackers.step(record)

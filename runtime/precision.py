@@ -8,6 +8,7 @@ INITIAL_FP16_SCALE = 1024.0
 """Low enough that the first updates run: at PyTorch's 65536 the first ones overflow and are skipped."""
 GROWTH_INTERVAL = 500
 MAX_SCALE = 65536.0
+LEAST_SCALE = 1.0
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class LossScale:
             self.num_skipped += 1
             self.num_calm = 0
             if self.dynamic:
-                self.value = max(1.0, self.value / 2)
+                self.value = max(LEAST_SCALE, self.value / 2)
             return
         self.num_calm += 1
         if self.dynamic and self.num_calm >= GROWTH_INTERVAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class Progress:
         self.steps, self.evaluations = list(state.steps), list(state.evaluations)
         self.before, self.best_step, self.best = list(state.before), state.best_step, None
         self.fallbacks = [*state.fallbacks, *self.fallbacks[len(state.fallbacks) :]]
-        self.saved = self.mark
+        self.saved = len(state.steps), len(state.evaluations), len(state.fallbacks)
 
     def start_again(self) -> None:
         """Forget every update."""
@@ -92,7 +93,7 @@ def improves(evaluations: Sequence[EvaluationRecord], best_step: int | None) -> 
     if best_step is None:
         return True
     best = next(record.loss for record in evaluations if record.step == best_step)
-    return evaluations[-1].loss < best * (1 - LEAST_IMPROVEMENT)
+    return math.isnan(best) or evaluations[-1].loss < best * (1 - LEAST_IMPROVEMENT)
 
 
 def exhausted(evaluations: Sequence[EvaluationRecord], best_step: int | None, patience: int | None) -> bool:

@@ -71,11 +71,13 @@ class FallbackRecord:
 
     Attributes:
         step: updates made before it; none of them was lost.
+        went_on_at: updates that were kept, and not made again; fewer where memory ran out within an update.
         alternative: its number among the plan's.
         peak_reserved_bytes: the alternative's, predicted.
     """
 
     step: int
+    went_on_at: int
     reason: str
     alternative: int
     configuration: Configuration

@@ -109,8 +109,7 @@ class Trainee:
         num_targets = sum(batch.num_targets for batch in micro_batches)
         losses = [self._micro_step(batch, num_targets) for batch in micro_batches]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        *told, norm = torch.stack([*losses, total]).cpu().tolist()  # the one time that the host waits for the device
+        *told, norm = self._told(losses, gradients)
         norm /= self.loss_scale.value
         finite = math.isfinite(norm)
         if finite:
@@ -121,6 +120,12 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale.update(overflowed=not finite)
         return StepOutcome(sum(told), norm, skipped=not finite)
+
+    def _told(self, losses: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[float]:
+        """The losses and the norm of all *gradients*, in the one read for which the host waits for the device."""
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        told: list[float] = torch.stack([*losses, norm]).cpu().tolist()
+        return told
 
     def _micro_step(self, batch: MicroBatch, num_targets: int) -> torch.Tensor:
         self.before_micro_batch()

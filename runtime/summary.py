@@ -24,8 +24,8 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
     prediction = _of_the_mean_step(plan, kept.candidate.prediction)
     seconds = progress.seconds()
     positions = len(work.windows) * plan.configuration.sequence_length
-    padding_share = 1 - sum(window.num_targets for window in work.windows) / positions
-    under = progress.steps[progress.fallbacks[-1].step :] if progress.fallbacks else progress.steps
+    padding_share = 1 - sum(len(window.input_ids) for window in work.windows) / positions
+    under = progress.steps[progress.fallbacks[-1].went_on_at :] if progress.fallbacks else progress.steps
     before = [e.perplexity for e in progress.evaluations if e.step == 0]
     result = len(progress.steps) if request.patience is None else progress.best_step
     after = [e.perplexity for e in progress.evaluations if e.step == result]

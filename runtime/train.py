@@ -15,6 +15,8 @@ from .step import StepOutcome, Trainee
 MEASURED_STEP = 1
 """The step whose memory is measured: the second, when the optimizer's state exists, or the first after resuming.
 
+A step whose micro-batches are trimmed is not the planned one, and is not measured.
+
 Its time does not count.
 """
 
@@ -37,7 +39,8 @@ def train(
         torch.manual_seed((seed << 32) + index)
         watch = Stopwatch(device)
         batches = [micro_batch(group.windows, device, group.length) for group in chosen]
-        if index == max(MEASURED_STEP, first):
+        measured = index == max(MEASURED_STEP, first) and all(group.is_whole for group in chosen)
+        if measured:
             tokens = [tensor for batch in batches for tensor in batch.tensors()]
             run = functools.partial(trainee.step, batches)
             outcome, peak = measure_peak(run, [*trainee.resident(), *tokens], device)
@@ -45,7 +48,6 @@ def train(
         else:
             outcome = trainee.step(batches)
         num_targets = sum(b.num_targets for b in batches)
-        measured = index == max(MEASURED_STEP, first)
         yield _record(index, outcome, trainee, num_targets, watch.seconds(), usd_per_hour, measured)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import fields, replace
 from typing import Any, get_args
@@ -223,13 +224,13 @@ def step_times(draw: st.DrawFn) -> StepTime:
 
 
 @st.composite
-def configurations(draw: st.DrawFn, workload: Workload | None = None) -> Configuration:
+def configurations(draw: st.DrawFn, workload: Workload | None = None, num_layers: int | None = None) -> Configuration:
     """One run of layers or several; the batch is the workload's, if one is given."""
-    lengths = draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
-    ends = np.cumsum(lengths).tolist()
+    num_layers = num_layers or draw(st.integers(1, 150))
+    ends = sorted({*draw(st.lists(st.integers(1, num_layers), max_size=3)), num_layers})
     layers = tuple(
-        StrategyRun(first=end - length, last=end - 1, strategy=draw(st.sampled_from(STRATEGIES)))
-        for end, length in zip(ends, lengths, strict=True)
+        StrategyRun(first=first, last=end - 1, strategy=draw(st.sampled_from(STRATEGIES)))
+        for first, end in itertools.pairwise([0, *ends])
     )
     workload = workload or draw(workloads())
     share = workload.global_batch_size // workload.num_gpus
@@ -257,13 +258,17 @@ def plans(draw: st.DrawFn) -> Plan:
     """Plans that do not contradict themselves, of whatever numbers."""
     workload = draw(workloads())
     memory = draw(st.lists(st.builds(MemoryPart, category=words, num_bytes=byte_counts), max_size=5))
-    candidate = st.builds(
-        Candidate, configuration=configurations(workload), prediction=predictions, weight_error=amounts
-    )
-    best = draw(candidate)
+
+    def candidates(num_layers: int | None = None) -> st.SearchStrategy[Candidate]:
+        chosen = configurations(workload, num_layers)
+        return st.builds(Candidate, configuration=chosen, prediction=predictions, weight_error=amounts)
+
+    best = draw(candidates())
+    others = draw(st.lists(candidates(best.configuration.num_layers), max_size=2))
     process = sum(part.num_bytes for part in memory)
     resident, allocated, reserved = sorted(draw(st.tuples(*3 * [st.integers(0, process)])))
-    plain = any(run.strategy.weight_format == "fp16" for run in best.configuration.layers)
+    runs = [run for shown in (best, *others) for run in shown.configuration.layers]
+    plain = any(run.strategy.weight_format == "fp16" for run in runs)
     return Plan(
         format_version=FORMAT_VERSION,
         model_name=draw(words),
@@ -288,7 +293,7 @@ def plans(draw: st.DrawFn) -> Plan:
         time=draw(step_times()),
         wall=draw(wall_times),
         offers=tuple(draw(st.lists(offers, max_size=2))),
-        alternatives=tuple(draw(st.lists(candidate, max_size=2))),
+        alternatives=tuple(others),
         search=SearchRecord(
             num_strategies=4,
             num_cells=3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,7 +95,9 @@ def plan() -> dict[str, Any]:
             "save_seconds": 0.5,
         },
         "offers": [],
-        "alternatives": [{"configuration": configuration, "prediction": prediction, "weight_error": 0.1}],
+        "alternatives": [
+            {"configuration": copy.deepcopy(configuration), "prediction": prediction, "weight_error": 0.1}
+        ],
         "search": {
             "num_strategies": 4,
             "num_cells": 3,
@@ -207,6 +210,9 @@ def test_an_edited_plan_is_refused_in_one_line_or_read_as_it_stands(text: str) -
         (put("configuration.layers.1.last", 3), "configuration.layers"),
         (put("configuration.layers.0.first", 1), "layer 0 comes next"),
         (put("configuration.layers", []), "configuration.layers is empty"),
+        (put("alternatives.0.configuration.layers", []), "alternatives[0]: configuration.layers is empty"),
+        (put("alternatives.0.configuration.packing", True), "alternatives[0]: configuration.packing is True"),
+        (put("alternatives.0.configuration.num_gpus", 9), "alternatives[0]: configuration.global_batch_size is"),
         (put("configuration.sequence_length", 1024), "configuration.sequence_length is 1024"),
         (put("configuration.num_gpus", 1), "workload.global_batch_size 16"),
         (put("workload.num_gpus", 1), "workload.num_gpus 1"),

@@ -104,7 +104,7 @@ def test_a_step_leaves_behind_what_it_found(weight_format: WeightFormat, activat
     """After the optimizer's state exists, the same allocations live before a step and after it."""
     trace = tiny.traced("llama", "t4", configuration(weight_format, activations))
 
-    assert live_after(trace, events_before(trace, "step 1")) == live_after(trace, events_before(trace, "end"))
+    assert live_after(trace, events_before(trace, "step 1")) == live_after(trace, events_before(trace, "evaluation"))
 
 
 @STEPS

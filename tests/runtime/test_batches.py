@@ -253,3 +253,16 @@ def test_a_micro_batch_stacks_its_windows() -> None:
     assert made.input_ids.tolist() == [list(w.input_ids) for w in chosen]
     assert made.labels.tolist() == [list(w.labels) for w in chosen]
     assert made.num_targets == 4 + 6
+
+
+def test_the_first_steps_from_anywhere_are_whole() -> None:
+    """Two steps from *first_whole* on have the planned length, whatever their windows; the others are trimmed."""
+    every = [tiny.window(range(5)) for _ in range(8)]
+    every = [batches.Window(w.input_ids[:4], w.labels[:4], 4) for w in every]
+
+    lengths = [
+        [group.is_whole for group in groups]
+        for groups in itertools.islice(batches.steps(every, 2, 1, 256, seed=0, first_whole=3), 6)
+    ]
+
+    assert lengths == [[False], [False], [False], [True], [True], [False]]

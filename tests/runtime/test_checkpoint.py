@@ -222,3 +222,39 @@ def test_infinite_norms_survive(plans: dict[str, Plan], request_for: Requests) -
 
     assert checkpoint.latest(again.parent) == (again, [])
     assert checkpoint.read(again) == skipped
+
+
+def test_what_was_left_above_does_not_crowd_out_what_is_new(tmp_path: Path) -> None:
+    """A run that went back below checkpoints that are not believed keeps what it writes from then on."""
+    trainee = tiny.trainee()
+    for number in (9, 10):
+        broken = tmp_path / f"step-{number:08d}"
+        broken.mkdir()
+        (broken / "manifest.json").write_text("{}")
+    state = checkpoint.State(steps=(), started="", seconds=0.0, loss_scale=1.0, num_skipped=0, num_calm=0)
+
+    saved = checkpoint.save(tmp_path, trainee, state)
+
+    assert checkpoint.latest(tmp_path) == (saved, [])
+    assert [path.name for path in tmp_path.iterdir()] == [saved.name]
+
+
+def test_a_checkpoint_is_replaced_without_a_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between taking the old one's name away and giving it to the new one, the new one is found."""
+    trainee = tiny.trainee()
+    state = checkpoint.State(steps=(), started="", seconds=0.0, loss_scale=1.0, num_skipped=0, num_calm=0)
+    saved = checkpoint.save(tmp_path, trainee, state)
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial") and not path.name.endswith(".replaced.partial"):
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, trainee, replace(state, seconds=2.0))
+
+    path, _ = checkpoint.latest(tmp_path)
+    assert path == saved and checkpoint.read(saved).seconds == 2.0

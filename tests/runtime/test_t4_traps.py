@@ -154,6 +154,7 @@ def test_a_plan_altered_to_overflow_is_refused(plans: dict[str, Plan]) -> None:
     half = replace(
         plan,
         compute_dtype="float16",
+        alternatives=(),
         configuration=replace(plan.configuration, layers=uniform(strategy, plan.configuration.num_layers)),
     )
     assert from_json(to_json(half)) == half
