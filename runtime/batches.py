@@ -12,9 +12,10 @@ import torch
 
 from shallowflow.planner.packing import first_fit_decreasing, trimmed_length
 
-from .documents import Document
+from .documents import Example
 from .loss import IGNORED_LABEL
 from .step import MicroBatch
+from .tokens import tokens_of
 
 PADDING = 0
 """The token after a window's end: read by no other, and not learned."""
@@ -47,31 +48,15 @@ class Group:
     is_whole: bool
 
 
-def windows(documents: Sequence[Document], tokenizer: Any, sequence_length: int) -> list[Window]:
-    """Cut every document into windows of at most *sequence_length* tokens.
-
-    Prompts are read and not learned; each document ends with the end-of-text token.
-    """
-    end = tokenizer.eos_token_id
-    start = _start(tokenizer)
+def windows(documents: Sequence[Example], tokenizer: Any, sequence_length: int) -> list[Window]:
+    """Cut every document into windows of at most *sequence_length* tokens."""
     found: list[Window] = []
     for document in documents:
-        prompt = [*start, *_tokens(tokenizer, document.prompt)]
-        tokens = [*prompt, *_tokens(tokenizer, document.text), *([] if end is None else [end])]
-        targets = [IGNORED_LABEL] * max(0, len(prompt) - 1) + tokens[max(1, len(prompt)) :]
+        tokens, learned = tokens_of(document, tokenizer)
+        targets = [token if wanted else IGNORED_LABEL for token, wanted in zip(tokens[1:], learned[1:], strict=True)]
         starts = range(0, len(targets), sequence_length)
         found += [_window(tokens, targets, first, sequence_length) for first in starts]
     return [window for window in found if window.num_targets]
-
-
-def _start(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer itself puts before a text, if any; its attributes do not always tell."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
 def _window(tokens: list[int], targets: list[int], first: int, length: int) -> Window:

@@ -1,122 +1,144 @@
-"""Read training text from JSONL, CSV or plain text files; needs no torch."""
+"""Data as documents: which format its rows have, and what of them is learned; needs no torch."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias
+
+from . import conversations
+from .conversations import Conversation, text_in
+from .data_files import DataError, Row, kind_of, read_rows
+
+__all__ = ["DataError", "Document", "Example", "read_data", "read_documents"]
 
 CHARACTERS_PER_TOKEN = 4
 """English text under today's tokenizers, roughly; used only where no tokenizer is at hand, and said so."""
 
-UNREADABLE = (".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".gz", ".zip")
-SUPPORTED = "a column 'text', or columns 'prompt' and 'completion'"
+Format = Literal["messages", "sharegpt", "alpaca", "text", "prompt-completion"]
+FORMATS: Mapping[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+    "prompt-completion": ("prompt", "completion"),
+}
+"""What decides a row's format: it is the first of these whose columns the row fills, other columns or not.
 
+All rows of a file have one format, but for text, which may stand among prompts and completions."""
+USEFUL = {*(column for columns in FORMATS.values() for column in columns), "input", "system"}
+PLAIN: set[Format] = {"text", "prompt-completion"}
+"""Formats that may mix: both are read as they stand, without a chat template."""
 
-class DataError(ValueError):
-    """A data file that cannot be trained on: which file and line, what is wrong, what would work."""
+SUPPORTED = (
+    "a column 'text', columns 'prompt' and 'completion' or 'instruction' and 'output', "
+    "or a column 'messages' or 'conversations'"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One example: *prompt* is read, *text* is learned."""
+    """One example of plain text: *prompt* is read, *text* is learned."""
 
     text: str
     prompt: str = ""
 
 
-def read_documents(path: Path) -> list[Document]:
-    """All documents of *path*: ``.jsonl`` and ``.csv`` by line, anything else as one plain text.
+Example: TypeAlias = Document | Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What a data file comes to.
+
+    Attributes:
+        kind: of file, such as ``JSONL``.
+        formats: of its rows; two only where text and prompts mix.
+        documents: those with something to learn.
+        num_rows: with those that have nothing.
+    """
+
+    kind: str
+    formats: tuple[Format, ...]
+    documents: list[Example]
+    num_rows: int
+
+
+def read_documents(path: Path, data_format: Format | None = None) -> list[Example]:
+    """All documents of *path*, in the format given or the one that its columns tell.
 
     Raises:
-        DataError: the file is missing, empty, not text, or of the wrong columns.
+        DataError: the file is missing, empty, unreadable, of unknown columns, or its rows disagree.
     """
-    try:
-        if not path.is_file():
-            raise DataError(f"data file {path} does not exist" if not path.exists() else f"{path} is not a file")
-        if path.suffix.lower() in UNREADABLE:
-            raise DataError(f"{path} is a {path.suffix.lower()} file; give JSONL, CSV or plain text")
-        content = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; give JSONL, CSV or plain text") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    if "\0" in content:
-        raise DataError(f"{path} is not text; give JSONL, CSV or plain text")
-    if not content.strip():
-        raise DataError(f"{path} is empty")
-    readers = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv}
-    reader = readers.get(path.suffix.lower())
-    documents = [Document(content)] if reader is None else [d for d in reader(path, content) if d.text.strip()]
+    return read_data(path, data_format).documents
+
+
+def read_data(path: Path, data_format: Format | None = None) -> Data:
+    """All documents of *path*, and what was found on the way.
+
+    Raises:
+        DataError: as ``read_documents``.
+    """
+    documents: list[Example] = []
+    formats: dict[Format, None] = {}
+    num_rows = 0
+    for row in read_rows(path, USEFUL):
+        found = data_format or _format_of(row)
+        first = next(iter(formats), found)
+        if found != first and not {found, first} <= PLAIN:
+            raise DataError(f"{row.place} is {found}, and the rows before it are {first}; give one format per file")
+        formats[found] = None
+        document = _document(row, found)
+        num_rows += 1
+        if _learns(document):
+            documents.append(document)
     if not documents:
         raise DataError(f"{path} holds no text to learn; give {SUPPORTED}")
-    return documents
+    return Data(kind_of(path), tuple(formats), documents, num_rows)
 
 
-def estimated_sequences(documents: list[Document], sequence_length: int) -> tuple[int, int]:
-    """(sequences, tokens) that *documents* come to, at CHARACTERS_PER_TOKEN."""
-    lengths = estimated_lengths(documents, sequence_length)
-    return len(lengths), sum(lengths)
+def digest(documents: Iterable[Example]) -> bytes:
+    """A fingerprint of what is learned, wherever it was read."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(repr(document).encode())
+    return found.digest()
 
 
-def estimated_lengths(documents: list[Document], sequence_length: int) -> list[int]:
-    """Tokens of each window of at most *sequence_length* that *documents* come to, at CHARACTERS_PER_TOKEN."""
-    tokens = [-(-(len(d.prompt) + len(d.text)) // CHARACTERS_PER_TOKEN) for d in documents]
-    return [min(sequence_length, count - first) for count in tokens for first in range(0, count, sequence_length)]
+def _format_of(row: Row) -> Format:
+    """The first format whose columns are filled, or at least there."""
+    filled = {name for name, value in row.columns.items() if value is not None}
+    for there in (filled, set(row.columns)):
+        for name, columns in FORMATS.items():
+            if there.issuperset(columns):
+                return name
+    raise DataError(f"{row.place} has the columns {_columns(row)}; expected {SUPPORTED}")
 
 
-def _jsonl(path: Path, content: str) -> Iterator[Document]:
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} line {number} is not JSON: {error.msg}; give one JSON object per line") from None
-        except RecursionError:
-            raise DataError(f"{path} line {number} is nested too deeply; give one flat JSON object per line") from None
-        except ValueError as error:  # such as a number of thousands of digits
-            raise DataError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path} line {number} is {type(row).__name__}, not an object with {SUPPORTED}")
-        yield _document(path, number, row)
+def _document(row: Row, data_format: Format) -> Example:
+    if not set(row.columns).issuperset(FORMATS[data_format]):
+        wanted = " and ".join(repr(column) for column in FORMATS[data_format])
+        raise DataError(f"{row.place} has the columns {_columns(row)}; expected {wanted} for {data_format}")
+    if data_format == "messages":
+        return conversations.conversation(row, "messages")
+    if data_format == "sharegpt":
+        return conversations.conversation(row, "conversations")
+    if data_format == "alpaca":
+        return conversations.instruction(row)
+    if data_format == "text":
+        return Document(text_in(row, "text"))
+    if isinstance(row.columns["completion"], list):
+        return conversations.prompted(row)
+    return Document(text_in(row, "completion"), text_in(row, "prompt"))
 
 
-def _csv(path: Path, content: str) -> Iterator[Document]:
-    limit = csv.field_size_limit(len(content) + 1)
-    try:
-        rows = csv.DictReader(io.StringIO(content, newline=""), strict=True)
-        for row in rows:
-            if None in row:
-                raise DataError(
-                    f"{path} line {rows.line_num} has more fields than the header; quote fields with commas"
-                )
-            yield _document(path, rows.line_num, row)
-    except csv.Error as error:
-        raise DataError(f"{path} is not CSV: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
+def _columns(row: Row) -> str:
+    return ", ".join(repr(str(column)[:40]) for column in list(row.columns)[:8]) or "none"
 
 
-def _document(path: Path, number: int, row: Mapping[str, Any]) -> Document:
-    if "text" in row:
-        return Document(_text(path, number, row, "text"))
-    if "prompt" in row and "completion" in row:
-        return Document(_text(path, number, row, "completion"), _text(path, number, row, "prompt"))
-    columns = ", ".join(repr(str(column)) for column in list(row)[:8]) or "none"
-    raise DataError(f"{path} line {number} has the columns {columns}; expected {SUPPORTED}")
-
-
-def _text(path: Path, number: int, row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
-    if value is None:
-        raise DataError(f"{path} line {number} has no {column}; give one, or leave the line out")
-    if not isinstance(value, str):
-        raise DataError(f"{path} line {number}: {column} is {type(value).__name__}, expected text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{path} line {number}: {column} holds half a surrogate pair, which is no character")
-    return value
+def _learns(document: Example) -> bool:
+    if isinstance(document, Conversation):
+        return any(message.learned for message in document.messages)
+    return bool(document.text.strip())

@@ -15,6 +15,7 @@ from shallowflow.planner import render, serialize
 from shallowflow.planner.plan import Plan
 
 from . import checkpoint, report
+from .documents import digest, read_documents
 from .files import write_text
 from .record import RunRecord, to_json
 from .request import RunError, RunRequest
@@ -98,13 +99,19 @@ def note_request(plan: Plan, request: RunRequest) -> None:
 def _fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
     parts: dict[str, bytes | str | float] = {
         "plan": serialize.to_json(plan).encode(),
-        "data": request.data.read_bytes(),
+        "data": _content(request.data, request),
+        "data format": request.data_format or "",
         "weights": str(request.weights.resolve()) if request.weights else "",
-        "held-out text": request.eval_data.read_bytes() if request.eval_data else "",
+        "held-out text": _content(request.eval_data, request) if request.eval_data else "",
         "seed": request.seed,
         "learning rate": request.learning_rate,
     }
     return checkpoint.fingerprint(parts)
+
+
+def _content(data: Path, request: RunRequest) -> bytes:
+    """A file's bytes; of a dataset what is learned."""
+    return data.read_bytes() if data.is_file() else digest(read_documents(data, request.data_format))
 
 
 def settings(plan: Plan, request: RunRequest) -> dict[str, str | int | float]:

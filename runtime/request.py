@@ -10,6 +10,7 @@ import torch
 
 from shallowflow.planner.plan import Plan
 
+from .documents import Format
 from .step import LEARNING_RATE
 from .trackers import missing_package
 
@@ -37,6 +38,7 @@ class RunRequest:
         patience: evaluations without improvement after which training stops; the best adapter is the result then.
         samples: prompts that are answered before and after training.
         track: Accelerate's trackers that hear of every step.
+        data_format: how the rows of both data files are read; None tells it from their columns.
     """
 
     data: Path
@@ -53,6 +55,7 @@ class RunRequest:
     patience: int | None = None
     samples: tuple[str, ...] = ()
     track: tuple[str, ...] = ()
+    data_format: Format | None = None
 
 
 def check_request(request: RunRequest) -> None:

@@ -64,8 +64,8 @@ def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.de
     """
     check_request(request)
     folder.check_output(request.output, request.resume)
-    documents = read_documents(request.data)
-    held_out = read_documents(request.eval_data) if request.eval_data else []
+    documents = read_documents(request.data, request.data_format)
+    held_out = read_documents(request.eval_data, request.data_format) if request.eval_data else []
     watcher.stage("reading data and tokenizer")
     source = find_weights(plan.model_name, request.weights)
     tokenizer = load_tokenizer(source)

@@ -107,6 +107,19 @@ def write_numbers(name: str, numbers: tuple[int, ...]) -> None:
     _write(f"{name}.json", lambda path: path.write_bytes(msgspec.json.encode(numbers)))
 
 
+def read_text(name: str) -> str | None:
+    """The stored text, or None."""
+    try:
+        return (folder() / f"{name}.json").read_text(encoding="utf-8")
+    except _UNREADABLE:
+        return None
+
+
+def write_text(name: str, text: str) -> None:
+    """Store *text*."""
+    _write(f"{name}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def _write(name: str, save: Any) -> None:
     """Write beside, then rename, so that a reader never meets half an entry."""
     try:

@@ -6,12 +6,13 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import msgspec
 
 from shallowflow import __version__
+from shallowflow.data_command import data_command
 from shallowflow.inspection import (
     calibrate_command,
     gpus_command,
@@ -30,6 +31,10 @@ from shallowflow.profiles import FactsError, GpuSpec, load_gpu
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
+from shallowflow.work import size_of_work
+
+if TYPE_CHECKING:
+    from shallowflow.runtime.documents import Format
 
 
 class Commands(click.Group):
@@ -58,6 +63,7 @@ def cli() -> None:
     \b
     sfplan MODEL --gpu t4               how to train it, its memory, speed and price
     sfplan train PLAN --data FILE       the run: exactly that plan
+    sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan frontier MODEL               what memory and finer weights buy
@@ -85,7 +91,7 @@ def plan_command(model: str, as_json: bool, output: Path | None, **options: Any)
     from shallowflow.terminal import status
 
     spec = find_model(model)
-    device, workload, notes = _request(**options)
+    device, workload, notes = _request((model, spec.name), **options)
     _check_writable(output)
     try:
         with status(f"planning {spec.name}") as tell:
@@ -119,7 +125,7 @@ def frontier_command(model: str, as_json: bool, **options: Any) -> None:
     from shallowflow.tradeoffs import find_trade_offs
 
     spec = find_model(model)
-    device, workload, _ = _request(**options)
+    device, workload, _ = _request((model, spec.name), **options)
     with status(f"planning {spec.name}") as tell:
         points = find_trade_offs(spec, device, workload, progress=tell)
     if as_json:
@@ -131,19 +137,24 @@ def frontier_command(model: str, as_json: bool, **options: Any) -> None:
 
 
 def _request(
+    model: tuple[str, str],
     gpu: str,
     gpus: int,
     tokens: int | None,
     data: Path | None,
     eval_data: Path | None,
+    data_format: Format | None,
     rank: int | None,
     min_rank: int | None,
     max_process_gib: float | None,
     fixed: tuple[str, ...],
     **same: Any,
 ) -> tuple[GpuSpec, Workload, tuple[str, ...]]:
-    """The GPU, the workload and notes on it, from what the command line says; *same* are the workload's own fields."""
-    work, notes = _work(tokens, data, eval_data, same["sequence_length"])
+    """The GPU, the workload and notes on it, from what the command line says.
+
+    *model* is as it was asked for, and its name; *same* are the workload's own fields.
+    """
+    work, notes = size_of_work(model, tokens, data, eval_data, data_format, same["sequence_length"])
     if rank and min_rank and rank < min_rank:
         raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
     options: dict[str, Any] = {
@@ -156,42 +167,6 @@ def _request(
         **fixed_fields(fixed),
     }
     return load_gpu(gpu), Workload(**options), notes
-
-
-def _work(
-    tokens: int | None, data: Path | None, eval_data: Path | None, sequence_length: int
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What is known of the work: fields of a workload, and notes on where they come from."""
-    if tokens is not None and data is not None:
-        raise RequestError("give either --tokens or --data, not both")
-    if data is None and eval_data is None:
-        return ({"total_tokens": tokens} if tokens else {}), ()
-    from shallowflow.planner.packing import first_fit_decreasing, window_counts
-    from shallowflow.runtime.documents import (
-        CHARACTERS_PER_TOKEN,
-        estimated_lengths,
-        estimated_sequences,
-        read_documents,
-    )
-
-    work: dict[str, Any] = {}
-    if eval_data is not None:
-        work["num_eval_sequences"], _ = estimated_sequences(read_documents(eval_data), sequence_length)
-    if data is None:
-        return {**work, **({"total_tokens": tokens} if tokens else {})}, ()
-    lengths = estimated_lengths(read_documents(data), sequence_length)
-    total = sum(lengths)
-    note = (
-        f"{data.name}: about {total:,} tokens in {len(lengths):,} sequences, estimated at "
-        f"{CHARACTERS_PER_TOKEN} characters per token; the hours follow from it."
-    )
-    found = {
-        "total_tokens": total,
-        "num_sequences": len(lengths),
-        "num_packed_sequences": len(first_fit_decreasing(lengths, sequence_length)),
-        "window_counts": window_counts(lengths, sequence_length),
-    }
-    return {**work, **found}, (note,)
 
 
 def _check_writable(output: Path | None) -> None:
@@ -242,6 +217,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
 for _command in (
     train_command,
     merge_command,
+    data_command,
     profile_command,
     simulate_command,
     measure_command,
@@ -265,7 +241,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "request": "RunError",
         "calibrate": "CalibrationError",
         "user_step": "StepError",
-        "weights": "WeightsError",
+        "sources": "WeightsError",
     }
     return (*found, *_loaded(later))
 

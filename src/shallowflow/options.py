@@ -8,6 +8,7 @@ from typing import get_args
 
 import click
 
+from shallowflow.data_command import data_format_option
 from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.problem import HEADROOM
 from shallowflow.planner.strategies import Activations, Adapter
@@ -54,7 +55,7 @@ def _field(key: str, value: str) -> object:
 def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     """Every option that a ``Workload`` is made from, and the GPU's."""
     count = click.IntRange(min=1)
-    options = [
+    options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
         click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu."),
         click.option("--gpus", type=count, default=1, show_default=True, help="How many of them."),
         click.option(
@@ -65,10 +66,13 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Tokens per sequence.",
         ),
         click.option("--tokens", type=count, help="Size of the work in tokens.  [default: 10,000,000]"),
-        click.option("--data", type=click.Path(path_type=Path), help="Size of the work: a JSONL, CSV or text file."),
         click.option(
-            "--eval-data", type=click.Path(path_type=Path), help="Held-out text, whose evaluation takes time, too."
+            "--data", type=click.Path(path_type=Path), help="Size of the work: a file to learn, or hf:ORG/NAME."
         ),
+        click.option(
+            "--eval-data", type=click.Path(path_type=Path), help="Held-out data, whose evaluation takes time, too."
+        ),
+        data_format_option,
         click.option(
             "--global-batch-size",
             type=click.IntRange(min=1, max=65_536),

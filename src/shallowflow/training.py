@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from shallowflow.data_command import data_format_option
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.serialize import PlanError, from_json
 from shallowflow.profiles import load_gpu, validate_config
 
 if TYPE_CHECKING:
+    from shallowflow.runtime.documents import Format
     from shallowflow.runtime.request import RunRequest
 
 
 @click.command("train")
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL, CSV or text to learn.")
-@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out text for the perplexity.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="A file to learn, or hf:ORG/NAME.")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity.")
+@data_format_option
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder with weights, or a .gguf file.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the results.")
 @click.option("--steps", type=click.IntRange(1, 10**9), help="Optimizer updates.  [default: one pass over the data]")
@@ -53,6 +56,7 @@ def train_command(
     plan: Path,
     data: Path,
     eval_data: Path | None,
+    data_format: Format | None,
     weights: Path | None,
     output: Path,
     steps: int | None,
@@ -99,6 +103,7 @@ def train_command(
         patience=patience,
         samples=samples,
         track=track,
+        data_format=data_format,
     )
     if dry_run:
         _rehearse(loaded, request)

@@ -143,6 +143,7 @@ def test_a_model_beyond_any_is_refused_before_it_is_built(
     """Ten thousand layers of a billion: one line, and next to no memory."""
     plan = copy.deepcopy(content)
     plan["model_config"].update(changes)
+    plan["alternatives"] = []
     if "num_hidden_layers" in changes:
         run = {**plan["configuration"]["layers"][0], "first": 0, "last": changes["num_hidden_layers"] - 1}
         plan["configuration"]["layers"] = [run]

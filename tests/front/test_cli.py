@@ -33,7 +33,7 @@ def test_help_names_every_command(words: list[str]) -> None:
     assert all(name in done.output for name in cli.cli.commands)
 
 
-@pytest.mark.parametrize("command", ["plan", "model", "train", "simulate", "measure", "models", "gpus"])
+@pytest.mark.parametrize("command", ["plan", "model", "train", "data", "simulate", "measure", "models", "gpus"])
 def test_every_command_has_help(command: str) -> None:
     """Each command explains each of its options, for both spellings of help."""
     done = sfplan(command, "--help")
@@ -132,17 +132,22 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
     assert workload == {**unsaid, **fixed, **dict(given.values())}
 
 
-def test_data_gives_the_size_of_the_work(tiny_folder: Path, data: Path) -> None:
-    """From a file come tokens and sequences, and the plan says that they are an estimate."""
-    characters = sum(len(json.loads(line)["text"]) for line in data.read_text(encoding="utf-8").splitlines())
+def test_data_gives_the_size_of_the_work(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Tokens and sequences are counted by the tokenizer beside the model, or estimated, which is said."""
+    texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
+    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
 
-    made = serialize.from_json(sfplan(tiny_folder, *SMALL, "--data", data, "--json").output)
+    counted, estimated = (
+        serialize.from_json(sfplan(model, *SMALL, "--data", data, "--json").output) for model in (tiny_folder, tmp_path)
+    )
 
-    assert abs(made.workload.total_tokens - characters / 4) < 12
-    assert made.workload.num_sequences == 12 >= sum(made.workload.window_counts[:1])
-    assert made.workload.num_packed_sequences is not None and made.workload.num_packed_sequences <= 12
-    assert made.num_steps == 1
-    assert any("data.jsonl: about" in note and "estimated at 4 characters" in note for note in made.notes)
+    assert counted.workload.total_tokens == sum(len(text.encode()) + 1 for text in texts)
+    assert counted.workload.num_sequences == sum(-(-len(text.encode()) // 32) for text in texts)
+    assert any("counted by the model's tokenizer" in note for note in counted.notes)
+    assert abs(estimated.workload.total_tokens - sum(map(len, texts)) / 4) < 12
+    assert estimated.workload.num_packed_sequences is not None and estimated.workload.num_packed_sequences <= 12
+    assert (estimated.workload.num_sequences, estimated.num_steps) == (12, 1)
+    assert any("data.jsonl: about" in note and "estimated at 4 characters" in note for note in estimated.notes)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +165,7 @@ def test_packing_is_chosen_or_given(
 ) -> None:
     """Short documents are packed by choice; whatever is said is done, shown, and has a proof that holds."""
     file, data = tmp_path / "plan.json", tmp_path / "short.jsonl"
-    data.write_text('{"text": "a few words here"}\n' * 200, encoding="utf-8")
+    data.write_text('{"text": "word"}\n' * 200, encoding="utf-8")
 
     done = sfplan(tiny_folder, *SMALL, "--data", data, *words, "--output", file)
 

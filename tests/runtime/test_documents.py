@@ -18,9 +18,9 @@ from shallowflow.runtime.documents import (
     SUPPORTED,
     DataError,
     Document,
-    estimated_sequences,
     read_documents,
 )
+from shallowflow.runtime.lengths import document_lengths
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
 LEARNABLE = TEXT.filter(lambda text: bool(text.strip()))
@@ -98,7 +98,7 @@ def test_a_long_document_may_be_in_a_csv(tmp_path: Path) -> None:
     path = tmp_path / "books.csv"
     path.write_text(as_csv([["text"], ["word " * 100_000]]), encoding="utf-8")
 
-    assert [len(d.text) for d in read_documents(path)] == [500_000]
+    assert read_documents(path) == [Document("word " * 100_000)]
 
 
 def test_a_row_without_text_is_left_out(tmp_path: Path) -> None:
@@ -127,7 +127,8 @@ def test_a_path_that_is_no_file(tmp_path: Path) -> None:
         ("a.jsonl", codecs.BOM_UTF8 + b" \n\t\n", "is empty"),
         ("a.txt", "Grüße".encode("latin-1"), "is not UTF-8 text"),
         ("a.jsonl", "text".encode("utf-16"), "is not UTF-8 text"),
-        ("a.parquet", b"PAR1\x15\x04\x15\xfe\xff", "is a .parquet file; give JSONL, CSV or plain text"),
+        ("a.parquet", b"PAR1\x15\x04\x15\xfe\xff", "cannot be read as Parquet"),
+        ("a.pdf", b"%PDF", "is a .pdf file; give JSONL, JSON, CSV, Parquet or plain text"),
         ("a.csv", b"prompt,completion\nask,answer\nask\n", "line 3 has no completion"),
         ("a.jsonl", b'{"text": null}\n', "line 1 has no text"),
         ("a.txt", b"plain\0text", "is not text"),
@@ -137,10 +138,10 @@ def test_a_path_that_is_no_file(tmp_path: Path) -> None:
         ("a.csv", b'text\n"never closed', "is not CSV"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": }\n', "line 3 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"} {"text": "c"}\n', "line 2 is not JSON"),
-        ("a.json", b'[\n  {"text": "a"}\n]\n', "line 1 is not JSON"),
+        ("a.json", b'[\n  {"text": "a"},\n  {"text": 5}\n]\n', "row 2: text is int"),
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
         ("a.jsonl", b'{"text": "a", "number": ' + b"1" * 5_000 + b"}", "line 1 is not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n[{"text": "b"}]\n', f"line 2 is list, not an object with {SUPPORTED}"),
+        ("a.jsonl", b'{"text": "a"}\n[{"text": "b"}]\n', "line 2 is list, not an object with columns"),
         ("a.jsonl", b'"a"\n', "line 1 is str"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b", "title": 1}\n', "line 2 has the columns 'body', 'title'"),
         ("a.jsonl", b'{"prompt": "b"}\n', "line 1 has the columns 'prompt'"),
@@ -173,7 +174,7 @@ def test_any_file_is_answered(tmp_path: Path, content: bytes, suffix: str) -> No
         complaint(path)
         return
 
-    assert documents and all(d.text.strip() for d in documents)
+    assert documents and all(isinstance(d, Document) and d.text.strip() for d in documents)
 
 
 # What is estimated
@@ -182,10 +183,11 @@ def test_any_file_is_answered(tmp_path: Path, content: bytes, suffix: str) -> No
 @given(documents=EXAMPLES, length=st.integers(2, 40))
 def test_the_estimate_follows_the_characters(documents: list[Document], length: int) -> None:
     """No character is left out, each document rounds up once to tokens and once to sequences, and documents add up."""
-    sequences, tokens = estimated_sequences(documents, length)
+    found = document_lengths(documents, None)
+    sequences, tokens = found.num_sequences(length), found.num_tokens
     characters = sum(len(d.prompt + d.text) for d in documents)
 
+    assert not found.exact
     assert characters <= tokens * CHARACTERS_PER_TOKEN < characters + CHARACTERS_PER_TOKEN * len(documents)
     assert tokens <= sequences * length < tokens + length * len(documents)
-    alone = [estimated_sequences([d], length) for d in documents]
-    assert (sequences, tokens) == (sum(s for s, _ in alone), sum(t for _, t in alone))
+    assert found.documents == tuple(length for d in documents for length in document_lengths([d], None).documents)
