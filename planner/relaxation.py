@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import highspy
 import numpy as np
 import numpy.typing as npt
 
-from .certificate import SCALE, Node, Price, Row, rounded_row
+from .certificate import SCALE, Node, Price, Row
 from .chain import Chain, Choice, Counts, Limits, backward_order
+from .rounding import Rounded, rounded_limits
 
 Floats = npt.NDArray[np.float64]
 PASSES: tuple[Row, ...] = ("forward", "backward")
-TIMES: set[tuple[Row, int | None]] = {("device time", None), ("host time", None)}
 MIB = float(2**20)
 SECOND = 1e12
 """Picoseconds in one."""
@@ -36,10 +36,6 @@ MOST_ROUNDS = 50
 """Of adding the rows that a solution breaks."""
 Bounds = Mapping[int, tuple[int, int]]
 """How often a column's choice is made, least and most, where that is bounded."""
-
-
-def _through(choice: Choice) -> int:
-    return choice.resident_bytes + choice.forward_change_bytes + choice.release_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,60 +172,19 @@ class Relaxation:
         parts = np.flatnonzero(np.abs(point.counts - np.round(point.counts)) > WHOLE)
         inside = [np.flatnonzero(self.group == number) for number in range(len(self.chain.groups))]
         references = tuple(self.columns[where[np.argmax(point.counts[where])]].choice for where in inside)
-        found: list[tuple[float, Price, Floats, float, float]] = []
-        plain = {(p.row, p.group) for p in point.node.prices if p.divisor is None and p.choice is None}
-        for row, group in sorted(plain - TIMES, key=str):
-            if group is not None and self.chain.groups[group].num_layers > 1:
-                continue  # its limit is another in every box
-            needs, limit = self._exact(row, group)
-            columns = [self.columns[part] for part in parts]
-            divisors = {abs(needs[c.group][c.choice] - needs[c.group][references[c.group]]) for c in columns} - {0}
-            for divisor in sorted(divisors):
-                price = Price(row=row, group=group, amount=0, divisor=divisor, references=references)
-                strong, bound = rounded_row(self.chain, needs, limit, divisor, references)
-                unit = float(max(1, *(abs(n) for need in strong for n in need)))
-                values = np.array([strong[c.group][c.choice] / unit for c in self.columns])
-                excess = float(values @ point.counts) - bound / unit
-                if excess > VIOLATED_MIB:
-                    found.append((excess, price, values, bound / unit, unit))
-        for _, price, values, most, unit in sorted(found, key=lambda item: -item[0])[:MOST_ROUNDED]:
+        divided = [(self.columns[part].group, self.columns[part].choice) for part in parts]
+        found: list[tuple[float, Rounded, Floats]] = []
+        for strong in rounded_limits(self.chain, self.limits, point.node.prices, references, divided):
+            values = np.array([strong.needs[c.group][c.choice] / strong.unit for c in self.columns])
+            excess = float(values @ point.counts) - strong.limit / strong.unit
+            if excess > VIOLATED_MIB:
+                found.append((excess, strong, values))
+        for _, strong, values in sorted(found, key=lambda item: -item[0])[:MOST_ROUNDED]:
             index = self._model.getNumRow()
             where = np.flatnonzero(values).astype(np.int32)
-            self._model.addRow(-highspy.kHighsInf, most, len(where), where, values[where])
-            self._strong[index] = (price, unit)
+            self._model.addRow(-highspy.kHighsInf, strong.limit / strong.unit, len(where), where, values[where])
+            self._strong[index] = (strong.price, strong.unit)
         return bool(found)
-
-    def _exact(self, row: Row, group: int | None) -> tuple[list[list[int]], int]:
-        """A limit's needs by group and choice, and the limit, in whole numbers."""
-        chain, limits = self.chain, self.limits
-        room = limits.memory_bytes - chain.fixed_bytes
-        if group is not None:
-            return self._exact_moment(row, group), room - (chain.head_change_bytes if row == "backward" else 0)
-        if row == "head":
-            return self._each(_through), room - chain.head_high_bytes
-        if row == "update":
-            needs = self._each(lambda choice: _through(choice) + choice.backward_change_bytes)
-            return needs, room - chain.head_change_bytes - chain.update_high_bytes
-        if row == "harm":
-            assert limits.harm is not None
-            return self._each(lambda choice: choice.harm), limits.harm
-        assert limits.host_bytes is not None
-        return self._each(lambda choice: choice.host_bytes), limits.host_bytes
-
-    def _exact_moment(self, row: Row, group: int) -> list[list[int]]:
-        """The worst moment of a group's only layer in whole bytes, as ``_alone`` has it in MiB."""
-        needs = self._each((lambda choice: choice.resident_bytes) if row == "forward" else _through)
-        for number, (need, other) in enumerate(zip(needs, self.chain.groups, strict=True)):
-            done = number < group if row == "forward" else number > group
-            for index, choice in enumerate(other.choices):
-                if row == "forward":
-                    need[index] += choice.forward_change_bytes * done + choice.forward_high_bytes * (number == group)
-                else:
-                    need[index] += choice.backward_change_bytes * done + choice.backward_high_bytes * (number == group)
-        return needs
-
-    def _each(self, need: Callable[[Choice], int]) -> list[list[int]]:
-        return [[need(choice) for choice in group.choices] for group in self.chain.groups]
 
     def broken_choice(self, counts: Floats, bounds: Bounds) -> int | None:
         """A column that is partly used in a group of several layers, and whose worst moment is then too much."""

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from . import problem as posing
-from . import quality
+from . import quality, single
 from .branch import BranchAndBound
-from .chain import Chain, Limits, Taken, taken
+from .chain import Chain, Limits, Taken
 from .memory_record import TracedPeak
 from .neighbours import Chosen
 from .plan import Candidate, Sensitivity
 from .problem import Problem
 from .proof import OPTIMAL_GAP, Proof, Status, Tables, bound, gap
-from .strategies import Cell, Configuration, Strategy
+from .strategies import Cell, Configuration
 
 MOST_TRACES = 24
 """Whole steps that are traced at most before the search gives up on a plan that fits."""
@@ -177,7 +177,7 @@ def solve(
         num_nodes=sum(len(at.search.proof.nodes) for at in cells),
         num_traced=len(solver.traced),
         num_rejected=solver.num_rejected,
-        best_uniform_seconds=_best_uniform(chains, {at.cell: at.limits for at in cells}),
+        best_uniform_seconds=single.best_seconds(chains, {at.cell: at.limits for at in cells}),
     )
 
 
@@ -193,7 +193,7 @@ def _less_fragmented(
         (needs.score_picoseconds, number, at, alone, needs)
         for number, at in enumerate(cells)
         if at.cuts
-        for alone, needs in _uniform(at.chain)
+        for alone, needs in single.uniform(at.chain)
         if needs.within(limits) and needs.score_picoseconds < least
     ]
     singles.sort(key=lambda item: item[:2])
@@ -209,7 +209,7 @@ def _less_fragmented(
 
 def _traced_alone(solver: _Solver, at: _CellSearch, alone: Chain, needs: Taken) -> _Found | None:
     """The single strategy of *alone* in the cell *at*, proved there as far as may be; None if it does not fit."""
-    layers = _strategies(alone) * solver.problem.num_layers
+    layers = single.strategies(alone) * solver.problem.num_layers
     configuration = posing.configured(solver.problem.workload, at.cell, layers)
     peak = solver.tracing(configuration)
     if peak.peak_reserved_bytes > solver.problem.budget_bytes:
@@ -297,15 +297,15 @@ def _variants(solver: _Solver, chains: dict[Cell, Chain], found: _Found) -> Iter
     own = {cell: found.at.chain}
     sizes = {other: chain for other, chain in chains.items() if other.micro_batch_size != cell.micro_batch_size}
     yield solver.cells(sizes, limits)
-    single = _single(found.at.chain, limits)
-    if len(found.configuration.layers) > 1 and single is not None:
-        yield solver.cells({cell: single}, limits)
+    alike = single.best(found.at.chain, limits)
+    if len(found.configuration.layers) > 1 and alike is not None:
+        yield solver.cells({cell: alike}, limits)
     memory, harm = found.chosen.taken.peak_bytes, found.chosen.taken.harm
     yield solver.cells(own, replace(limits, memory_bytes=int(LEANER * memory)))
     if harm:
         yield solver.cells(own, replace(limits, harm=int(FINER * harm)))
-    for wanted in sorted({strategy.weight_format for strategy in _strategies(found.at.chain)}):
-        alone = _only(found.at.chain, {s for s in _strategies(found.at.chain) if s.weight_format == wanted})
+    for wanted in sorted({strategy.weight_format for strategy in single.strategies(found.at.chain)}):
+        alone = single.only(found.at.chain, {s for s in single.strategies(found.at.chain) if s.weight_format == wanted})
         if alone is not None:
             yield solver.cells({cell: alone}, limits)
     for other, chain in chains.items():
@@ -313,51 +313,3 @@ def _variants(solver: _Solver, chains: dict[Cell, Chain], found: _Found) -> Iter
             yield solver.cells({other: chain}, limits)
     for share in MUCH_LEANER:
         yield solver.cells(own, replace(limits, memory_bytes=int(share * memory)))
-
-
-def _single(chain: Chain, limits: Limits) -> Chain | None:
-    """*chain* with the one strategy that is best for all layers; None if there is none within *limits*."""
-    allowed = [(needs.score_picoseconds, alone) for alone, needs in _uniform(chain) if needs.within(limits)]
-    return min(allowed, key=lambda item: item[0])[1] if allowed else None
-
-
-def _strategies(chain: Chain) -> list[Strategy]:
-    return list(dict.fromkeys(choice.strategy for group in chain.groups for choice in group.choices))
-
-
-def _uniform(chain: Chain) -> Iterator[tuple[Chain, Taken]]:
-    """For every strategy that all groups of *chain* have, the chain with no other, and what it takes."""
-    for strategy in _strategies(chain):
-        alone = _only(chain, {strategy})
-        if alone is not None:
-            yield alone, taken(alone, tuple((group.num_layers,) for group in alone.groups))
-
-
-def _only(chain: Chain, wanted: set[Strategy]) -> Chain | None:
-    """*chain* with no choices but *wanted*; None if a group is left with none."""
-    groups = [replace(g, choices=tuple(c for c in g.choices if c.strategy in wanted)) for g in chain.groups]
-    return replace(chain, groups=tuple(groups)) if all(group.choices for group in groups) else None
-
-
-def _best_uniform(chains: dict[Cell, Chain], limits: dict[Cell, Limits]) -> float | None:
-    """The step of the best configuration with one strategy, held to the same limits as the plan."""
-    fitting = [needs for cell, chain in chains.items() for _, needs in _uniform(chain) if needs.within(limits[cell])]
-    best = min(fitting, key=lambda found: found.score_picoseconds, default=None)
-    return None if best is None else best.step_picoseconds / posing.SECOND
-
-
-def smallest(problem: Problem, considered: tuple[Cell, ...]) -> Configuration | None:
-    """The configuration with one strategy that needs the least memory; None without any.
-
-    What exceeds the host's memory comes after all that does not.
-    """
-    host = float("inf") if problem.host_bytes is None else problem.host_bytes
-    found = [
-        (
-            (needs.host_bytes > host, needs.peak_bytes),
-            posing.configured(problem.workload, cell, _strategies(alone) * problem.num_layers),
-        )
-        for cell, chain in posing.chains(problem, considered).items()
-        for alone, needs in _uniform(chain)
-    ]
-    return min(found, key=lambda item: item[0])[1] if found else None

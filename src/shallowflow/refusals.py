@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from shallowflow.planner import problem, solver
+from shallowflow.planner import problem, single
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
 from shallowflow.planner.solver import Solution
@@ -128,6 +128,6 @@ def smallest_process_bytes(session: Session, workload: Workload) -> int:
     bits = min(problem.BYTES_PER_WEIGHT[s.weight_format] for s in lean)
     lean = [s for s in lean if problem.BYTES_PER_WEIGHT[s.weight_format] == bits]
     posed = session.problem(least, considered, rank, only=lambda strategy: strategy in lean)
-    configuration = solver.smallest(posed, considered)
+    configuration = single.smallest(posed, considered)
     assert configuration is not None
     return session.trace(configuration).peak_reserved_bytes + session.gpu.context_bytes

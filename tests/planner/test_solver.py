@@ -16,7 +16,8 @@ from shallowflow.planner.chain import taken
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart
 from shallowflow.planner.problem import Problem
-from shallowflow.planner.solver import smallest, solve
+from shallowflow.planner.single import smallest
+from shallowflow.planner.solver import solve
 from shallowflow.planner.strategies import Cell, Configuration
 from tests.planner.chains import ways
 from tests.planner.tiny import configuration
