@@ -30,7 +30,7 @@ from shallowflow.planner.strategies import Configuration, Strategy, StrategyRun,
 from shallowflow.profiles.load import load_model
 from shallowflow.runtime import batches, build, quantized
 from shallowflow.runtime.documents import Document
-from shallowflow.runtime.evaluate import perplexity
+from shallowflow.runtime.evaluate import mean_loss
 from shallowflow.runtime.heap import keeping_freed_memory
 from shallowflow.runtime.step import make_trainee
 from shallowflow.runtime.weights import find_weights, load_tokenizer, load_weights
@@ -86,13 +86,13 @@ def run(way: str, seed: int) -> dict[str, Any]:
     trainee = make_trainee(model, configuration, "float32", torch.device("cpu"))
     device = torch.device("cpu")
     began = time.perf_counter()
-    before = math.log(perplexity(trainee, tested, MICRO_BATCH, device))
+    before = mean_loss(trainee, tested, MICRO_BATCH, device)
     tokens = 0
     for chosen in islice(batches.steps(learned, MICRO_BATCH, 1, LENGTH, seed), NUM_STEPS):
         made = [batches.micro_batch(group.windows, device, group.length) for group in chosen]
         trainee.step(made)
         tokens += sum(b.num_targets for b in made)
-    after = math.log(perplexity(trainee, tested, MICRO_BATCH, device))
+    after = mean_loss(trainee, tested, MICRO_BATCH, device)
     return {
         "way": way,
         "seed": seed,

@@ -146,22 +146,13 @@ def _theirs(work: Work, make: Callable[[Any, dict[str, Any], list[list[int]]], A
     def train(num_steps: int) -> list[float]:
         moments: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
+            recomputes = work.activations == "recompute"
             shared = {
-                "output_dir": folder,
-                "per_device_train_batch_size": work.micro_batch_size,
+                **others.plain_arguments(folder, work.micro_batch_size, num_steps, recomputes=recomputes),
                 "gradient_accumulation_steps": work.gradient_accumulation_steps,
-                "max_steps": num_steps,
                 "learning_rate": LEARNING_RATE,
                 "weight_decay": 0.0,
-                "bf16": False,
                 "use_cpu": True,
-                "gradient_checkpointing": work.activations == "recompute",
-                "gradient_checkpointing_kwargs": {"use_reentrant": False},
-                "optim": "adamw_torch",
-                "logging_strategy": "no",
-                "save_strategy": "no",
-                "report_to": [],
-                "disable_tqdm": True,
             }
             trainer = make(model, shared, _tokens(work, num_steps))
             others._note_steps(trainer, moments, CPU)

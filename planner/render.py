@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import quality
+from .explain import why
 from .frontier import FrontierPoint
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
-from .strategies import Adapter, Configuration, StrategyRun
+from .strategies import Adapter
+from .words import counted, duration, gib, span, strategies, summary, usd
 
 ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA"}
 BAR_WIDTH = 60
@@ -32,66 +32,11 @@ COLOURS = {
     "fragmentation": "red",
     "context": "white",
 }
-LEAST_GAP_SHOWN = 5e-5
 LEAST_PART_SHOWN = 0.0005
 """Of the memory, for a category to be named."""
-MOST_SHOWN = 3
-"""Strategies of an alternative that are named."""
 LEAST_SHOWN = 0.03
 """Of a step's time, for a kind of operator to be named."""
 SHADES = "█▓▒░"
-
-
-def gib(num_bytes: float) -> str:
-    """Bytes as GiB with two digits."""
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """``1 step``, ``2 steps``."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def usd(amount: float | None) -> str:
-    """Dollars and cents; a dash where there is no price."""
-    return "-" if amount is None else f"${amount:,.2f}"
-
-
-def strategy(run: StrategyRun) -> str:
-    """One run of layers in words."""
-    return str(run.strategy)
-
-
-def strategies(configuration: Configuration) -> str:
-    """All layers' strategies in words."""
-    if len(configuration.layers) == 1:
-        return strategy(configuration.layers[0])
-    return "; ".join(f"{_span(run)} {strategy(run)}" for run in configuration.layers)
-
-
-def _span(run: StrategyRun) -> str:
-    return str(run.first) if run.first == run.last else f"{run.first}-{run.last}"
-
-
-def summary(configuration: Configuration) -> str:
-    """How many layers have each strategy."""
-    if len(configuration.layers) == 1:
-        return strategy(configuration.layers[0])
-    held = Counter(str(one) for one in configuration.strategies()).most_common()
-    shown = held if len(held) <= MOST_SHOWN else held[: MOST_SHOWN - 1]
-    parts = [f"{count} x {name}" for name, count in shown]
-    return "; ".join(parts + [f"{len(held) - len(shown)} more kinds"] * (len(held) > len(shown)))
 
 
 def plan(value: Plan) -> RenderableType:
@@ -107,7 +52,7 @@ def plan(value: Plan) -> RenderableType:
         Text(),
         _alternatives(value),
         Text(),
-        _why(value),
+        why(value),
     )
 
 
@@ -218,7 +163,7 @@ def _headline(value: Plan) -> RenderableType:
         grid.add_row("layers", f"{configuration.num_layers} x {strategies(configuration)}")
     else:
         for index, run in enumerate(configuration.layers):
-            grid.add_row("" if index else "layers", f"{_span(run):<7}{strategy(run)}")
+            grid.add_row("" if index else "layers", f"{span(run):<7}{run.strategy}")
     kind = ADAPTERS[configuration.adapter]
     grid.add_row("adapter", f"{kind} rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
     grid.add_row("compute", f"{value.compute_dtype}, {value.attention} attention, AdamW")
@@ -348,60 +293,3 @@ def _row(candidate: Candidate, value: Plan) -> tuple[str, ...]:
         f"{prediction.step_seconds:.2f}",
         ", ".join(gains),
     )
-
-
-def _why(value: Plan) -> RenderableType:
-    search = value.search
-    lines = [
-        f"{_standing(value)} Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each layer in "
-        f"{counted(search.num_cells, 'combination')} of micro-batch and loss; memory {gib(value.budget_bytes)}, less "
-        "what a traced step is fragmented by. `sfplan verify` checks the proof.",
-        *_price(value),
-        f"The steps shown were traced whole{_rejected(search.num_rejected)}.",
-    ]
-    lines += list(value.notes)
-    return Text("\n".join(lines), style="dim")
-
-
-def _standing(value: Plan) -> str:
-    objective, proof = value.workload.objective, value.proof
-    worth = quality.WORTH[objective]
-    held = f"{worth:.0%} of a step" if worth < 1 else f"{worth:g} steps"
-    if proof.status == "optimal":
-        return f"Proven optimal by {objective}, nf4 throughout being held as bad as {held}."
-    if proof.status == "within":
-        best = f"within {proof.gap:.2%} of the best by {objective}"
-        return f"Proven to be {best}, nf4 throughout being held as bad as {held}."
-    return "It fits; nothing is proven of what is better."
-
-
-def _price(value: Plan) -> list[str]:
-    """What the limits cost, and what mixing strategies gains."""
-    lines: list[str] = []
-    worth = value.sensitivity
-    if value.proof.unfragmented_gap >= LEAST_GAP_SHOWN:
-        gain = value.proof.unfragmented_gap
-        lines.append(f"Had no step any fragmentation, something might be {gain:.2%} better.")
-    if worth.seconds_per_100_mib > 0:
-        lines.append(
-            f"What binds is the memory of the {worth.binding}: 100 MiB more would save "
-            f"{duration(worth.seconds_per_100_mib)} a step."
-        )
-    else:
-        lines.append("Memory does not bind: more of it would not make the step faster.")
-    if worth.next_rank is not None and worth.next_rank_seconds is not None:
-        change = worth.next_rank_seconds - value.prediction.step_seconds
-        lines.append(f"Rank {worth.next_rank} would take {duration(max(0.0, change))} more a step.")
-    uniform = value.search.best_uniform_seconds
-    if uniform is None:
-        lines.append("No single strategy for all layers fits.")
-    elif uniform > value.prediction.step_seconds * 1.0005:
-        longer = uniform / value.prediction.step_seconds - 1
-        lines.append(f"The best single strategy for all layers takes {longer:.1%} longer.")
-    return lines
-
-
-def _rejected(count: int) -> str:
-    if not count:
-        return ""
-    return f" (and {count} {'other' if count == 1 else 'others'}, which then did not fit)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from shallowflow.planner import render
+from shallowflow.planner import words
 from shallowflow.planner.plan import Plan, Prediction
 from shallowflow.planner.wall_time import NUM_EVALUATIONS
 from shallowflow.profiles import load_gpu
@@ -59,7 +59,7 @@ def causes(
     evaluating = sum(record.seconds for record in evaluations)
     if len(evaluations) > NUM_EVALUATIONS and evaluating > EVALUATION_SHARE * seconds:
         found.append(
-            f"{len(evaluations)} evaluations took {render.duration(evaluating)}, {evaluating / seconds:.0%} of the "
+            f"{len(evaluations)} evaluations took {words.duration(evaluating)}, {evaluating / seconds:.0%} of the "
             f"time; the plan counted {NUM_EVALUATIONS}"
         )
     timed = timed_steps(steps)
@@ -81,7 +81,7 @@ def skipped_notes(steps: Sequence[StepRecord]) -> list[str]:
     if not skipped:
         return []
     found = [
-        f"{render.counted(len(skipped), 'update')} skipped by the loss scale, which ends at {steps[-1].loss_scale:g}"
+        f"{words.counted(len(skipped), 'update')} skipped by the loss scale, which ends at {steps[-1].loss_scale:g}"
     ]
     early = sum(index < FIRST_STEPS for index in skipped)
     if early > MOST_SKIPPED:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from shallowflow.planner import render
+from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 
 from .attempts import promised
@@ -53,23 +53,23 @@ def _lines(work: Work, kept: Promise) -> list[str]:
     targets = sum(window.num_targets for window in work.windows)
     seconds = work.total * prediction.step_seconds
     price = "" if request.usd_per_hour is None else f", ${seconds / 3600 * request.usd_per_hour:,.2f}"
-    saves = f"{request.save_every} steps" if request.save_every else render.duration(SAVE_SECONDS)
+    saves = f"{request.save_every} steps" if request.save_every else words.duration(SAVE_SECONDS)
     found = [
-        f"{plan.model_name} on {plan.gpu}: {render.summary(plan.configuration)}",
+        f"{plan.model_name} on {plan.gpu}: {words.summary(plan.configuration)}",
         "the step, traced: as planned, to the byte" if not kept.notes else "the step, traced: fits",
-        f"memory: {render.gib(prediction.peak_process_bytes)} of {render.gib(plan.memory_bytes)}",
-        f"data: {render.counted(len(work.windows), 'sequence')}, {targets:,} tokens to learn",
-        f"training: {render.counted(work.total, 'step')} of {plan.configuration.global_batch_size} sequences, "
-        f"{render.duration(seconds)}{price}",
+        f"memory: {words.gib(prediction.peak_process_bytes)} of {words.gib(plan.memory_bytes)}",
+        f"data: {words.counted(len(work.windows), 'sequence')}, {targets:,} tokens to learn",
+        f"training: {words.counted(work.total, 'step')} of {plan.configuration.global_batch_size} sequences, "
+        f"{words.duration(seconds)}{price}",
         f"checkpoints: every {saves}, in {request.output}",
     ]
     if work.eval_windows:
-        every = f"every {render.counted(request.eval_every, 'step')} and " if request.eval_every else ""
+        every = f"every {words.counted(request.eval_every, 'step')} and " if request.eval_every else ""
         stop = f", stopping after {request.patience} without improvement" if request.patience else ""
         found.append(
-            f"evaluation: {render.counted(len(work.eval_windows), 'sequence')}, {every}before and after training, "
-            f"{kept.evaluation_micro_batch_size} at a time in {render.gib(kept.evaluation_peak_bytes)}{stop}"
+            f"evaluation: {words.counted(len(work.eval_windows), 'sequence')}, {every}before and after training, "
+            f"{kept.evaluation_micro_batch_size} at a time in {words.gib(kept.evaluation_peak_bytes)}{stop}"
         )
     if work.prompts:
-        found.append(f"samples: {render.counted(len(work.prompts), 'prompt')}, before and after training")
+        found.append(f"samples: {words.counted(len(work.prompts), 'prompt')}, before and after training")
     return found

@@ -16,18 +16,7 @@ MOST_LOSS = 700.0
 """Beyond it, exp leaves a float's range."""
 
 
-def perplexity(
-    trainee: Trainee,
-    windows: Sequence[Window],
-    micro_batch_size: int,
-    device: torch.device,
-    on_batch: Callable[[], None] = lambda: None,
-) -> float:
-    """exp of the mean cross-entropy per target token over all *windows*."""
-    return exp(mean_loss(trainee, windows, micro_batch_size, device, on_batch))
-
-
-def exp(loss: float) -> float:
+def perplexity(loss: float) -> float:
     """The perplexity of a mean *loss*: infinite where it is more than a float holds."""
     return math.exp(loss) if loss < MOST_LOSS or math.isnan(loss) else math.inf
 

@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from shallowflow.planner import render
+from shallowflow.planner import words
 from shallowflow.planner.plan import Candidate, Plan
 
 from .meter import MeasuredPeak
@@ -62,7 +62,7 @@ def told(record: FallbackRecord) -> str:
     batch = f"{configuration.micro_batch_size} x {configuration.gradient_accumulation_steps}"
     return (
         f"memory fell short after step {record.step} ({record.reason}); "
-        f"on with {render.summary(configuration)}, batch {batch}"
+        f"on with {words.summary(configuration)}, batch {batch}"
     )
 
 

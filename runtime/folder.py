@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from shallowflow.planner import render, serialize
+from shallowflow.planner import serialize, words
 from shallowflow.planner.plan import Plan
 
 from . import checkpoint, report
@@ -119,7 +119,7 @@ def settings(plan: Plan, request: RunRequest) -> dict[str, str | int | float]:
     configuration = plan.configuration
     return {
         "model": plan.model_name,
-        "layers": render.strategies(configuration),
+        "layers": words.strategies(configuration),
         "rank": configuration.rank,
         "global_batch_size": configuration.global_batch_size,
         "sequence_length": configuration.sequence_length,

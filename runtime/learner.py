@@ -14,7 +14,7 @@ import torch
 from shallowflow.planner.plan import Plan
 
 from . import batches, checkpoint, fallback, folder, sample
-from .evaluate import exp, mean_loss
+from .evaluate import mean_loss, perplexity
 from .meter import MeasuredPeak
 from .precision import LEAST_SCALE
 from .progress import Progress, exhausted, improves
@@ -187,7 +187,7 @@ class Learner:
         record = EvaluationRecord(
             step=step,
             loss=loss,
-            perplexity=exp(loss),
+            perplexity=perplexity(loss),
             seconds=time.perf_counter() - began,
             tokens=sum(window.num_targets for window in work.eval_windows),
         )

@@ -128,14 +128,18 @@ def _surroundings(rules: Rules) -> Iterator[str]:
 def _arguments(cell: Cell, rules: Rules, folder: str) -> dict[str, Any]:
     """What every trainer is told; fp16 is autocast with a gradient scaler, as the Trainer does it."""
     on_cuda = rules.device.type == "cuda"
+    told = plain_arguments(folder, cell.micro_batch_size, NUM_STEPS, recomputes=cell.recompute == "all")
+    return {**told, "fp16": on_cuda, "use_cpu": not on_cuda}
+
+
+def plain_arguments(folder: str, micro_batch_size: int, num_steps: int, *, recomputes: bool) -> dict[str, Any]:
+    """Of transformers' ``TrainingArguments``: so many steps of AdamW, and nothing logged, saved or shown."""
     return {
         "output_dir": folder,
-        "per_device_train_batch_size": cell.micro_batch_size,
-        "max_steps": NUM_STEPS,
-        "fp16": on_cuda,
+        "per_device_train_batch_size": micro_batch_size,
+        "max_steps": num_steps,
         "bf16": False,
-        "use_cpu": not on_cuda,
-        "gradient_checkpointing": cell.recompute == "all",
+        "gradient_checkpointing": recomputes,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "optim": "adamw_torch",
         "logging_strategy": "no",

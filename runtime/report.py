@@ -8,7 +8,7 @@ import jinja2
 import plotly.graph_objects as go
 import plotly.io
 
-from shallowflow.planner import render
+from shallowflow.planner import words
 from shallowflow.planner.memory_record import MemoryRecord, Timeline
 from shallowflow.planner.plan import Plan
 
@@ -32,8 +32,8 @@ def html(plan: Plan, run: RunRecord, timeline: Timeline | None = None) -> str:
         run=run,
         charts=charts,
         comparisons=[row(c) for c in run.comparisons],
-        render=render,
-        strategies=render.strategies(run.configuration or plan.configuration),
+        words=words,
+        strategies=words.strategies(run.configuration or plan.configuration),
         told=told,
     )
 
@@ -71,7 +71,7 @@ def _template(name: str) -> jinja2.Template:
 
 def row(comparison: Comparison) -> tuple[str, str, str, str]:
     """(quantity, predicted, measured, error) as people read them."""
-    shown = render.gib if comparison.unit == "bytes" else render.duration
+    shown = words.gib if comparison.unit == "bytes" else words.duration
     return (
         comparison.quantity,
         shown(comparison.predicted),

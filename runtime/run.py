@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from shallowflow.planner import render
+from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 
 from . import batches, checkpoint, folder, sample, summary
@@ -108,6 +108,6 @@ def _go_on(request: RunRequest, progress: Progress) -> Path | None:
 
 def _saved(request: RunRequest, progress: Progress, *, has_results: bool) -> str:
     if has_results:
-        return f"{render.counted(len(progress.steps), 'step')} and the adapter are saved in {request.output}"
+        return f"{words.counted(len(progress.steps), 'step')} and the adapter are saved in {request.output}"
     path, _ = checkpoint.latest(request.output / CHECKPOINTS)
     return "nothing was saved" if path is None else f"what was learned is saved in {path}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
@@ -52,6 +52,10 @@ def _field(key: str, value: str) -> object:
     return int(value)
 
 
+def _choice(name: str, among: tuple[str, ...], default: str, told: str) -> Callable[..., Any]:
+    return click.option(name, type=click.Choice(among), default=default, show_default=True, help=told)
+
+
 def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     """Every option that a ``Workload`` is made from, and the GPU's."""
     count = click.IntRange(min=1)
@@ -85,29 +89,16 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             default=None,
             help="Several documents to a sequence, or one.  [default: what takes fewer hours]",
         ),
-        click.option(
-            "--adapter",
-            type=click.Choice(get_args(Adapter)),
-            default=DEFAULTS.adapter,
-            show_default=True,
-            help="The kind of LoRA.",
-        ),
+        _choice("--adapter", get_args(Adapter), DEFAULTS.adapter, "The kind of LoRA."),
         click.option("--rank", type=count, help="LoRA's rank, fixed."),
         click.option("--min-rank", type=count, help=f"LoRA's rank, at least.  [default: {DEFAULTS.min_rank}]"),
-        click.option(
+        _choice(
             "--quantization",
-            type=click.Choice(get_args(Quantization)),
-            default=DEFAULTS.quantization,
-            show_default=True,
-            help="Format of the base weights; fp16 means not quantized.",
+            get_args(Quantization),
+            DEFAULTS.quantization,
+            "Format of the base weights; fp16 means not quantized.",
         ),
-        click.option(
-            "--objective",
-            type=click.Choice(get_args(Objective)),
-            default=DEFAULTS.objective,
-            show_default=True,
-            help="What the best plan is best at.",
-        ),
+        _choice("--objective", get_args(Objective), DEFAULTS.objective, "What the best plan is best at."),
         click.option(
             "--headroom",
             type=click.FloatRange(0, 1, max_open=True),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from shallowflow.planner.packing import MASK_ALIGNMENT
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import Infeasible
-from shallowflow.planner.render import counted
+from shallowflow.planner.words import counted
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.specs import ModelSpec
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from shallowflow.planner import render
+from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Figures:
             return []
         found = [f"loss {last.loss:.3f}", f"{last.num_target_tokens / last.seconds:,.0f} tokens/s"]
         if self.peak_bytes is not None:
-            found.append(f"{render.gib(self.peak_bytes)} of {render.gib(self.predicted_bytes)} predicted")
+            found.append(f"{words.gib(self.peak_bytes)} of {words.gib(self.predicted_bytes)} predicted")
         return found
 
     def skipped(self) -> str:
@@ -153,7 +153,7 @@ class Figures:
 
     def remaining(self) -> str:
         """How long the steps that are left take, at the pace of the last ones."""
-        return f"{render.duration(self.left * statistics.median(self.seconds))} left" if self.left > 0 else ""
+        return f"{words.duration(self.left * statistics.median(self.seconds))} left" if self.left > 0 else ""
 
     def lines(self) -> list[str]:
         """All of it, on lines for the space below the bars."""
@@ -183,7 +183,7 @@ def results(record: RunRecord, output: Path) -> RenderableType:
         table.add_column(name, justify="right")
     for comparison in record.comparisons:
         table.add_row(*row(comparison))
-    lines = [Text(f"{record.model_name}: {record.outcome}, {render.counted(len(record.steps), 'step')}", style="bold")]
+    lines = [Text(f"{record.model_name}: {record.outcome}, {words.counted(len(record.steps), 'step')}", style="bold")]
     if record.perplexity_before is not None and record.perplexity_after is not None:
         lines.append(
             Text(f"perplexity on held-out text  {record.perplexity_before:.2f} -> {record.perplexity_after:.2f}")
@@ -191,7 +191,7 @@ def results(record: RunRecord, output: Path) -> RenderableType:
     rate = record.tokens_per_second
     spent = "" if record.usd is None else f", ${record.usd:.4f}"
     if rate is not None:
-        lines.append(Text(f"{rate:,.0f} tokens/s learned, {render.duration(record.seconds)} in all{spent}"))
+        lines.append(Text(f"{rate:,.0f} tokens/s learned, {words.duration(record.seconds)} in all{spent}"))
     lines += [Text(line) for line in _told(record)]
     where = [Text(f"results in {output}: adapter, run.json, plan.json, report.html")]
     if record.outcome == "interrupted":

@@ -9,7 +9,7 @@ import torch
 
 from shallowflow.planner.strategies import WeightFormat
 from shallowflow.runtime.batches import Window
-from shallowflow.runtime.evaluate import perplexity
+from shallowflow.runtime.evaluate import mean_loss, perplexity
 from shallowflow.runtime.step import Trainee
 from tests.runtime import tiny
 
@@ -34,7 +34,7 @@ def test_perplexity_is_its_definition(micro_batch_size: int) -> None:
     trainee = tiny.trainee()
     told: list[None] = []
 
-    found = perplexity(trainee, WINDOWS, micro_batch_size, tiny.CPU, lambda: told.append(None))
+    found = perplexity(mean_loss(trainee, WINDOWS, micro_batch_size, tiny.CPU, lambda: told.append(None)))
 
     assert found == pytest.approx(by_hand(trainee, WINDOWS), rel=1e-5)
     assert len(told) == math.ceil(len(WINDOWS) / micro_batch_size)
@@ -47,8 +47,8 @@ def test_measuring_leaves_the_model_alone(weight_format: WeightFormat) -> None:
     before = {name: p.detach().clone() for name, p in trainee.model.named_parameters()}
     expected = tiny.trainee(weight_format).step([tiny.random_batch([9, 16])])
 
-    first = perplexity(trainee, WINDOWS, 2, tiny.CPU)
-    second = perplexity(trainee, WINDOWS, 2, tiny.CPU)
+    first = mean_loss(trainee, WINDOWS, 2, tiny.CPU)
+    second = mean_loss(trainee, WINDOWS, 2, tiny.CPU)
 
     assert first == second
     assert all(module.training for module in trainee.model.modules())
@@ -66,7 +66,7 @@ def test_dropout_is_off_while_measuring_only() -> None:
     trainee.layers[0].add_module("dropout", dropout)
     trainee.layers[0].get_submodule("mlp").register_forward_hook(lambda _module, _inputs, output: dropout(output))
 
-    found = {perplexity(trainee, WINDOWS, 2, tiny.CPU) for _ in range(3)}
+    found = {mean_loss(trainee, WINDOWS, 2, tiny.CPU) for _ in range(3)}
 
     assert len(found) == 1
     assert len({float(trainee.loss(tiny.random_batch([16])).detach()) for _ in range(3)}) > 1
@@ -80,5 +80,5 @@ def test_an_interrupted_measurement_leaves_the_model_training() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        perplexity(trainee, WINDOWS, 2, tiny.CPU, interrupt)
+        mean_loss(trainee, WINDOWS, 2, tiny.CPU, interrupt)
     assert all(module.training for module in trainee.model.modules())

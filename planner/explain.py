@@ -1,0 +1,69 @@
+"""Why a plan is the plan: what is proven of it, and what its limits cost."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from . import quality
+from .plan import Plan
+from .words import counted, duration, gib
+
+LEAST_GAP_SHOWN = 5e-5
+
+
+def why(value: Plan) -> Text:
+    """What is proven, what binds, what the limits cost, and what the numbers leave out."""
+    search = value.search
+    lines = [
+        f"{_standing(value)} Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each layer in "
+        f"{counted(search.num_cells, 'combination')} of micro-batch and loss; memory {gib(value.budget_bytes)}, less "
+        "what a traced step is fragmented by. `sfplan verify` checks the proof.",
+        *_price(value),
+        f"The steps shown were traced whole{_rejected(search.num_rejected)}.",
+    ]
+    lines += list(value.notes)
+    return Text("\n".join(lines), style="dim")
+
+
+def _standing(value: Plan) -> str:
+    objective, proof = value.workload.objective, value.proof
+    worth = quality.WORTH[objective]
+    held = f"{worth:.0%} of a step" if worth < 1 else f"{worth:g} steps"
+    if proof.status == "optimal":
+        return f"Proven optimal by {objective}, nf4 throughout being held as bad as {held}."
+    if proof.status == "within":
+        best = f"within {proof.gap:.2%} of the best by {objective}"
+        return f"Proven to be {best}, nf4 throughout being held as bad as {held}."
+    return "It fits; nothing is proven of what is better."
+
+
+def _price(value: Plan) -> list[str]:
+    """What the limits cost, and what mixing strategies gains."""
+    lines: list[str] = []
+    worth = value.sensitivity
+    if value.proof.unfragmented_gap >= LEAST_GAP_SHOWN:
+        gain = value.proof.unfragmented_gap
+        lines.append(f"Had no step any fragmentation, something might be {gain:.2%} better.")
+    if worth.seconds_per_100_mib > 0:
+        lines.append(
+            f"What binds is the memory of the {worth.binding}: 100 MiB more would save "
+            f"{duration(worth.seconds_per_100_mib)} a step."
+        )
+    else:
+        lines.append("Memory does not bind: more of it would not make the step faster.")
+    if worth.next_rank is not None and worth.next_rank_seconds is not None:
+        change = worth.next_rank_seconds - value.prediction.step_seconds
+        lines.append(f"Rank {worth.next_rank} would take {duration(max(0.0, change))} more a step.")
+    uniform = value.search.best_uniform_seconds
+    if uniform is None:
+        lines.append("No single strategy for all layers fits.")
+    elif uniform > value.prediction.step_seconds * 1.0005:
+        longer = uniform / value.prediction.step_seconds - 1
+        lines.append(f"The best single strategy for all layers takes {longer:.1%} longer.")
+    return lines
+
+
+def _rejected(count: int) -> str:
+    if not count:
+        return ""
+    return f" (and {count} {'other' if count == 1 else 'others'}, which then did not fit)"
