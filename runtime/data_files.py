@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 UNREADABLE = (".arrow", ".xlsx", ".pdf", ".docx", ".gz", ".zip")
 GIVE = "give JSONL, JSON, CSV, Parquet or plain text"
@@ -21,7 +22,6 @@ DATASET = re.compile(r"(hf:)?(?P<name>[A-Za-z0-9][\w-]*(?:/[A-Za-z0-9][\w.-]*)?)
 """A dataset's name: ``org/name``, with ``hf:`` before it or not, and its split, as in ``hf:org/name:train[:90%]``."""
 OLDEST_DATASETS = 4
 """The first major version of ``datasets`` that cannot run code of a dataset's own."""
-HUB = ("huggingface.co", 443)
 REACH_SECONDS = 3.0
 
 
@@ -220,8 +220,12 @@ def _loaded(path: Path, name: str, split: str) -> Any:
 
 def _reachable() -> bool:
     """Whether the Hub answers; its own client would try for half a minute to find out."""
+    from huggingface_hub.constants import ENDPOINT
+
+    hub = urlsplit(ENDPOINT)
+    port = hub.port or (443 if hub.scheme == "https" else 80)
     try:
-        with socket.create_connection(HUB, timeout=REACH_SECONDS):
+        with socket.create_connection((hub.hostname or "", port), timeout=REACH_SECONDS):
             return True
     except OSError:
         return False

@@ -51,7 +51,7 @@ def rehearse(plan: Plan, request: RunRequest, tell: Callable[[str], None] = lamb
 def _lines(work: Work, kept: Promise) -> list[str]:
     plan, request, prediction = work.plan, work.request, kept.candidate.prediction
     targets = sum(window.num_targets for window in work.windows)
-    seconds = work.total * prediction.step_seconds
+    seconds = work.total * plan.mean_step_seconds
     price = "" if request.usd_per_hour is None else f", ${seconds / 3600 * request.usd_per_hour:,.2f}"
     saves = f"{request.save_every} steps" if request.save_every else words.duration(SAVE_SECONDS)
     found = [
