@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.specs import GpuSpec
 
@@ -15,7 +17,8 @@ PARTIAL = ("recompute attention", "recompute mlp")
 def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
     """What is wrong with *plan* as the best for its workload on *gpu*; nothing if its proof holds.
 
-    What the proof takes for given is not looked into: the tables of what each strategy takes, which come from traces.
+    What the proof takes for given is not looked into: the tables of what each strategy takes, and the bytes of the
+    whole step, which come from traces; a run traces its step again.
     """
     found: list[str] = []
     divisible = not model_facts.changes_logits(plan.model_config)
@@ -29,4 +32,18 @@ def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
         found.append(f"the memory to spend is {budget} bytes, the proof speaks of {plan.proof.budget_bytes}")
     if plan.prediction.peak_reserved_bytes > budget:
         found.append(f"the plan reserves {plan.prediction.peak_reserved_bytes} bytes of {budget}")
-    return found + proof.verify(plan.proof, plan.configuration, expected)
+    found += proof.verify(plan.proof, plan.configuration, expected)
+    return found or _seconds(plan)
+
+
+def _seconds(plan: Plan) -> list[str]:
+    """Whether the step takes what the proof's tables say."""
+    _, weighed = proof.weigh(plan.proof, plan.configuration)
+    seconds, said = weighed.step_picoseconds / problem.SECOND, plan.prediction
+    tokens = plan.configuration.global_batch_size * plan.configuration.sequence_length
+    found = []
+    if not math.isclose(said.step_seconds, seconds, rel_tol=1e-6, abs_tol=1e-6):
+        found.append(f"a step is said to take {said.step_seconds:g} s, the proof's tables give {seconds:g} s")
+    if not math.isclose(said.tokens_per_second * said.step_seconds, tokens, rel_tol=1e-6):
+        found.append(f"{said.tokens_per_second:g} tokens a second are not {tokens} in {said.step_seconds:g} s")
+    return found

@@ -126,13 +126,13 @@ def _message(place: str, what: str, entry: Any, *, learn: bool) -> Message:
     if who not in entry or said not in entry:
         keys = ", ".join(repr(str(key)) for key in list(entry)[:8]) or "nothing"
         raise DataError(f"{place}: {what} has {keys}, expected 'role' and 'content', or 'from' and 'value'")
-    name = checked_text(place, f"the {who} of {what}", entry[who])
+    name = checked_text(place, f"{who} of {what}", entry[who])
     role = ROLES.get(name.strip().lower())
     if role is None:
         raise DataError(f"{place}: {what} is from {name[:40]!r}; known are {', '.join(ROLES)}")
     if entry.get("tool_calls"):
         raise DataError(f"{place}: {what} has tool_calls, which are not learned here; write them as its {said}")
-    content = checked_text(place, f"the {said} of {what}", _joined(place, what, entry[said]))
+    content = checked_text(place, f"{said} of {what}", _joined(place, what, entry[said]))
     weight = 1 if entry.get("weight") is None else entry["weight"]
     if weight not in (0, 1):
         raise DataError(f"{place}: the weight of {what} is {str(weight)[:40]}, expected 0 or 1")

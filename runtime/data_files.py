@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-UNREADABLE = (".arrow", ".xlsx", ".pdf", ".docx", ".gz", ".zip")
+UNREADABLE = (".tsv", ".arrow", ".xlsx", ".pdf", ".docx", ".gz", ".zip")
 GIVE = "give JSONL, JSON, CSV, Parquet or plain text"
 ROWS_AT_ONCE = 1000
 """Of a Parquet file, as Python objects."""
@@ -70,7 +70,7 @@ def read_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
             readers: dict[str, Callable[[Path], Iterator[Row]]] = {"JSONL": _jsonl, "JSON": _json, "CSV": _csv}
             yield from readers.get(kind_of(path), _plain)(path)
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; {GIVE}") from None
+        raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
 
@@ -87,8 +87,17 @@ def _lines(path: Path, newline: str) -> Iterator[str]:
 def _plain(path: Path) -> Iterator[Row]:
     content = "".join(_lines(path, ""))
     if not content.strip():
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; give it some text")
+    if _is_object(content.strip().split("\n", 1)[0]):
+        raise DataError(f"{path} holds JSON objects; name it .jsonl, or it would be learned as it stands")
     yield Row(str(path), {"text": content})
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -103,7 +112,7 @@ def _json_lines(path: Path, lines: Iterator[str]) -> Iterator[Row]:
             yield Row(place, _object(place, _parsed(place, line, "give one JSON object per line")))
             empty = False
     if empty:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; give it one JSON object per line")
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -121,7 +130,7 @@ def _parsed(place: str, text: str, instead: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON: {error.msg} at character {error.pos + 1}; {instead}") from None
+        raise DataError(f"{place} is not JSON: {error.msg} (character {error.pos + 1}); {instead}") from None
     except RecursionError:
         raise DataError(f"{place} is nested too deeply; {instead}") from None
     except ValueError as error:  # such as a number of thousands of digits
@@ -139,7 +148,7 @@ def _csv(path: Path) -> Iterator[Row]:
     try:
         rows = csv.DictReader(_lines(path, ""), strict=True)
         if not any(name.strip() for name in rows.fieldnames or ()):
-            raise DataError(f"{path} is empty")
+            raise DataError(f"{path} is empty; give it a header and rows")
         for row in rows:
             if None in row:
                 raise DataError(
@@ -170,7 +179,10 @@ def _parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path} row {number}", row)
     except Exception as error:  # its reader raises a dozen kinds
-        raise DataError(f"{path} cannot be read as Parquet after row {number}: {_first_line(error)}") from error
+        reason = _first_line(error).removesuffix(".")
+        raise DataError(
+            f"{path} cannot be read as Parquet after row {number}: {reason}; write it anew, or give JSONL"
+        ) from error
 
 
 def _dataset_name(path: Path) -> re.Match[str] | None:

@@ -94,6 +94,8 @@ def read_data(path: Path, data_format: Format | None = None) -> Data:
         num_rows += 1
         if _learns(document):
             documents.append(document)
+    if not documents and not PLAIN.issuperset(formats):
+        raise DataError(f"{path} holds no answer to learn; give conversations a message from the assistant")
     if not documents:
         raise DataError(f"{path} holds no text to learn; give {SUPPORTED}")
     return Data(kind_of(path), tuple(formats), documents, num_rows)

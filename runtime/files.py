@@ -22,10 +22,21 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(_usual_mode())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def share(folder: Path) -> None:
+    """Give the files in *folder* the mode that new files have; some libraries write theirs for their owner alone."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(_usual_mode())
+
+
+def _usual_mode() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from shallowflow.planner.plan import Plan
 
 from . import checkpoint, report
 from .documents import digest, read_documents
-from .files import write_text
+from .files import share, write_text
 from .record import RunRecord, to_json
 from .request import RunError, RunRequest
 from .simulated import step_timeline
@@ -48,6 +49,29 @@ def check_output(output: Path, resume: bool) -> None:
             raise RunError(f"{output} holds a run; go on with it by --resume, or give a new folder with --output")
 
 
+def check_writable(output: Path) -> None:
+    """Refuse an *output* that cannot be made or written to; what is made for that is gone again.
+
+    Raises:
+        RunError: why it cannot.
+    """
+    missing = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _unwritable(output: Path, error: OSError) -> RunError:
+    return RunError(f"{output} cannot be written: {error.strerror}; give another folder with --output")
+
+
 @contextlib.contextmanager
 def claimed(output: Path) -> Iterator[None]:
     """Make the folder and hold it by a file of its own: once nothing else can be wrong, and before hours are spent."""
@@ -56,7 +80,7 @@ def claimed(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         lock = held.open("a")
     except OSError as error:
-        raise RunError(f"{output} cannot be written: {error.strerror}; give another folder with --output") from error
+        raise _unwritable(output, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a killed process gives up by itself
@@ -85,7 +109,10 @@ def check_same(plan: Plan, request: RunRequest) -> None:
         raise RunError(f"{path} is not what a run writes; give a new folder with --output") from None
     for name, value in _fingerprint(plan, request).items():
         if other.get(name, "") != value:
-            raise RunError(f"{request.output} holds a run with another {name}; give the same or another --output")
+            raise RunError(
+                f"{request.output} holds a run whose {name} differs; give the same {name} as it began with, "
+                "or a new folder with --output"
+            )
 
 
 def note_request(plan: Plan, request: RunRequest) -> None:
@@ -150,3 +177,4 @@ def _save_adapter(path: Path, plan: Plan, trainee: Trainee) -> None:
     model: Any = trainee.model
     model.peft_config["default"].base_model_name_or_path = plan.model_name
     model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
+    share(path)

@@ -19,6 +19,7 @@ from shallowflow.planner.plan import Plan
 from shallowflow.planner.strategies import Configuration
 
 from . import build, quantized
+from .files import share
 from .request import RunError
 from .weights import find_weights, load_tokenizer, load_weights
 
@@ -41,7 +42,10 @@ def merge(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output} is not empty; give a new folder with --output")
     plan = serialize.from_json((run / "plan.json").read_bytes(), str(run / "plan.json"))
-    plan = replace(plan, configuration=configuration_of(run, plan))
+    record = record_of(run)
+    if record is not None and not record.steps:
+        raise RunError(f"{run} learned nothing: it ended before its first step; go on with sfplan train and --resume")
+    plan = replace(plan, configuration=configuration_of(record, plan))
     progress("loading weights")
     source = find_weights(plan.model_name, weights)
     tokenizer = load_tokenizer(source)
@@ -53,38 +57,51 @@ def merge(
         if not bool(parameter.isfinite().all()):
             raise RunError(f"{name} exceeds what fp16 holds once the adapter is merged; use the adapter with PEFT")
     progress("saving")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        saved.save_pretrained(str(partial), safe_serialization=True)
-        tokenizer.save_pretrained(str(partial))
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    _save(saved, tokenizer, output)
     return output
 
 
-def configuration_of(run: Path, plan: Plan) -> Configuration:
-    """What the run in the folder *run* ended under: another than *plan*'s where memory fell short.
+def _save(model: PreTrainedModel, tokenizer: Any, output: Path) -> None:
+    """Beside *output* first, which is then there whole or not at all."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(str(partial), safe_serialization=True)
+        tokenizer.save_pretrained(str(partial))
+        if output.exists():
+            output.rmdir()
+        share(partial)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Ran(msgspec.Struct):
+    """Of a run's record, what it was run under and what it came to."""
+
+    outcome: str = "completed"
+    steps: list[msgspec.Raw] = []
+    configuration: Configuration | None = None
+
+
+def record_of(run: Path) -> Ran | None:
+    """What is recorded of the run in the folder *run*; None where nothing is.
 
     Raises:
-        RunError: the run's record is not one.
+        RunError: the record is not one.
     """
     path = run / "run.json"
     if not path.is_file():
-        return plan.configuration
+        return None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Ran).configuration or plan.configuration
+        return msgspec.json.decode(path.read_bytes(), type=Ran)
     except msgspec.DecodeError as error:
         raise RunError(f"{path} is not what a run writes: {error}") from None
 
 
-class _Ran(msgspec.Struct):
-    """Of a run's record, what it was run under."""
-
-    configuration: Configuration | None = None
+def configuration_of(record: Ran | None, plan: Plan) -> Configuration:
+    """What a run ended under: another than *plan*'s where memory fell short."""
+    return (record.configuration if record is not None else None) or plan.configuration
 
 
 def _plain(merged: PreTrainedModel, plan: Plan) -> PreTrainedModel:

@@ -70,6 +70,10 @@ def check_request(request: RunRequest) -> None:
         raise RunError(f"the learning rate is {request.learning_rate}; give a positive number, such as {LEARNING_RATE}")
     if request.num_steps is not None and not 1 <= request.num_steps <= MOST_STEPS:
         raise RunError(f"the number of steps is {request.num_steps}; give one from 1 to {MOST_STEPS:,}")
+    if request.usd_per_hour is not None and not (math.isfinite(request.usd_per_hour) and request.usd_per_hour >= 0):
+        raise RunError(f"the price is {request.usd_per_hour} dollars an hour; give a number with --usd-per-hour")
+    if not all(prompt.strip() for prompt in request.samples):
+        raise RunError("a prompt to sample is empty; give some words with --sample")
     every = {"--save-every": request.save_every, "--eval-every": request.eval_every, "--patience": request.patience}
     for name, value in every.items():
         if value is not None and value < 1:

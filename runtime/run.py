@@ -46,6 +46,8 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     with folder.claimed(request.output), keeping_freed_memory() if device.type == "cpu" else contextlib.nullcontext():
         folder.check_same(plan, request)
         path = _go_on(request, progress) if request.resume else None
+        for note in progress.notes:
+            watcher.note(note)
         learner, kept = learned(work, progress, path)
         record = summary.record_of(work, progress, kept)
         if learner is not None:
@@ -64,6 +66,7 @@ def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.de
     """
     check_request(request)
     folder.check_output(request.output, request.resume)
+    folder.check_writable(request.output)
     documents = read_documents(request.data, request.data_format)
     held_out = read_documents(request.eval_data, request.data_format) if request.eval_data else []
     watcher.stage("reading data and tokenizer")
@@ -103,6 +106,8 @@ def _go_on(request: RunRequest, progress: Progress) -> Path | None:
         progress.started, progress.earlier_seconds = state.started, state.seconds
         progress.alternative = state.alternative
         progress.notes.append(f"resumed after step {len(state.steps)}")
+    elif progress.notes:
+        progress.notes.append("no checkpoint is left to go on from: the run starts again from step 0")
     return path
 
 

@@ -157,6 +157,10 @@ def _request(
     work, notes = size_of_work(model, tokens, data, eval_data, data_format, same["sequence_length"])
     if rank and min_rank and rank < min_rank:
         raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
+    pinned = fixed_fields(fixed)
+    for name, value in {"rank": rank, "packing": same["packing"], "quantization": same["quantization"]}.items():
+        if name in pinned and value not in (None, getattr(DEFAULTS, name), pinned[name]):
+            raise RequestError(f"--fix {name}={pinned[name]} contradicts the option of that name, {value}; give one")
     options: dict[str, Any] = {
         **same,
         "num_gpus": gpus,
@@ -164,7 +168,7 @@ def _request(
         "min_rank": min_rank or DEFAULTS.min_rank,
         "max_process_bytes": None if max_process_gib is None else max(1, int(max_process_gib * 2**30)),
         **work,
-        **fixed_fields(fixed),
+        **pinned,
     }
     return load_gpu(gpu), Workload(**options), notes
 
@@ -233,6 +237,14 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def _one_line(error: click.ClickException) -> str:
+    """What click says of a wrong option, and where the right ones stand."""
+    said = " ".join(error.format_message().split()).removesuffix(".")
+    said = said.replace("a valid integer range", "a whole number").replace("a valid float range", "a number")
+    where = getattr(getattr(error, "ctx", None), "command_path", "sfplan")
+    return f"{said}; see {where} --help"
+
+
 def _bad_input() -> tuple[type[Exception], ...]:
     """The exceptions that mean bad input; those of modules that were never loaded cannot have been raised."""
     found: list[type[Exception]] = [FactsError, PlanError, RequestError]
@@ -261,9 +273,11 @@ def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; exit code 1 where nothing fits or a run fails, 2 for bad input, 130 for Ctrl-C."""
     try:
         return cli.main(args=arguments, prog_name="sfplan", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(_one_line(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted", 130)
     except BrokenPipeError:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from shallowflow.planner import problem, single
+from shallowflow.planner import problem, single, words
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
 from shallowflow.planner.solver import Solution
@@ -39,12 +39,22 @@ def infeasible(
         option = f"--max-process-gib {math.ceil(peak / 2**30 * 100) / 100:g}"
         roomy = replace(workload, max_process_bytes=math.ceil(peak / 2**30 * 100) * 2**30 // 100)
         remedies += _first_that_fits(session, (Change(option, roomy, gpu),))
+    spare = None if workload.headroom is None else math.floor((1 - peak / gpu.memory_bytes) * 1000) / 1000
+    if spare is not None and 0 <= spare < (workload.headroom or 0):
+        lower = Change(f"--headroom {spare:g}", replace(workload, headroom=spare), gpu)
+        remedies += _first_that_fits(session, (lower,))
     for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()]):
         remedies += _first_that_fits(session, group)
         if len(remedies) == MOST_REMEDIES:
             break
     if workload.max_process_bytes is not None and workload.max_process_bytes < gpu.memory_bytes:
         return Infeasible(peak, workload.max_process_bytes, remedies)
+    if spare is not None and spare >= 0:
+        reason = (
+            f"no plan fits in {words.gib(gpu.memory_bytes)} with {workload.headroom:.1%} of it left free: "
+            f"the smallest needs {words.gib(peak)}."
+        )
+        return Infeasible(peak, gpu.memory_bytes, remedies, reason)
     headroom = problem.HEADROOM if workload.headroom is None else workload.headroom
     needed = math.ceil(peak / (1 - headroom))  # the memory of which headroom leaves the peak
     return Infeasible(needed, gpu.memory_bytes, remedies)
@@ -67,6 +77,7 @@ def _beyond_memory(
     """The problem without one of its other limits, and what to say if that can be solved."""
     timed = posed.workload
     if timed.deadline_hours is not None:
+        limit = words.duration(timed.deadline_hours * 3600)
 
         def too_slow(plan: Plan) -> Infeasible:
             hours = plan.wall.total_seconds / 3600
@@ -74,9 +85,7 @@ def _beyond_memory(
             if workload.budget_usd is not None and plan.offers:
                 option = f"--budget-usd {math.ceil(plan.offers[0].on_demand_usd * 100) / 100:g}"
             remedy = Remedy(option=option, peak_process_bytes=plan.prediction.peak_process_bytes)
-            reason = (
-                f"no plan ends within {timed.deadline_hours:.2f} h: the best without that limit takes {hours:.2f} h."
-            )
+            reason = f"no plan ends within {limit}: the best without that limit takes {words.duration(hours * 3600)}."
             return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
 
         yield replace(posed, workload=replace(timed, deadline_hours=None)), too_slow

@@ -42,10 +42,23 @@ def status(message: str) -> Iterator[Callable[[str], None]]:
     """A spinner on standard error while something is worked out; call the result to say what."""
     target = console(stderr=True)
     if not target.is_terminal:
-        yield lambda _detail: None
+        yield _now_and_then(target, message)
         return
     with target.status(message) as shown:
-        yield lambda detail: shown.update(f"{message}: {detail}")
+        yield lambda detail: shown.update(Text(f"{message}: {detail}", no_wrap=True, overflow="ellipsis"))
+
+
+def _now_and_then(target: Console, message: str) -> Callable[[str], None]:
+    """Tells of what takes long, a line in PLAIN_SECONDS, where there is no terminal."""
+    told = time.monotonic()
+
+    def tell(detail: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= PLAIN_SECONDS:
+            told = time.monotonic()
+            target.print(f"{message}: {detail}", soft_wrap=True)
+
+    return tell
 
 
 class Watcher:
@@ -194,9 +207,12 @@ def results(record: RunRecord, output: Path) -> RenderableType:
         lines.append(Text(f"{rate:,.0f} tokens/s learned, {words.duration(record.seconds)} in all{spent}"))
     lines += [Text(line) for line in _told(record)]
     where = [Text(f"results in {output}: adapter, run.json, plan.json, report.html")]
+    if not record.steps:
+        where = [Text(f"nothing was learned; the record is in {output}")]
     if record.outcome == "interrupted":
         where.append(Text("go on with the same command and --resume"))
-    return Group(*lines, Text(), table, Text(), *where)
+    compared: list[RenderableType] = [Text(), table, Text()] if record.comparisons else []
+    return Group(*lines, *compared, *where)
 
 
 def _told(record: RunRecord) -> list[str]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
+import msgspec
 
 from shallowflow.data_command import data_format_option
+from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.serialize import PlanError, from_json
 from shallowflow.profiles import load_gpu, validate_config
@@ -106,7 +108,7 @@ def train_command(
         data_format=data_format,
     )
     if dry_run:
-        _rehearse(loaded, request)
+        _rehearse(loaded, request, as_json)
         return
     signal.signal(signal.SIGTERM, _interrupt)  # a spot instance's end, or a job limit's: save, as for Ctrl-C
     with watching(loaded) as watcher:
@@ -119,20 +121,24 @@ def train_command(
         sys.exit(130)
 
 
-def _rehearse(plan: Plan, request: RunRequest) -> None:
+def _rehearse(plan: Plan, request: RunRequest, as_json: bool) -> None:
     from shallowflow.runtime.dry_run import rehearse
     from shallowflow.terminal import status
 
     with status("checking") as tell:
         lines = rehearse(plan, request, tell)
-    click.echo("\n".join(lines))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode({"would": lines}), indent=2).decode())
+    else:
+        click.echo("\n".join(lines))
 
 
 @click.command("merge")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the model.")
 @click.option("--weights", type=click.Path(path_type=Path), help="The base: a folder with weights, or a .gguf file.")
-def merge_command(run: Path, output: Path, weights: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was merged as JSON.")
+def merge_command(run: Path, output: Path, weights: Path | None, as_json: bool) -> None:
     """Put the adapter in the folder RUN into its base, as a model of its own in 16-bit safetensors.
 
     Layers that were quantized become what their rounded weights stand for: the model that was trained and evaluated.
@@ -140,12 +146,20 @@ def merge_command(run: Path, output: Path, weights: Path | None) -> None:
     \b
     sfplan merge run --output merged
     """
-    from shallowflow.runtime.merge import merge
+    from shallowflow.runtime.merge import merge, record_of
     from shallowflow.terminal import status
 
     with status("merging") as tell:
         merge(run, output, weights, tell)
+    record = record_of(run)
+    outcome, steps = ("unknown", None) if record is None else (record.outcome, len(record.steps))
+    if as_json:
+        merged = {"output": str(output), "outcome": outcome, "steps": steps}
+        click.echo(msgspec.json.format(msgspec.json.encode(merged), indent=2).decode())
+        return
     click.echo(f"{output}: the merged model and its tokenizer")
+    if outcome in ("interrupted", "failed"):
+        click.echo(f"{run} is of a run that was {outcome} after {words.counted(steps or 0, 'step')}")
 
 
 def _interrupt(_number: int, _frame: object) -> NoReturn:

@@ -50,10 +50,10 @@ def size_of_work(
     windows = lengths.windows(sequence_length) or [1]
     sequences, total = len(windows), max(1, lengths.num_tokens)
     if lengths.exact:
-        how = f"{total:,} tokens in {sequences:,} sequences, counted by the model's tokenizer"
+        how = f"{total:,} tokens in {sequences:,} windows of documents, counted by the model's tokenizer"
     else:
         how = (
-            f"about {total:,} tokens in {sequences:,} sequences, estimated at "
+            f"about {total:,} tokens in {sequences:,} windows of documents, estimated at "
             f"{CHARACTERS_PER_TOKEN} characters per token"
         )
     note = f"{data.name}: {how}; the hours follow from it."

@@ -49,6 +49,7 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
             f"{workload.loss_chunks} chunks do not divide a sequence of {workload.sequence_length} tokens; "
             "try a power of two"
         )
+    _check_strategies(workload, gpu)
     if model_facts.is_mixture_of_experts(model.config):
         raise RequestError(f"{model.name} is a mixture of experts, which cannot be planned yet; try a dense model")
     offered = {price.region for instance in load_instances(gpu.name) for price in instance.prices}
@@ -66,6 +67,17 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
     reason = packing.refusal(workload, model)
     if workload.packing and reason is not None:
         raise RequestError(f"documents for {model.name} cannot be packed: {reason}; try --no-packing")
+
+
+def _check_strategies(workload: Workload, gpu: GpuSpec) -> None:
+    if problem.strategies(workload, gpu):
+        return
+    if workload.activations == "offload" and gpu.device_type == "cpu":
+        raise RequestError("a CPU has no other memory to offload to; try --fix activations=recompute")
+    raise RequestError(
+        f"weights in {workload.quantization} have no double quantization; "
+        "try --quantization nf4, or --fix double_quantization=false"
+    )
 
 
 def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:

@@ -43,7 +43,7 @@ def test_a_bad_request_is_told_in_one_line(words: list[str], told: list[str]) ->
         (["train", "--bogus"], "No such option"),
         (["SmolLM2-135M", "Llama-3.1-8B"], "unexpected extra argument"),
         (["SmolLM2-135M", "--quantization", "fp4"], "'fp4' is not one of 'any', 'fp16', 'int8', 'nf4'"),
-        (["SmolLM2-135M", "--tokens", "many"], "'many' is not a valid integer"),
+        (["SmolLM2-135M", "--tokens", "many"], "'many' is not a whole number"),
         (["SmolLM2-135M", "--gpus", "0"], "0 is not in the range"),
         (["SmolLM2-135M", "--sequence-length", "1"], "1 is not in the range"),
         (["trian", "plan.json"], "there is no command 'trian'; did you mean 'train'?"),
@@ -52,13 +52,37 @@ def test_a_bad_request_is_told_in_one_line(words: list[str], told: list[str]) ->
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
-def test_a_bad_option_is_told_with_the_usage(words: list[str], told: str) -> None:
-    """Exit code 2, the usage, and what is wrong in the last line."""
+def test_a_bad_option_is_told_in_one_line(words: list[str], told: str) -> None:
+    """Exit code 2, what is wrong, and where the options stand."""
     done = sfplan(*words)
 
-    assert done.code == 2 and done.output == ""
-    assert done.errors.startswith("Usage: sfplan ")
-    assert told in done.errors.splitlines()[-1]
+    assert done.code == 2
+    assert told in done.error() and done.error().endswith(" --help")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--quantization", "int8", "--fix", "double_quantization=true"], "try --quantization nf4"),
+        (["--gpu", "cpu", "--fix", "activations=offload"], "try --fix activations=recompute"),
+        (["--rank", 16, "--fix", "rank=8"], "--fix rank=8 contradicts the option of that name, 16"),
+        (["--quantization", "nf4", "--fix", "quantization=int8"], "contradicts the option of that name, nf4"),
+    ],
+)
+def test_contradictions_are_told(words: list[object], told: str, tiny_folder: Path) -> None:
+    """What no layer can be given, and what is asked for twice, is bad input."""
+    done = sfplan(tiny_folder, *words)
+
+    assert done.code == 2 and told in done.error()
+
+
+def test_what_headroom_leaves_may_be_too_little(tiny_folder: Path) -> None:
+    """The refusal speaks of the share left free, and offers one that fits."""
+    done = sfplan(tiny_folder, *SMALL, "--headroom", 0.9999)
+
+    (said, _, remedy, *_) = done.errors.splitlines()
+    assert done.code == 1 and "100.0% of it left free" in said
+    assert sfplan(tiny_folder, *SMALL, *remedy.split()[:2]).code == 0
 
 
 def test_work_too_large_to_count_is_refused(tiny_folder: Path) -> None:

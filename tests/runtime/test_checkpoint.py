@@ -170,9 +170,9 @@ def test_a_second_signal_does_not_wait() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"seed": 1}, "another seed"),
-        ({"learning_rate": 1e-3}, "another learning rate"),
-        ({"data": "held.txt"}, "another data"),
+        ({"seed": 1}, "whose seed differs"),
+        ({"learning_rate": 1e-3}, "whose learning rate differs"),
+        ({"data": "held.txt"}, "whose data differs"),
         ({"resume": False}, "go on with it by --resume"),
     ],
 )
@@ -197,7 +197,7 @@ def test_another_plan_is_not_resumed(plans: dict[str, Plan], request_for: Reques
     """A checkpoint belongs to the plan that it was made under."""
     train(plans["fp16"], request_for())
 
-    with pytest.raises(RunError, match="another plan"):
+    with pytest.raises(RunError, match="whose plan differs"):
         train(plans["nf4"], request_for(resume=True))
 
 
@@ -258,3 +258,33 @@ def test_a_checkpoint_is_replaced_without_a_gap(tmp_path: Path, monkeypatch: pyt
 
     path, _ = checkpoint.latest(tmp_path)
     assert path == saved and checkpoint.read(saved).seconds == 2.0
+
+
+class Hearing(Silent):
+    """Keeps what is told, and when."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, message: str) -> None:
+        """Hear a note."""
+        self.told.append(message)
+
+    def step(self, record: Any, peak: Any) -> None:
+        """Hear of a step."""
+        self.told.append(f"step {record.index}")
+
+
+def test_lost_checkpoints_are_told_before_the_first_step(plans: dict[str, Plan], request_for: Requests) -> None:
+    """Who resumes hears at once that what was there is not believed, and where the run begins."""
+    request = request_for(num_steps=2)
+    train(plans["fp16"], request)
+    for state in (request.output / CHECKPOINTS).glob("*/state.json"):
+        state.write_text("{}", encoding="utf-8")
+    watcher = Hearing()
+
+    train(plans["fp16"], replace(request, resume=True), watcher)
+
+    passed, begins, first, *_ = watcher.told
+    assert "is passed over: state.json is not what was written" in passed
+    assert begins.endswith("the run starts again from step 0") and first == "step 0"

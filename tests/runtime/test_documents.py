@@ -124,6 +124,8 @@ def test_a_path_that_is_no_file(tmp_path: Path) -> None:
     ("name", "content", "told"),
     [
         ("a.txt", b"", "is empty"),
+        ("a.tsv", b"text\thello\n", "is a .tsv file"),
+        ("a", b'{"text": "hello"}\n', "holds JSON objects; name it .jsonl"),
         ("a.jsonl", codecs.BOM_UTF8 + b" \n\t\n", "is empty"),
         ("a.txt", "Grüße".encode("latin-1"), "is not UTF-8 text"),
         ("a.jsonl", "text".encode("utf-16"), "is not UTF-8 text"),

@@ -250,7 +250,7 @@ def test_what_is_merged_is_what_was_run(plan: Plan, request_for: Requests, seen:
     seen.fails = failing_once(1)
     record = train(plan, request)
 
-    assert merge.configuration_of(request.output, plan) == record.configuration != plan.configuration
+    assert merge.configuration_of(merge.record_of(request.output), plan) == record.configuration != plan.configuration
 
 
 def test_a_loss_that_is_no_number_stops(

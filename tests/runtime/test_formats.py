@@ -87,7 +87,7 @@ def test_rows_that_disagree_are_told_by_their_number(tmp_path: Path) -> None:
         ([{"role": "user", "content": [{"type": "image_url"}]}], "part of type image_url; only text is learned"),
         ([{"role": "assistant", "content": None, "tool_calls": [{}]}], "has tool_calls"),
         ([{"role": "assistant", "content": "x", "weight": 3}], "weight of message 1 of messages is 3"),
-        ([], "holds no text to learn"),
+        ([], "holds no answer to learn"),
         ("not JSON", "is text that is no JSON list"),
         (None, "has no messages"),
     ],

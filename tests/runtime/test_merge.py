@@ -133,3 +133,23 @@ def test_from_the_command_line(
     assert (done.code, refused.code) == (0, 2), done.errors
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "llama"
     assert "holds no adapter and plan" in refused.error()
+
+
+def test_a_run_that_learned_nothing_is_not_merged(
+    plans: dict[str, Plan], request_for: Requests, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """An adapter of no steps is refused, and one of an interrupted run is merged and said to be so."""
+    output = request_for().output
+    train(plans["fp16"], request_for(num_steps=2))
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+
+    (output / "run.json").write_text(json.dumps({**record, "outcome": "interrupted"}), encoding="utf-8")
+    cut = sfplan("merge", output, "--output", tmp_path / "merged", "--weights", tiny_folder)
+    (output / "run.json").write_text(json.dumps({**record, "steps": []}), encoding="utf-8")
+    with pytest.raises(RunError, match="learned nothing"):
+        merge(output, tmp_path / "other", tiny_folder)
+
+    assert cut.code == 0 and "interrupted after 2 steps" in cut.output
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "merged").iterdir()} == {
+        oct((output / "run.json").stat().st_mode & 0o777)
+    }
