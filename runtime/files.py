@@ -1,9 +1,12 @@
-"""Files that are there whole or not at all; loads no torch."""
+"""Files and folders that are there whole or not at all; loads no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -29,11 +32,25 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def share(folder: Path) -> None:
-    """Give the files in *folder* the mode that new files have; some libraries write theirs for their owner alone."""
-    for path in folder.iterdir():
-        if path.is_file():
-            path.chmod(_usual_mode())
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write files into, which takes the place of *path* at the end; an error leaves what was there.
+
+    The files get the mode that new files have: some libraries write theirs for their owner alone.
+    """
+    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield partial
+        for file in filter(Path.is_file, partial.iterdir()):
+            file.chmod(_usual_mode())
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    finally:
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _usual_mode() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from shallowflow.planner.plan import Plan
 
 from . import checkpoint, report
 from .documents import digest, read_documents
-from .files import share, write_text
+from .files import new_folder, write_text
 from .record import RunRecord, to_json
 from .request import RunError, RunRequest
 from .simulated import step_timeline
@@ -157,11 +156,7 @@ def settings(plan: Plan, request: RunRequest) -> dict[str, str | int | float]:
 
 def save_best(output: Path, plan: Plan, trainee: Trainee) -> None:
     """Write the adapter as the best so far, whole or not at all."""
-    partial, final = output / f".{BEST}.partial", output / BEST
-    shutil.rmtree(partial, ignore_errors=True)
-    _save_adapter(partial, plan, trainee)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    _save_adapter(output / BEST, plan, trainee)
 
 
 def save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord) -> None:
@@ -176,5 +171,5 @@ def save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord) -> None:
 def _save_adapter(path: Path, plan: Plan, trainee: Trainee) -> None:
     model: Any = trainee.model
     model.peft_config["default"].base_model_name_or_path = plan.model_name
-    model.save_pretrained(str(path), safe_serialization=True, save_embedding_layers=False)
-    share(path)
+    with new_folder(path) as partial:
+        model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)

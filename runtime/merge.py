@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from shallowflow.planner.plan import Plan
 from shallowflow.planner.strategies import Configuration
 
 from . import build, quantized
-from .files import share
+from .files import new_folder
 from .request import RunError
 from .weights import find_weights, load_tokenizer, load_weights
 
@@ -57,23 +56,10 @@ def merge(
         if not bool(parameter.isfinite().all()):
             raise RunError(f"{name} exceeds what fp16 holds once the adapter is merged; use the adapter with PEFT")
     progress("saving")
-    _save(saved, tokenizer, output)
-    return output
-
-
-def _save(model: PreTrainedModel, tokenizer: Any, output: Path) -> None:
-    """Beside *output* first, which is then there whole or not at all."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(str(partial), safe_serialization=True)
+    with new_folder(output) as partial:
+        saved.save_pretrained(str(partial), safe_serialization=True)
         tokenizer.save_pretrained(str(partial))
-        if output.exists():
-            output.rmdir()
-        share(partial)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return output
 
 
 class Ran(msgspec.Struct):

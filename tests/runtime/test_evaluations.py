@@ -159,7 +159,7 @@ def test_other_held_out_text_is_another_run(plans: dict[str, Plan], judged: Requ
     """Losses on two texts do not belong in one list."""
     train(plans["fp16"], judged(num_steps=1))
 
-    with pytest.raises(RunError, match="another held-out text"):
+    with pytest.raises(RunError, match="whose held-out text differs"):
         train(plans["fp16"], judged(eval_data=held_out, resume=True))
 
 

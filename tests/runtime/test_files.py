@@ -48,3 +48,27 @@ def test_a_device_is_written_to() -> None:
     files.write_text(null, "gone")
 
     assert null.is_char_device()
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    """What is written is there in the end, with the usual mode; after an error what was there before is."""
+    target = tmp_path / "folder"
+    for content in ("one", "two"):
+        with files.new_folder(target) as partial:
+            partial.mkdir()
+            (partial / "file").write_text(content, encoding="utf-8")
+            (partial / "file").chmod(0o600)
+    plain = tmp_path / "plain"
+    plain.touch()
+
+    def fail() -> None:
+        with files.new_folder(target) as partial:
+            partial.mkdir()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+
+    assert (target / "file").read_text(encoding="utf-8") == "two"
+    assert (target / "file").stat().st_mode == plain.stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "plain"}
