@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from shallowflow.cli import main
 
 AS_PROGRAM = (sys.executable, "-c", "from shallowflow.cli import main; main()")
 """The command line in a process of its own, whatever the folder that it was installed into."""
+
+PROGRESS = re.compile(r"^planning [^\n]*: [^\n]*\n", re.MULTILINE)
+"""What a slow machine says on standard error while it plans."""
 
 SMALL = ("--gpu", "cpu", "--sequence-length", 32)
 """What to plan the tiny model for."""
@@ -27,7 +31,7 @@ class Done:
     def error(self) -> str:
         """The one line on standard error of a command that was refused, without its first word."""
         assert self.output == ""
-        (line,) = self.errors.splitlines()
+        (line,) = PROGRESS.sub("", self.errors).splitlines()
         assert line.startswith("Error: ")
         return line.removeprefix("Error: ")
 

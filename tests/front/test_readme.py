@@ -15,7 +15,7 @@ from typing import Literal
 
 import pytest
 
-from tests.front.shell import AS_PROGRAM
+from tests.front.shell import AS_PROGRAM, PROGRESS
 from tests.front.tree import ROOT
 
 README = ROOT / "README.md"
@@ -69,7 +69,7 @@ def run(command: str, folder: Path) -> str:
     done = subprocess.run([*programs[program], *words], cwd=folder, env=environment, capture_output=True, check=False)
     errors = done.stderr.decode()
     assert "Traceback" not in errors, errors
-    return done.stdout.decode() + (errors if done.returncode else "")
+    return done.stdout.decode() + (PROGRESS.sub("", errors) if done.returncode else "")
 
 
 def make_targets() -> set[str]:

@@ -23,7 +23,7 @@ from shallowflow.runtime.documents import (
 from shallowflow.runtime.lengths import document_lengths
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"))
-LEARNABLE = TEXT.filter(lambda text: bool(text.strip()))
+LEARNABLE = TEXT.map(lambda text: text if text.strip() else f"{text}a")
 EXAMPLES = st.lists(st.builds(Document, LEARNABLE, TEXT), min_size=1, max_size=6)
 ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 

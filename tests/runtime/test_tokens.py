@@ -7,7 +7,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shallowflow.runtime.conversations import Conversation, Message, Role
@@ -19,7 +19,9 @@ from shallowflow.runtime.weights import find_weights, load_tokenizer
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 END = "<|im_end|>"
-WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>|\x00"), min_size=1, max_size=30)
+KNOWN = st.characters(min_codepoint=1, max_codepoint=0x2FFF, exclude_characters="<>|\x04\x06\x13\x14\x16\x1d")
+"""Characters whose bytes are all in SmolLM2's vocabulary, but for those of its template's marks."""
+WORDS = st.text(KNOWN, max_size=30).map(lambda text: text if text.strip() else f"{text}a")
 WRITES_BOS = "{{ bos_token }}"
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
 CALLS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -63,11 +65,10 @@ def as_dicts(document: Conversation) -> list[dict[str, str]]:
 
 
 @settings(max_examples=60)
-@given(texts=st.lists(WORDS.filter(lambda text: bool(text.strip())), min_size=2, max_size=7), system=st.booleans())
+@given(texts=st.lists(WORDS, min_size=2, max_size=7), system=st.booleans())
 def test_answers_alone_are_learned(tokenizer: Any, texts: list[str], system: bool) -> None:
     """In SmolLM2's template tokens are the template's own, and learned are each answer and the end of its turn."""
     roles: list[Role] = ["user", "assistant"]
-    assume(all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in texts))  # its vocabulary lacks bytes
     first: list[tuple[Role, str]] = [("system", "Be brief.")] if system else []
     document = turns(*first, *((roles[i % 2], text) for i, text in enumerate(texts)))
 
