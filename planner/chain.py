@@ -18,8 +18,8 @@ class Choice:
     """What one layer takes under one strategy; a change is of what is allocated, over that stretch of the step.
 
     Attributes:
-        resident_bytes: from the start of a micro-batch to its end: weights, adapter, optimizer state, and gradients
-            where earlier micro-batches left them.
+        resident_bytes: from the start of a micro-batch to its end: weights, adapter, and gradients where earlier
+            micro-batches left them.
         forward_high_bytes, backward_high_bytes: the most beyond what was allocated when the pass began.
         release_bytes: the change once all layers are through their forward pass.
         device_picoseconds, host_picoseconds: forward and backward pass, of the device and of the host that launches.
@@ -55,7 +55,7 @@ class Chain:
     """All layers in order, with what the step takes outside of them.
 
     Attributes:
-        fixed_bytes: resident outside the layers.
+        fixed_bytes: resident outside the layers, and what all strategies hold alike: the optimizer's state.
         head_high_bytes, head_change_bytes: of the loss, forward and backward, between the layers' passes.
         update_high_bytes: of the optimizer.
         device_picoseconds, host_picoseconds: of one micro-batch.

@@ -53,6 +53,7 @@ class StepProfile:
         op_kind, op_segment: (operators,) indices into OP_KINDS and SEGMENTS, of the second micro-batch and the update.
         op_flops, op_bytes: (operators, 4).
         fixed, layer: rows of the tensors resident outside the layers, and of those in one layer.
+        state, shared_state: rows of the optimizer's state for one layer, and of what its layers share.
         workspaces: bytes of each library's workspace in each thread, 0 where nothing asks for it.
         gradients: rows of one layer's adapter gradients.
         recomputed: (allocations,) 1 for an activation that is computed again in the backward pass, else 0.
@@ -70,6 +71,8 @@ class StepProfile:
     fixed: Ints
     workspaces: Ints
     layer: Ints
+    state: Ints
+    shared_state: Ints
     gradients: Ints
     recomputed: Ints
     alignment_bytes: int
@@ -118,25 +121,36 @@ LayerRuns = Sequence[tuple[StepProfile, int]]
 
 def with_head(profile: StepProfile, head: StepProfile) -> StepProfile:
     """*profile* with the loss of *head*, a profile of the same model whose loss is computed in another way."""
-    segment = SEGMENTS.index("head")
-    kept, taken = profile.event_segment != segment, head.event_segment == segment
-    kept_ops, taken_ops = profile.op_segment != segment, head.op_segment == segment
-    numbers = head.events[taken]
+    return _with_segment(profile, head, "head")
+
+
+def with_update(profile: StepProfile, update: StepProfile) -> StepProfile:
+    """*profile* with the optimizer of *update*, a profile of the same model with another one."""
+    other = _with_segment(profile, update, "update")
+    return replace(other, state=update.state, shared_state=update.shared_state)
+
+
+def _with_segment(profile: StepProfile, other: StepProfile, name: str) -> StepProfile:
+    """*profile* with the segment *name* of *other*, which begins and ends with the same tensors."""
+    segment = SEGMENTS.index(name)
+    kept, taken = profile.event_segment != segment, other.event_segment == segment
+    kept_ops, taken_ops = profile.op_segment != segment, other.op_segment == segment
+    numbers = other.events[taken]
 
     def both(ours: Ints, theirs: Ints) -> Ints:
         return np.concatenate([ours, theirs])
 
     return replace(
         profile,
-        sizes=both(profile.sizes, head.sizes),
+        sizes=both(profile.sizes, other.sizes),
         events=both(profile.events[kept], numbers + np.sign(numbers) * len(profile.sizes)),
-        event_segment=both(profile.event_segment[kept], head.event_segment[taken]),
-        event_pass=both(profile.event_pass[kept], head.event_pass[taken]),
-        op_kind=both(profile.op_kind[kept_ops], head.op_kind[taken_ops]),
-        op_segment=both(profile.op_segment[kept_ops], head.op_segment[taken_ops]),
-        op_flops=both(profile.op_flops[kept_ops], head.op_flops[taken_ops]),
-        op_bytes=both(profile.op_bytes[kept_ops], head.op_bytes[taken_ops]),
-        recomputed=both(profile.recomputed, np.zeros_like(head.recomputed)),
+        event_segment=both(profile.event_segment[kept], other.event_segment[taken]),
+        event_pass=both(profile.event_pass[kept], other.event_pass[taken]),
+        op_kind=both(profile.op_kind[kept_ops], other.op_kind[taken_ops]),
+        op_segment=both(profile.op_segment[kept_ops], other.op_segment[taken_ops]),
+        op_flops=both(profile.op_flops[kept_ops], other.op_flops[taken_ops]),
+        op_bytes=both(profile.op_bytes[kept_ops], other.op_bytes[taken_ops]),
+        recomputed=both(profile.recomputed, np.zeros_like(other.recomputed)),
     )
 
 
@@ -198,18 +212,27 @@ def resident_bytes(runs: LayerRuns, micro_batch_size: int, rank: int) -> int:
     """What lives between steps: what is outside the layers, the layers, and every workspace that any of them needs."""
     fixed = outside_bytes(runs[0][0], micro_batch_size, rank)
     workspaces = int(np.max([profile.workspaces for profile, _ in runs], axis=0).sum())
-    layers = sum(count * resident_layer_bytes(profile, micro_batch_size, rank) for profile, count in runs)
+    layers = sum(
+        count * (resident_layer_bytes(profile, micro_batch_size, rank) + state_bytes(profile, rank))
+        for profile, count in runs
+    )
     return fixed + workspaces + layers
 
 
 def outside_bytes(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
     """What lives between steps outside the layers, workspaces not counted."""
-    return int(_rounded(profile.fixed, micro_batch_size, rank, profile.alignment_bytes).sum())
+    rows = np.concatenate([profile.fixed, profile.shared_state])
+    return int(_rounded(rows, micro_batch_size, rank, profile.alignment_bytes).sum())
 
 
 def resident_layer_bytes(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
-    """What one layer holds between steps, in the device's blocks."""
+    """What one layer holds between steps but for the optimizer's state, in the device's blocks."""
     return int(_rounded(profile.layer, micro_batch_size, rank, profile.alignment_bytes).sum())
+
+
+def state_bytes(profile: StepProfile, rank: int) -> int:
+    """The optimizer's state for one layer, in the device's blocks."""
+    return int(_rounded(profile.state, 1, rank, profile.alignment_bytes).sum())
 
 
 def gradient_bytes(profile: StepProfile, num_layers: int, rank: int) -> int:

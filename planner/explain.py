@@ -16,8 +16,8 @@ def why(value: Plan) -> Text:
     search = value.search
     lines = [
         f"{_standing(value)} Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each layer in "
-        f"{counted(search.num_cells, 'combination')} of micro-batch and loss; memory {gib(value.budget_bytes)}, less "
-        "what a traced step is fragmented by. `sfplan verify` checks the proof.",
+        f"{counted(search.num_cells, 'combination')} of micro-batch, loss and optimizer; memory "
+        f"{gib(value.budget_bytes)}, less what a traced step is fragmented by. `sfplan verify` checks the proof.",
         *_price(value),
         f"The steps shown were traced whole{_rejected(search.num_rejected)}.",
     ]

@@ -84,7 +84,7 @@ def layer_cost(profile: StepProfile, micro_batch_size: int, rank: int, gpu: GpuS
     forward, backward = curves["inner"], curves["inner_back"]
     seconds, _ = latency.profile_seconds(profile, micro_batch_size, rank, gpu)
     return LayerCost(
-        resident_bytes=costs.resident_layer_bytes(profile, micro_batch_size, rank),
+        resident_bytes=costs.resident_layer_bytes(profile, micro_batch_size, rank) + costs.state_bytes(profile, rank),
         gradient_bytes=costs.gradient_bytes(profile, 1, rank),
         saved_bytes=forward.change,
         forward_transient_bytes=forward.high - max(0, forward.change),
@@ -166,7 +166,7 @@ class LengthProfile:
         return replace(profiles[0], **changed)
 
 
-_SIZES = ("sizes", "op_flops", "op_bytes", "fixed", "layer", "gradients")
+_SIZES = ("sizes", "op_flops", "op_bytes", "fixed", "layer", "state", "shared_state", "gradients")
 _STRUCTURE = tuple(f.name for f in fields(StepProfile) if f.name not in _SIZES)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from .bounds import Meta
 from .proof import Proof
-from .strategies import MOST_SEQUENCES, MOST_TOKENS, Activations, Adapter, Configuration, Positive
+from .strategies import MOST_SEQUENCES, MOST_TOKENS, Activations, Adapter, Configuration, Optimizer, Positive
 
 FORMAT_VERSION = 3
 
@@ -35,8 +35,8 @@ class Workload:
         adapter: the kind of LoRA.
         quantization: ``fp16`` means not quantized: bf16 where the chip has it, fp32 on a CPU.
         region: where prices are taken from.
-        micro_batch_size, loss_chunks, activations, double_quantization: decisions that are fixed; None leaves them to
-            the planner.
+        micro_batch_size, loss_chunks, activations, double_quantization, optimizer: decisions that are fixed; None
+            leaves them to the planner.
         max_weight_error: the coarsest that the base weights may become, as a root mean square over layers.
         headroom: the share of the device's memory that stays free; None for the planner's own.
         max_process_bytes: what the process may take.
@@ -62,6 +62,7 @@ class Workload:
     activations: Activations | None = None
     double_quantization: bool | None = None
     packing: bool | None = None
+    optimizer: Optimizer | None = None
     max_weight_error: Annotated[float, Meta(ge=0)] | None = None
     headroom: Annotated[float, Meta(ge=0, lt=1)] | None = None
     max_process_bytes: Positive | None = None

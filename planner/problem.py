@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import get_args
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from .chain import Chain, Choice, Counts, Group, Limits, backward_order
 from .costs import LayerRuns, StepProfile
 from .layer_cost import sent_to_host
 from .plan import Prediction, Workload
-from .strategies import Activations, Adapter, Cell, Configuration, Strategy, StrategyRun, WeightFormat
+from .strategies import Activations, Adapter, Cell, Configuration, Optimizer, Strategy, StrategyRun, WeightFormat
 
 LOSS_CHUNKS = (1, 4, 16)
 """Parts that the loss may be computed in."""
+
+OPTIMIZERS = get_args(Optimizer)
 
 ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8}
 """The alpha at every rank; of rsLoRA one that scales an adapter of rank 16 as LoRA's does.
@@ -48,6 +51,8 @@ class Problem:
         kinds: for each layer, the first one that is like it.
         profiles: of layers of each kind under each strategy that their code allows.
         heads: by the parts that the loss is computed in, a profile of which only the loss is looked at.
+        updates: of optimizers other than AdamW, at one rank and for each kind of layer, a profile of which only the
+            update and the optimizer's state are looked at.
         rank: the adapter's.
         host_bytes: of host memory that activations may be sent to.
         beside_seconds: what a run takes on the wall beside its steps, where a deadline is set.
@@ -61,6 +66,7 @@ class Problem:
     rank: int
     host_bytes: int | None = None
     beside_seconds: float = 0.0
+    updates: Mapping[tuple[Optimizer, int, int], StepProfile] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -88,10 +94,19 @@ class Problem:
     def runs(self, configuration: Configuration) -> LayerRuns:
         """The profiles of *configuration*'s layers in order, the last with the loss as it is configured."""
         pairs = zip(configuration.strategies(), self.kinds, strict=True)
-        runs = [(self.profiles[pair], len(list(alike))) for pair, alike in groupby(pairs)]
+        runs = [
+            (self.updated(self.profiles[pair], configuration.optimizer, pair[1]), len(list(alike)))
+            for pair, alike in groupby(pairs)
+        ]
         last, count = runs[-1]
         runs[-1] = (costs.with_head(last, self.heads[configuration.loss_chunks]), count)
         return runs
+
+    def updated(self, profile: StepProfile, optimizer: Optimizer, kind: int) -> StepProfile:
+        """*profile*, which is of a layer of that *kind*, with *optimizer*."""
+        if optimizer == "adamw":
+            return profile
+        return costs.with_update(profile, self.updates[optimizer, self.rank, kind])
 
 
 def budget_bytes(gpu: GpuSpec, workload: Workload | None = None) -> int:
@@ -132,16 +147,24 @@ def strategies(workload: Workload, gpu: GpuSpec) -> tuple[Strategy, ...]:
 
 
 def cells(workload: Workload, rank: int, *, divisible_loss: bool = True) -> tuple[Cell, ...]:
-    """Every way to cut each GPU's share of the global batch into micro-batches, with every way to compute the loss."""
+    """Every way to cut each GPU's share of the global batch into micro-batches, to compute the loss, and to update."""
     share = workload.global_batch_size // workload.num_gpus
     chunks = [n for n in LOSS_CHUNKS if n == 1 or (divisible_loss and workload.sequence_length % n == 0)]
     if workload.loss_chunks is not None:
         chunks = [workload.loss_chunks]
     return tuple(
-        Cell(micro_batch_size=n, gradient_accumulation_steps=share // n, rank=rank, loss_chunks=parts)
+        Cell(
+            micro_batch_size=n,
+            gradient_accumulation_steps=share // n,
+            rank=rank,
+            loss_chunks=parts,
+            optimizer=optimizer,
+        )
         for n in range(1, share + 1)
         if share % n == 0 and workload.micro_batch_size in (None, n)
         for parts in chunks
+        for optimizer in OPTIMIZERS
+        if workload.optimizer in (None, optimizer)
     )
 
 
@@ -171,6 +194,7 @@ def configured(workload: Workload, cell: Cell, layers: list[Strategy]) -> Config
         loss_chunks=cell.loss_chunks,
         packing=workload.packing is True,
         adapter=workload.adapter,
+        optimizer=cell.optimizer,
     )
 
 
@@ -266,19 +290,20 @@ def _choices(problem: Problem, cell: Cell, strategy: Strategy, profile: StepProf
 
 
 def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
-    """The chain of *groups* with what *cell* takes outside of the layers.
+    """The chain of *groups* with what *cell* takes outside of the layers, the optimizer's state included.
 
     Workspaces are counted as if no layer needed one that another strategy does not: whoever traces the step whole
     finds what is missing.
     """
     size, rank, num_layers = cell.micro_batch_size, cell.rank, problem.num_layers
     accumulates = cell.gradient_accumulation_steps > 1
-    head = problem.heads[cell.loss_chunks]
+    head = problem.updated(problem.heads[cell.loss_chunks], cell.optimizer, problem.kinds[0])
     curve = costs.curves(head, size, rank, accumulates=accumulates)
     device, host = latency.profile_seconds(head, size, rank, problem.gpu)
     profiles = list(problem.profiles.values())
     workspaces = int(np.min([profile.workspaces for profile in profiles], axis=0).sum())
-    first = profiles[0]
+    first = problem.updated(profiles[0], cell.optimizer, problem.kinds[0])
+    states = sum(costs.state_bytes(profile, rank) for profile in _of_layers(problem, cell.optimizer))
     gradients = costs.gradient_bytes(first, num_layers, rank)
     buckets = gradients if problem.workload.num_gpus > 1 else 0
     update = max(device["update"], host["update"]) * num_layers / costs.PROFILED_LAYERS
@@ -287,7 +312,7 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
     return Chain(
         groups=groups,
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
-        fixed_bytes=costs.outside_bytes(first, size, rank) + workspaces + buckets,
+        fixed_bytes=costs.outside_bytes(first, size, rank) + states + workspaces + buckets,
         head_high_bytes=curve["head"].high,
         head_change_bytes=curve["head"].change,
         update_high_bytes=curve["update"].high * num_layers // costs.PROFILED_LAYERS,
@@ -295,6 +320,13 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
         host_picoseconds=_picoseconds(host["head"]),
         update_picoseconds=_picoseconds(update + waiting),
     )
+
+
+def _of_layers(problem: Problem, optimizer: Optimizer) -> list[StepProfile]:
+    """For each layer a profile with *optimizer*, whose state depends on no strategy."""
+    any_of = {kind: profile for (_, kind), profile in problem.profiles.items()}
+    updated = {kind: problem.updated(profile, optimizer, kind) for kind, profile in any_of.items()}
+    return [updated[kind] for kind in problem.kinds]
 
 
 def predict(problem: Problem, configuration: Configuration) -> Prediction:

@@ -58,6 +58,11 @@ def mean_error(strategies: tuple[Strategy, ...]) -> float:
     return math.sqrt(sum(weight_error(strategy) ** 2 for strategy in strategies) / len(strategies))
 
 
+def next_rank(rank: int) -> int | None:
+    """The next larger one to choose; None after the largest."""
+    return next((wider for wider in RANKS if wider > rank), None)
+
+
 def enough_rank(total_tokens: int, parameters_per_rank: int, at_least: int) -> int:
     """The smallest of RANKS whose adapter can hold what *total_tokens* teach, and no less than *at_least*.
 

@@ -13,10 +13,11 @@ from .frontier import FrontierPoint
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
-from .strategies import Adapter
+from .strategies import Adapter, Optimizer
 from .words import counted, duration, gib, span, strategies, summary, usd
 
 ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA"}
+OPTIMIZERS: dict[Optimizer, str] = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
 BAR_WIDTH = 60
 FRONTIER_WIDTH = 24
 COLOURS = {
@@ -166,7 +167,9 @@ def _headline(value: Plan) -> RenderableType:
             grid.add_row("" if index else "layers", f"{span(run):<7}{run.strategy}")
     kind = ADAPTERS[configuration.adapter]
     grid.add_row("adapter", f"{kind} rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
-    grid.add_row("compute", f"{value.compute_dtype}, {value.attention} attention, AdamW")
+    grid.add_row(
+        "compute", f"{value.compute_dtype}, {value.attention} attention, {OPTIMIZERS[configuration.optimizer]}"
+    )
     grid.add_row(
         "batch",
         f"{configuration.micro_batch_size} x {configuration.gradient_accumulation_steps} accumulated"
@@ -283,6 +286,8 @@ def _row(candidate: Candidate, value: Plan) -> tuple[str, ...]:
     batch = f"{configuration.micro_batch_size} x {configuration.gradient_accumulation_steps}"
     saved = value.prediction.peak_process_bytes - prediction.peak_process_bytes
     gains = [_difference(prediction, value.prediction), f"{gib(abs(saved))} {'less' if saved > 0 else 'more'}"]
+    if configuration.optimizer != value.configuration.optimizer:
+        gains.append(OPTIMIZERS[configuration.optimizer])
     if candidate.weight_error != value.weight_error:
         gains.append("finer weights" if candidate.weight_error < value.weight_error else "coarser weights")
     return (

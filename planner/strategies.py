@@ -11,6 +11,7 @@ from .bounds import Meta
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Activations = Literal["save", "recompute attention", "recompute mlp", "recompute", "offload"]
 Adapter = Literal["lora", "rslora"]
+Optimizer = Literal["adamw", "adamw8bit"]
 Positive = Annotated[int, Meta(ge=1)]
 MOST_LAYERS = 10_000
 MOST_TOKENS = 2**24
@@ -61,6 +62,7 @@ class Configuration:
         num_gpus: data-parallel replicas.
         loss_chunks: parts into which a micro-batch's tokens are divided for the head and the loss.
         packing: several documents to a sequence, none of which sees another.
+        optimizer: ``adamw8bit`` keeps its two moments in 8 bits (Dettmers et al., 2022).
     """
 
     layers: tuple[StrategyRun, ...]
@@ -73,6 +75,7 @@ class Configuration:
     loss_chunks: Positive = 1
     packing: bool = False
     adapter: Adapter = "lora"
+    optimizer: Optimizer = "adamw"
 
     @property
     def scaling(self) -> float:
@@ -92,6 +95,7 @@ class Configuration:
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             rank=self.rank,
             loss_chunks=self.loss_chunks,
+            optimizer=self.optimizer,
         )
 
     @property
@@ -112,6 +116,7 @@ class Cell:
     gradient_accumulation_steps: Positive
     rank: Positive
     loss_chunks: Positive
+    optimizer: Optimizer = "adamw"
 
 
 def uniform(strategy: Strategy, num_layers: int) -> tuple[StrategyRun, ...]:

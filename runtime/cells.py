@@ -11,17 +11,16 @@ from typing import Any, Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shallowflow.planner.strategies import Activations, Strategy, WeightFormat
+from shallowflow.planner.strategies import Activations, Optimizer, Strategy, WeightFormat
 from shallowflow.profiles.load import load_model
 
-from . import activations, attention, build, quantized
+from . import activations, attention, build, optimizers, quantized
 from .loss import chunked
 from .precision import LossScale
-from .step import MicroBatch, StepOutcome, Trainee
+from .step import LEARNING_RATE, MicroBatch, StepOutcome, Trainee
 
 T4_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-Optimizer = Literal["adamw", "adamw8bit"]
 Recompute = Literal["none", "some", "all"]
 
 
@@ -159,18 +158,11 @@ def _trainee(cell: Cell, compute_dtype: str, device: str) -> Trainee:
     adapted = build.add_adapters(model, cell.rank, 2 * cell.rank)
     adapted.train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = _optimizer(cell, parameters)
+    optimizer = optimizers.make(cell.optimizer, parameters, LEARNING_RATE)
     scale = LossScale.for_dtype(compute_dtype)
     if cell.chunk_tokens:
         return _ChunkedTrainee(adapted, layers, optimizer, scale, parameters, cell.chunk_tokens)
     return Trainee(adapted, layers, optimizer, scale, parameters)
-
-
-def _optimizer(cell: Cell, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    if cell.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, foreach=True)
-    made: torch.optim.Optimizer = quantized.bitsandbytes().optim.AdamW8bit(parameters, lr=2e-4, weight_decay=0.0)
-    return made
 
 
 def random_model(cell: Cell, compute_dtype: str, device: str) -> Any:

@@ -14,12 +14,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import optimizers
 from .record import EvaluationRecord, FallbackRecord, StepRecord
 from .step import Trainee
 
@@ -69,7 +69,7 @@ def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.
         shutil.rmtree(left)
     partial.mkdir(parents=True)
     save_file(adapter(trainee), partial / _ADAPTER)
-    save_file(_optimizer(trainee), partial / _OPTIMIZER)
+    save_file(optimizers.state(trainee.optimizer), partial / _OPTIMIZER)
     if best is not None:
         save_file(dict(best), partial / _BEST)
     (partial / _STATE).write_text(json.dumps(msgspec.to_builtins(state)), encoding="utf-8")  # with infinite norms
@@ -129,12 +129,10 @@ def restore(path: Path, trainee: Trainee) -> None:
     if {name: t.shape for name, t in adapter(trainee).items()} != {name: t.shape for name, t in saved.items()}:
         raise ValueError(f"checkpoint {path} holds another adapter than the plan's")
     put_adapter(trainee, saved)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(path / _OPTIMIZER).items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    groups = trainee.optimizer.state_dict()["param_groups"]
-    trainee.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    try:
+        optimizers.restore(trainee.optimizer, load_file(path / _OPTIMIZER))
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} is not the plan's: {error}") from None
     scale = trainee.loss_scale
     scale.value, scale.num_skipped, scale.num_calm = progress.loss_scale, progress.num_skipped, progress.num_calm
 
@@ -148,11 +146,6 @@ def put_adapter(trainee: Trainee, saved: Mapping[str, torch.Tensor]) -> None:
     """Give the adapter of *trainee* the values *saved*."""
     for name, parameter in adapter(trainee).items():
         parameter.copy_(saved[name])
-
-
-def _optimizer(trainee: Trainee) -> dict[str, torch.Tensor]:
-    state: Mapping[int, Mapping[str, Any]] = trainee.optimizer.state_dict()["state"]
-    return {f"{index}.{key}": torch.as_tensor(value) for index, kept in state.items() for key, value in kept.items()}
 
 
 def _found(folder: Path) -> list[Path]:

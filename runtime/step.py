@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from shallowflow.planner.strategies import Configuration
 
-from . import activations, attention, build, quantized
+from . import activations, attention, build, optimizers, quantized
 from .loss import chunked, summed
 from .precision import LossScale
 
@@ -182,6 +182,6 @@ def make_trainee(
         adapted.to(device)
     adapted.train()
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, foreach=True)
+    optimizer = optimizers.make(configuration.optimizer, parameters, learning_rate)
     scale = LossScale.for_dtype(compute_dtype)
     return Trainee(adapted, layers, optimizer, scale, parameters, configuration.loss_chunks)

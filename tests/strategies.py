@@ -28,7 +28,8 @@ from shallowflow.planner.plan import (
 )
 from shallowflow.planner.problem import HEADROOM, LOSS_CHUNKS, Problem, cells, configured, predict
 from shallowflow.planner.proof import Proof
-from shallowflow.planner.strategies import Activations, Configuration, Strategy, StrategyRun, WeightFormat
+from shallowflow.planner.quality import next_rank
+from shallowflow.planner.strategies import Activations, Configuration, Optimizer, Strategy, StrategyRun, WeightFormat
 from shallowflow.profiles import load_gpu
 
 T4 = load_gpu("t4")
@@ -95,6 +96,8 @@ def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfi
         fixed=np.array([draw(rows(10**8, 0, 0, 0))]),
         workspaces=np.array(draw(rows(10**7, 10**7))),
         layer=np.array([draw(rows(10**7, 0, 10**5, 0))]),
+        state=np.array([draw(rows(0, 0, 10**5, 0))]),
+        shared_state=np.array([draw(rows(2000, 0, 0, 0))]),
         gradients=np.array(gradients, dtype=np.int64).reshape(-1, 4),
         recomputed=np.array([draw(st.integers(0, 1)) for _ in sizes]),
         alignment_bytes=draw(st.sampled_from([1, 512])),
@@ -116,6 +119,8 @@ def with_other_sizes(draw: st.DrawFn, like: StepProfile) -> StepProfile:
         **operators,
         fixed=like.fixed,
         workspaces=like.workspaces,
+        state=like.state,
+        shared_state=like.shared_state,
         gradients=like.gradients,
         alignment_bytes=like.alignment_bytes,
     )
@@ -157,7 +162,12 @@ def problems(draw: st.DrawFn) -> Problem:
     heads = {chunks: draw(with_other_sizes(first)) for chunks in LOSS_CHUNKS}
     work = draw(workloads(most_sequences=6))
     rank = work.rank or work.min_rank
-    roomy = Problem(work, replace(T4, memory_bytes=2**62), kinds, profiles, heads, rank)
+    ranks = [wider for wider in (rank, next_rank(rank)) if wider is not None]
+    updates: dict[tuple[Optimizer, int, int], StepProfile] = {}
+    for kind in sorted(set(kinds)):
+        other = replace(draw(step_profiles(first)), alignment_bytes=first.alignment_bytes)
+        updates |= {("adamw8bit", wider, kind): other for wider in ranks}
+    roomy = Problem(work, replace(T4, memory_bytes=2**62), kinds, profiles, heads, rank, updates=updates)
     needs = sorted(
         predict(roomy, configured(work, cell, [strategy] * len(kinds))).peak_reserved_bytes
         for cell in cells(work, rank)

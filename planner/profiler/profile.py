@@ -84,6 +84,7 @@ class Misaligned(RuntimeError):
 class _Corner:
     trace: Trace
     residents: list[tuple[int, int | None]]
+    state: list[tuple[int, int | None]]
     gradients: list[int]
     workspaces: list[int]
     start: int
@@ -107,8 +108,25 @@ def profile_step(make: Callable[[int, int], TraceableStep], target: Target) -> S
     for other in corners[1:]:
         if other.events() != first.events() or other.segments != first.segments:
             raise Misaligned("the step allocates in another order at another micro-batch size or rank")
-    sizes = _coefficients([corner.trace.sizes for corner in corners])
-    by_layer = {layer: [n for n, owner in first.residents if owner == layer] for layer in (None, 1)}
+    return _profile(corners, _coefficients, target)
+
+
+def profile_update(step: TraceableStep, target: Target) -> StepProfile:
+    """The profile of a *step* with three layers and two micro-batches, which holds for its micro-batch and rank alone.
+
+    What an optimizer does need not be a polynomial of the rank: some keep the state of small tensors in another way.
+    """
+    return _profile([_trace_corner(step, target)], _constant, target)
+
+
+def _profile(
+    corners: Sequence[_Corner], rows: Callable[[Sequence[Sequence[int]]], Ints], target: Target
+) -> StepProfile:
+    """What *corners* have in common, and each size as *rows* of coefficients."""
+    first = corners[0]
+    sizes = rows([corner.trace.sizes for corner in corners])
+    outside, shared = ([n for n, owner in held if owner is None] for held in (first.residents, first.state))
+    layer, state = ([n for n, owner in held if owner == 1] for held in (first.residents, first.state))
     ops = [i for i, (position, _) in enumerate(first.trace.ops) if _pass_at(first, position) == 1]
     costs = [[corner.trace.ops[i][1] for i in ops] for corner in corners]
     return StepProfile(
@@ -118,11 +136,13 @@ def profile_step(make: Callable[[int, int], TraceableStep], target: Target) -> S
         event_pass=np.array(first.passes, dtype=np.int64),
         op_kind=np.array([OP_KINDS.index(op.kind) for op in costs[0]], dtype=np.int64),
         op_segment=np.array([_segment_of(first, *first.trace.ops[i]) for i in ops], dtype=np.int64),
-        op_flops=_coefficients([[op.flops for op in corner] for corner in costs]),
-        op_bytes=_coefficients([[op.num_bytes for op in corner] for corner in costs]),
-        fixed=sizes[by_layer[None]],
+        op_flops=rows([[op.flops for op in corner] for corner in costs]),
+        op_bytes=rows([[op.num_bytes for op in corner] for corner in costs]),
+        fixed=sizes[outside],
         workspaces=np.array(first.workspaces, dtype=np.int64),
-        layer=sizes[by_layer[1]],
+        layer=sizes[layer],
+        state=sizes[state],
+        shared_state=sizes[shared],
         gradients=sizes[first.gradients],
         recomputed=np.array([stage == RECOMPUTED for stage in first.trace.stages], dtype=np.int64),
         alignment_bytes=target.alignment_bytes,
@@ -144,6 +164,14 @@ def _coefficients(values: Sequence[Sequence[int]]) -> Ints:
     return rows
 
 
+def _constant(values: Sequence[Sequence[int]]) -> Ints:
+    """Rows over (1, b, r, b*r) of what was traced once."""
+    (found,) = values
+    rows = np.zeros((len(found), 4), dtype=np.int64)
+    rows[:, 0] = found
+    return rows
+
+
 def _trace_corner(step: TraceableStep, target: Target) -> _Corner:
     recorder = Recorder(target)
     residents: list[tuple[int, int | None]] = []
@@ -156,7 +184,7 @@ def _trace_corner(step: TraceableStep, target: Target) -> _Corner:
         recorder.reserve_workspaces(thread, kernels.all_workspaces(target))
     with recording(recorder):
         step.prime()
-        residents += _optimizer_state(step, recorder, owner)
+        state = _optimizer_state(step, recorder, owner)
         recorder.phase = "forward"
         handles = mark_layers(step, recorder)
         start = len(recorder.trace.events)
@@ -174,23 +202,20 @@ def _trace_corner(step: TraceableStep, target: Target) -> _Corner:
     wanted = [recorder.gradient_numbers[p] for p in recorder.gradient_numbers if p in inner]
     assert set(wanted) <= set(gradients)
     segments, passes = _label(trace, start, len(step.layers))
-    return _Corner(trace, _unique(residents), wanted, workspaces, start, segments, passes)
-
-
-def _unique(residents: list[tuple[int, int | None]]) -> list[tuple[int, int | None]]:
-    return list(dict(residents).items())
+    return _Corner(trace, list(dict(residents).items()), state, wanted, workspaces, start, segments, passes)
 
 
 def _optimizer_state(
     step: TraceableStep, recorder: Recorder, owner: dict[int, int | None]
 ) -> list[tuple[int, int | None]]:
-    found: list[tuple[int, int | None]] = []
+    """Each tensor of the optimizer's with its layer; one that several layers share is outside of them."""
+    layers: dict[int, set[int | None]] = {}
     for parameter, state in step.optimizer.state.items():
         for value in state.values():
             number = recorder.follow(value, "optimizer") if isinstance(value, torch.Tensor) else None
             if number is not None:
-                found.append((number, owner.get(id(parameter))))
-    return found
+                layers.setdefault(number, set()).add(owner.get(id(parameter)))
+    return [(number, held.pop() if len(held) == 1 else None) for number, held in layers.items()]
 
 
 def mark_layers(step: TraceableStep, recorder: Recorder) -> list[Any]:

@@ -11,14 +11,23 @@ import click
 from shallowflow.data_command import data_format_option
 from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.problem import HEADROOM
-from shallowflow.planner.strategies import Activations, Adapter
+from shallowflow.planner.strategies import Activations, Adapter, Optimizer
 from shallowflow.session import RequestError
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 DEFAULTS = Workload()
 POSITIVE = click.FloatRange(min=0, min_open=True)
 MOST_FIXED = 65_536
-FIXABLE = ("micro_batch_size", "loss_chunks", "rank", "activations", "quantization", "double_quantization", "packing")
+FIXABLE = (
+    "micro_batch_size",
+    "loss_chunks",
+    "rank",
+    "activations",
+    "quantization",
+    "double_quantization",
+    "packing",
+    "optimizer",
+)
 BOOLEANS = ("double_quantization", "packing")
 
 
@@ -41,6 +50,7 @@ def _field(key: str, value: str) -> object:
     texts: dict[str, tuple[str, ...]] = {
         "activations": get_args(Activations),
         "quantization": get_args(Quantization),
+        "optimizer": get_args(Optimizer),
         **dict.fromkeys(BOOLEANS, ("true", "false")),
     }
     if key in texts:
@@ -90,6 +100,11 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Several documents to a sequence, or one.  [default: what takes fewer hours]",
         ),
         _choice("--adapter", get_args(Adapter), DEFAULTS.adapter, "The kind of LoRA."),
+        click.option(
+            "--optimizer",
+            type=click.Choice(get_args(Optimizer)),
+            help="AdamW, or AdamW with its state in 8 bits.  [default: what is faster]",
+        ),
         click.option("--rank", type=count, help="LoRA's rank, fixed."),
         click.option("--min-rank", type=count, help=f"LoRA's rank, at least.  [default: {DEFAULTS.min_rank}]"),
         _choice(

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shallowflow.planner import problem, solver
+from shallowflow.planner import problem, quality, solver
 from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
-from shallowflow.planner.strategies import Cell, Configuration, Strategy, uniform
+from shallowflow.planner.strategies import Cell, Configuration, Optimizer, Strategy, uniform
 from shallowflow.profiles import FactsError, model_facts
 from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
@@ -25,6 +25,8 @@ PARTIAL = ("recompute attention", "recompute mlp")
 OFFLOAD_SHARE = 0.5
 """Of the host's memory, for activations; loading and the process itself take the rest."""
 FP32_BYTES = 4
+UPDATED_LENGTH = 32
+"""Of the sequences before an update, which knows nothing of them."""
 
 
 class RequestError(ValueError):
@@ -91,23 +93,30 @@ class Session:
         from shallowflow.planner.profiler.kernels import Target
         from shallowflow.planner.profiler.profile import profile_step
 
+        whole = replace(_cut(strategy, sequence_length), loss_chunks=loss_chunks, packing=packing)
+
         def make(micro_batch_size: int, rank: int) -> Any:
-            return self._meta_step(
-                Configuration(
-                    layers=uniform(strategy, PROFILED_LAYERS),
-                    rank=rank,
-                    alpha=rank,
-                    sequence_length=sequence_length,
-                    micro_batch_size=micro_batch_size,
-                    gradient_accumulation_steps=2,
-                    loss_chunks=loss_chunks,
-                    packing=packing,
-                ),
-                like_layer,
-            )
+            return self._meta_step(replace(whole, micro_batch_size=micro_batch_size, rank=rank), like_layer)
 
         with self._tracing():
             made = profile_step(make, Target.of(self.gpu))
+        cache.write_profile(name, made)
+        return made
+
+    def update(self, optimizer: Optimizer, rank: int, like_layer: int = 0) -> StepProfile:
+        """A profile of what *optimizer* does and keeps for an adapter of *rank*, which depends on nothing else."""
+        name = cache.key("update", {**self._facts(), "optimizer": optimizer, "rank": rank, "like": like_layer})
+        known = cache.read_profile(name)
+        if known is not None:
+            return known
+        self.progress(f"tracing the optimizer: {optimizer}")
+        from shallowflow.planner.profiler.kernels import Target
+        from shallowflow.planner.profiler.profile import profile_update
+
+        plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
+        configuration = replace(_cut(plain, UPDATED_LENGTH), rank=rank, optimizer=optimizer)
+        with self._tracing():
+            made = profile_update(self._meta_step(configuration, like_layer), Target.of(self.gpu))
         cache.write_profile(name, made)
         return made
 
@@ -151,7 +160,19 @@ class Session:
         for chunks in {cell.loss_chunks for cell in considered}:
             if last is not None:
                 heads[chunks] = self.profile(last, length, kinds[-1], chunks, packing=packing)
-        return problem.Problem(workload, self.gpu, kinds, profiles, heads, rank, self._host_bytes(workload))
+        host = self._host_bytes(workload)
+        updates = self._updates(considered, rank) if profiles else {}
+        return problem.Problem(workload, self.gpu, kinds, profiles, heads, rank, host, updates=updates)
+
+    def _updates(self, considered: tuple[Cell, ...], rank: int) -> dict[tuple[Optimizer, int, int], StepProfile]:
+        """Of every optimizer but AdamW, whose update is in every profile, at *rank* and at the next."""
+        ranks = [rank] if (wider := quality.next_rank(rank)) is None else [rank, wider]
+        return {
+            (optimizer, adapted, kind): self.update(optimizer, adapted, kind)
+            for optimizer in sorted({cell.optimizer for cell in considered} - {"adamw"})
+            for adapted in ranks
+            for kind in sorted(set(self.layer_kinds()))
+        }
 
     def _profiles(
         self, wanted: Sequence[Strategy], sequence_length: int, packing: bool
@@ -213,6 +234,18 @@ class Session:
 
         micro_batches = min(2, configuration.gradient_accumulation_steps)
         return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches, like_layer)
+
+
+def _cut(strategy: Strategy, sequence_length: int) -> Configuration:
+    """A model of few layers, all under *strategy*, in two micro-batches."""
+    return Configuration(
+        layers=uniform(strategy, PROFILED_LAYERS),
+        rank=1,
+        alpha=1,
+        sequence_length=sequence_length,
+        micro_batch_size=1,
+        gradient_accumulation_steps=2,
+    )
 
 
 def _with_buckets(peak: TracedPeak) -> TracedPeak:

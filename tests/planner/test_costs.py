@@ -113,6 +113,35 @@ def test_layers_of_different_strategies_compose_too(
     assert composed.peak_allocated_bytes == pytest.approx(max(block_levels(trace, 512)[:end]), rel=0.001)
 
 
+@settings(max_examples=12)
+@given(
+    family=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    activations=st.sampled_from(POLICIES),
+    num_layers=st.integers(2, 6),
+    micro_batch_size=st.integers(1, 4),
+    rank=st.sampled_from([1, 4, 13, 48]),  # so that all states, some, and none stay in fp32
+)
+def test_another_optimizer_composes_too(
+    family: str, activations: Activations, num_layers: int, micro_batch_size: int, rank: int
+) -> None:
+    """With a state of 8 bits, what is composed of a profile and of the optimizer's own is what a trace finds."""
+    chosen = replace(
+        configuration("fp16", activations, num_layers=num_layers, rank=rank, micro_batch_size=micro_batch_size),
+        optimizer="adamw8bit",
+    )
+    profile = tiny.profiled(family, "t4", Strategy(weight_format="fp16", activations=activations))
+    updated = costs.with_update(profile, tiny.updated(family, "t4", "adamw8bit", rank))
+
+    composed = costs.footprint([(updated, num_layers)], micro_batch_size, rank, accumulates=False)
+
+    trace = tiny.traced(family, "t4", chosen)
+    levels = block_levels(trace, 512)
+    second = max(position for position, label in trace.marks if label == "step 1")
+    batch = micro_batch_size * chosen.sequence_length * 8 + 512
+    assert levels[second - 1] - 2 * batch <= composed.resident_bytes <= levels[second - 1]
+    assert composed.peak_allocated_bytes == pytest.approx(max(levels), rel=0.001)
+
+
 def unrolled(profile: StepProfile, num_layers: int, micro_batch_size: int, rank: int, accumulates: bool) -> list[int]:
     """The level after every event of a step in which each layer's events are written out as often as it has layers."""
     align = profile.alignment_bytes
@@ -122,9 +151,8 @@ def unrolled(profile: StepProfile, num_layers: int, micro_batch_size: int, rank:
         size: int = constant + per_sample * micro_batch_size + per_rank * rank + mixed * micro_batch_size * rank
         return -(-size // align) * align
 
-    resident = (
-        sum(map(blocks, profile.fixed)) + int(profile.workspaces.sum()) + num_layers * sum(map(blocks, profile.layer))
-    )
+    outside, layer = (*profile.fixed, *profile.shared_state), (*profile.layer, *profile.state)
+    resident = sum(map(blocks, outside)) + int(profile.workspaces.sum()) + num_layers * sum(map(blocks, layer))
     gradients = num_layers * sum(map(blocks, profile.gradients))
     inner = ["inner"] * (num_layers - 2)
     layers = ["first", *inner, "last"] if num_layers > 1 else ["first"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from shallowflow.planner import problem as posing
 from shallowflow.planner import quality
 from shallowflow.planner.chain import taken
 from shallowflow.planner.plan import Quantization, Workload
-from shallowflow.planner.problem import LOSS_CHUNKS, Problem, cells, chains, configured, predict
+from shallowflow.planner.problem import LOSS_CHUNKS, OPTIMIZERS, Problem, cells, chains, configured, predict
 from shallowflow.planner.strategies import Strategy
 from shallowflow.profiles import load_gpu
 from tests.strategies import STRATEGIES, T4, problems, workloads
@@ -23,23 +24,26 @@ FORMATS: dict[str, Quantization] = {"fp16": "fp16", "int8": "int8", "nf4": "nf4"
 
 @given(workloads(), st.booleans())
 def test_cells_divide_the_global_batch(workload: Workload, divisible: bool) -> None:
-    """Every micro-batch that divides a GPU's share comes once with every loss, and multiplies back to the batch."""
+    """Every micro-batch that divides a GPU's share comes once with every loss and optimizer, and makes up the batch."""
     found = cells(workload, 16, divisible_loss=divisible)
 
     share = workload.global_batch_size // workload.num_gpus
     divisors = {n for n in range(1, share + 1) if share % n == 0}
     chunks = {n for n in LOSS_CHUNKS if n == 1 or (divisible and workload.sequence_length % n == 0)}
     assert {cell.micro_batch_size * cell.gradient_accumulation_steps for cell in found} == {share}
-    assert {(cell.micro_batch_size, cell.loss_chunks) for cell in found} == {(n, c) for n in divisors for c in chunks}
-    assert len(found) == len(divisors) * len(chunks)
+    ways = {(cell.micro_batch_size, cell.loss_chunks, cell.optimizer) for cell in found}
+    assert ways == set(product(divisors, chunks, OPTIMIZERS))
+    assert len(found) == len(ways)
 
 
 @given(workloads(), st.data())
 def test_what_is_fixed_is_all_there_is(workload: Workload, data: st.DataObject) -> None:
-    """A pinned micro-batch, loss, policy or format is the only one."""
+    """A pinned micro-batch, loss, optimizer, policy or format is the only one."""
     whole = cells(workload, 16)
     one = data.draw(st.sampled_from(whole))
-    pinned = replace(workload, micro_batch_size=one.micro_batch_size, loss_chunks=one.loss_chunks)
+    pinned = replace(
+        workload, micro_batch_size=one.micro_batch_size, loss_chunks=one.loss_chunks, optimizer=one.optimizer
+    )
     assert cells(pinned, 16) == (one,)
 
     strategy = data.draw(st.sampled_from(posing.strategies(workload, T4)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
 from shallowflow.planner.profiler.kernels import Target
-from shallowflow.planner.profiler.profile import profile_step
+from shallowflow.planner.profiler.profile import profile_step, profile_update
 from shallowflow.planner.profiler.simulate import trace_step
 from shallowflow.planner.profiler.trace import Trace
-from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat, uniform
+from shallowflow.planner.strategies import Activations, Configuration, Optimizer, Strategy, WeightFormat, uniform
 from shallowflow.profiles import load_gpu
 from shallowflow.runtime.simulated import MetaStep, make_meta_step
 
@@ -87,6 +88,13 @@ def meta_step(family: str, gpu: str, chosen: Configuration) -> MetaStep:
 def traced(family: str, gpu: str, chosen: Configuration) -> Trace:
     """Two steps of a tiny model; the caller must not change the trace."""
     return trace_step(meta_step(family, gpu, chosen), target(gpu))
+
+
+@cache
+def updated(family: str, gpu: str, optimizer: Optimizer, rank: int) -> StepProfile:
+    """What *optimizer* does to a tiny model's adapter of *rank*."""
+    chosen = configuration("fp16", "save", rank=rank, sequence_length=16, gradient_accumulation_steps=2)
+    return profile_update(meta_step(family, gpu, replace(chosen, optimizer=optimizer)), target(gpu))
 
 
 @cache
