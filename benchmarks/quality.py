@@ -1,4 +1,4 @@
-"""What weight formats and ranks cost in quality: SmolLM2-135M-Instruct fine-tuned, beside what the planner holds.
+"""What weight formats, ranks and an optimizer's 8 bits cost in quality: SmolLM2-135M-Instruct fine-tuned, beside what the planner holds.
 
 python -m benchmarks.quality             # what was recorded, against the planner's order
 python -m benchmarks.quality --record    # train what is missing from the record, about four minutes a run on two cores
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from shallowflow.planner import quality
 from shallowflow.planner.problem import ALPHA
-from shallowflow.planner.strategies import Configuration, Strategy, StrategyRun, WeightFormat, uniform
+from shallowflow.planner.strategies import Configuration, Optimizer, Strategy, StrategyRun, WeightFormat, uniform
 from shallowflow.profiles.load import load_model
 from shallowflow.runtime import batches, build, quantized
 from shallowflow.runtime.documents import Document
@@ -58,14 +58,20 @@ FORMATS = {
     "mixed": MIXED,
     "nf4": uniform(_format("nf4"), NUM_LAYERS),
 }
-WAYS = {name: (layers, RANK) for name, layers in FORMATS.items()}
-WAYS |= {f"rank {rank}": (FORMATS["fp32"], rank) for rank in (4, 64)}
-"""Of each way: the layers' strategies and the rank. ``fp32`` is also rank 16, ``mixed`` the first half of it in nf4."""
+WAYS: dict[str, tuple[tuple[StrategyRun, ...], int, Optimizer]] = {
+    **{name: (layers, RANK, "adamw") for name, layers in FORMATS.items()},
+    **{f"rank {rank}": (FORMATS["fp32"], rank, "adamw") for rank in (4, 64)},
+    "8-bit AdamW": (FORMATS["fp32"], RANK, "adamw8bit"),
+}
+"""Of each way: the layers' strategies, the rank and the optimizer.
+
+``fp32`` is also rank 16 with AdamW, ``mixed`` the first half of it in nf4.
+"""
 
 
 def run(way: str, seed: int) -> dict[str, Any]:
     """Fine-tune one *way*, and the loss per held-out token before and after."""
-    layers, rank = WAYS[way]
+    layers, rank, optimizer = WAYS[way]
     spec = load_model(MODEL)
     source = find_weights(MODEL)
     tokenizer = load_tokenizer(source)
@@ -81,6 +87,7 @@ def run(way: str, seed: int) -> dict[str, Any]:
         sequence_length=LENGTH,
         micro_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=1,
+        optimizer=optimizer,
     )
     torch.manual_seed(seed)
     trainee = make_trainee(model, configuration, "float32", torch.device("cpu"))
@@ -142,7 +149,7 @@ def save(record: Mapping[str, Any]) -> None:
 
 def harm(way: str) -> float:
     """What the planner holds the format of a *way* to cost: the mean squared relative error of its layers."""
-    layers, _ = WAYS[way]
+    layers, _, _ = WAYS[way]
     strategies = tuple(run.strategy for run in layers for _ in range(run.first, run.last + 1))
     return quality.mean_error(strategies) ** 2
 

@@ -44,6 +44,12 @@ def test_ranks_that_are_enough_are_alike() -> None:
         assert abs(measured.excess(RECORD, way)[0]) < 0.1 * min(formats)
 
 
+def test_an_optimizer_in_8_bits_costs_nothing() -> None:
+    """Its loss differs from AdamW's by far less than any format's, so that the planner chooses it for its memory."""
+    formats = [abs(measured.excess(RECORD, way)[0]) for way in ("mixed", "nf4")]
+    assert abs(measured.excess(RECORD, "8-bit AdamW")[0]) < 0.1 * min(formats)
+
+
 @pytest.mark.parametrize("weight_format", ["int8", "nf4"])
 def test_real_weights_err_as_normal_ones(weight_format: str) -> None:
     """The relative errors on the model's own weights are those held for normally distributed ones."""
