@@ -1,4 +1,4 @@
-"""What weight formats, ranks and an optimizer's 8 bits cost in quality: SmolLM2-135M-Instruct fine-tuned, beside what the planner holds.
+"""What weight formats, ranks and 8-bit AdamW cost in quality: SmolLM2-135M-Instruct, beside what the planner holds.
 
 python -m benchmarks.quality             # what was recorded, against the planner's order
 python -m benchmarks.quality --record    # train what is missing from the record, about four minutes a run on two cores
