@@ -21,6 +21,7 @@ from .step import LEARNING_RATE, MicroBatch, StepOutcome, Trainee
 
 T4_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+Attention = Literal["sdpa", "eager"]
 Recompute = Literal["none", "some", "all"]
 
 
@@ -38,7 +39,7 @@ class Cell:
     model: str
     weight_format: WeightFormat = "fp16"
     recompute: Recompute = "none"
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Attention = "sdpa"
     chunk_tokens: int | None = None
     optimizer: Optimizer = "adamw"
     micro_batch_size: int = 1

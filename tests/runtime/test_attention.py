@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
 
-from shallowflow.profiles import load_model
-from shallowflow.runtime import attention, build
+from shallowflow.planner.profiler.user_step import simulate
+from shallowflow.profiles import load_gpu, load_model
+from shallowflow.runtime import attention, build, cells
+from shallowflow.runtime.cells import Attention, Cell, Recompute
+from shallowflow.runtime.simulated import register_quantization
 from tests.runtime import tiny
 
 TOKENS, HEADS, SIZE = 7, 4, 8
@@ -118,3 +121,32 @@ def test_only_a_causal_language_model_has_a_best_attention() -> None:
 def test_people_read_sdpa() -> None:
     """Both SDPA implementations are shown under one name, any other under its own."""
     assert [attention.shown(name) for name in (attention.NAME, "sdpa", "eager")] == ["SDPA", "SDPA", "eager"]
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("length", [64, 512, 2048])
+def test_eager_attention_is_never_better(length: int, recompute: Recompute) -> None:
+    """On a T4 it takes more memory and more time than SDPA at any length, so that attention is no decision."""
+    register_quantization()
+    sdpa, eager = (
+        simulate(
+            cells.step_of(
+                Cell(
+                    model="SmolLM2-135M",
+                    attention=kind,
+                    num_layers=2,
+                    sequence_length=length,
+                    micro_batch_size=2,
+                    recompute=recompute,
+                ),
+                "float16",
+            ),
+            load_gpu("t4"),
+        )
+        for kind in get_args(Attention)
+    )
+
+    assert sdpa.peak_allocated_bytes <= eager.peak_allocated_bytes
+    assert sdpa.step_seconds is not None
+    assert eager.step_seconds is not None
+    assert sdpa.step_seconds < eager.step_seconds
