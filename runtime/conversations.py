@@ -62,14 +62,37 @@ def prompted(row: Row) -> Conversation:
 
 
 def instruction(row: Row) -> Conversation:
-    """Alpaca's row: *instruction* with *input*, if there is one, is asked, and *output* learned."""
+    """Alpaca's row: *instruction* with *input*, if there is one, is asked, and *output* learned.
+
+    So are the answers of *history*, the rounds before, as LLaMA-Factory learns them.
+    """
     asked = text_in(row, "instruction")
     given = text_in(row, "input") if row.columns.get("input") is not None else ""
     question = "\n\n".join(part for part in (asked, given) if part.strip())
     answer = text_in(row, "output")
-    return Conversation(
-        (*_system(row), Message("user", question), Message("assistant", answer, bool(answer.strip()))), row.place
-    )
+    rounds = [*_history(row), (question, answer)]
+    turns = (turn for said, told in rounds for turn in (Message("user", said), _answer(told)))
+    return Conversation((*_system(row), *turns), row.place)
+
+
+def _answer(text: str) -> Message:
+    return Message("assistant", text, bool(text.strip()))
+
+
+def _history(row: Row) -> list[tuple[str, str]]:
+    """The rounds before an instruction: pairs of what was asked and answered."""
+    value = row.columns.get("history") or []
+    if isinstance(value, str):  # as CSV has to write it
+        value = _from_json(row, "history", "pairs")
+    if not isinstance(value, list):
+        raise DataError(f"{row.place}: history is {type(value).__name__}, expected a list of pairs")
+    rounds: list[tuple[str, str]] = []
+    for number, pair in enumerate(value, start=1):
+        if not (isinstance(pair, list) and len(pair) == 2):
+            raise DataError(f"{row.place}: round {number} of history is no pair of a question and an answer")
+        asked, told = (checked_text(row.place, f"round {number} of history", said) for said in pair)
+        rounds.append((asked, told))
+    return rounds
 
 
 def text_in(row: Row, column: str) -> str:
@@ -105,10 +128,7 @@ def _system(row: Row) -> tuple[Message, ...]:
 def _messages(row: Row, column: str, *, learn: bool) -> tuple[Message, ...]:
     value = row.columns[column]
     if isinstance(value, str):  # as CSV has to write it
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise DataError(f"{row.place}: {column} is text that is no JSON list of messages") from None
+        value = _from_json(row, column, "messages")
     if value is None:
         raise DataError(f"{row.place} has no {column}; give some, or leave the row out")
     if not isinstance(value, list):
@@ -117,6 +137,13 @@ def _messages(row: Row, column: str, *, learn: bool) -> tuple[Message, ...]:
         _message(row.place, f"message {number} of {column}", entry, learn=learn)
         for number, entry in enumerate(value, start=1)
     )
+
+
+def _from_json(row: Row, column: str, what: str) -> Any:
+    try:
+        return json.loads(row.columns[column])
+    except (ValueError, RecursionError):
+        raise DataError(f"{row.place}: {column} is text that is no JSON list of {what}") from None
 
 
 def _message(place: str, what: str, entry: Any, *, learn: bool) -> Message:

@@ -50,7 +50,7 @@ def read_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
 
     Args:
         path: a file, or the name of a dataset, such as ``hf:org/name``.
-        wanted: the columns that are of use, where others need not be read.
+        wanted: the columns that are of use; of others their names may be all that is read.
 
     Raises:
         DataError: there is no such file, package or dataset, or it cannot be read.
@@ -177,7 +177,7 @@ def _parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=useful):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path} row {number}", row)
+                    yield Row(f"{path} row {number}", dict.fromkeys(names) | row)
     except Exception as error:  # its reader raises a dozen kinds
         reason = _first_line(error).removesuffix(".")
         raise DataError(
@@ -203,7 +203,7 @@ def _dataset(path: Path, name: str, split: str, wanted: Collection[str]) -> Iter
         yield Row(f"{path} row 1", dict.fromkeys(found.column_names))
         return
     for number, row in enumerate(found.select_columns(useful), start=1):
-        yield Row(f"{path} row {number}", row)
+        yield Row(f"{path} row {number}", dict.fromkeys(found.column_names) | row)
 
 
 def _loaded(path: Path, name: str, split: str) -> Any:

@@ -17,6 +17,9 @@ __all__ = ["DataError", "Document", "Example", "read_data", "read_documents"]
 CHARACTERS_PER_TOKEN = 4
 """English text under today's tokenizers, roughly; used only where no tokenizer is at hand, and said so."""
 
+MOST_SHOWN = 40
+"""Characters of a column's name."""
+
 Format = Literal["messages", "sharegpt", "alpaca", "text", "prompt-completion"]
 FORMATS: Mapping[Format, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -28,7 +31,9 @@ FORMATS: Mapping[Format, tuple[str, ...]] = {
 """What decides a row's format: it is the first of these whose columns the row fills, other columns or not.
 
 All rows of a file have one format, but for text, which may stand among prompts and completions."""
-USEFUL = {*(column for columns in FORMATS.values() for column in columns), "input", "system"}
+BESIDE: Mapping[Format, tuple[str, ...]] = {"sharegpt": ("system",), "alpaca": ("input", "history", "system")}
+"""Columns that a format's rows may have as well."""
+USEFUL = {column for table in (FORMATS, BESIDE) for columns in table.values() for column in columns}
 PLAIN: set[Format] = {"text", "prompt-completion"}
 """Formats that may mix: both are read as they stand, without a chat template."""
 
@@ -58,12 +63,14 @@ class Data:
         formats: of its rows; two only where text and prompts mix.
         documents: those with something to learn.
         num_rows: with those that have nothing.
+        ignored: columns that the rows have and their format does not.
     """
 
     kind: str
     formats: tuple[Format, ...]
     documents: list[Example]
     num_rows: int
+    ignored: tuple[str, ...] = ()
 
 
 def read_documents(path: Path, data_format: Format | None = None) -> list[Example]:
@@ -83,6 +90,7 @@ def read_data(path: Path, data_format: Format | None = None) -> Data:
     """
     documents: list[Example] = []
     formats: dict[Format, None] = {}
+    columns: dict[str, None] = {}
     num_rows = 0
     for row in read_rows(path, USEFUL):
         found = data_format or _format_of(row)
@@ -90,6 +98,7 @@ def read_data(path: Path, data_format: Format | None = None) -> Data:
         if found != first and not {found, first} <= PLAIN:
             raise DataError(f"{row.place} is {found}, and the rows before it are {first}; give one format per file")
         formats[found] = None
+        columns |= dict.fromkeys(row.columns)
         document = _document(row, found)
         num_rows += 1
         if _learns(document):
@@ -98,7 +107,9 @@ def read_data(path: Path, data_format: Format | None = None) -> Data:
         raise DataError(f"{path} holds no answer to learn; give conversations a message from the assistant")
     if not documents:
         raise DataError(f"{path} holds no text to learn; give {SUPPORTED}")
-    return Data(kind_of(path), tuple(formats), documents, num_rows)
+    used = {column for name in formats for column in (*FORMATS[name], *BESIDE.get(name, ()))}
+    ignored = tuple(str(column)[:MOST_SHOWN] for column in columns if column not in used)
+    return Data(kind_of(path), tuple(formats), documents, num_rows, ignored)
 
 
 def digest(documents: Iterable[Example]) -> bytes:
@@ -137,7 +148,7 @@ def _document(row: Row, data_format: Format) -> Example:
 
 
 def _columns(row: Row) -> str:
-    return ", ".join(repr(str(column)[:40]) for column in list(row.columns)[:8]) or "none"
+    return ", ".join(repr(str(column)[:MOST_SHOWN]) for column in list(row.columns)[:8]) or "none"
 
 
 def _learns(document: Example) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 BAR = "█"
+MOST_COLUMNS = 5
 FORMAT_NAMES = ("messages", "sharegpt", "alpaca", "text", "prompt-completion")
 
 
@@ -67,6 +68,7 @@ def _facts(read: Data, lengths: Lengths) -> dict[str, Any]:
         "formats": read.formats,
         "num_rows": read.num_rows,
         "num_documents": len(read.documents),
+        "ignored_columns": read.ignored,
         "exact": lengths.exact,
         "num_tokens": lengths.num_tokens,
         "num_learned_tokens": lengths.num_learned,
@@ -82,11 +84,20 @@ def _shown(path: Path, read: Data, lengths: Lengths) -> Iterator[str]:
     left_out = read.num_rows - len(read.documents)
     yield f"{path}: {read.kind}, {' and '.join(read.formats)}"
     yield f"documents  {len(sizes):,}" + (f", and {left_out:,} rows with nothing to learn" if left_out else "")
+    if read.ignored:
+        yield f"ignored    {listed(read.ignored)}, which {' and '.join(read.formats)} rows do not have"
     yield f"tokens     {'' if lengths.exact else 'about '}{lengths.num_tokens:,}, {how}"
     yield f"learned    {lengths.num_learned / max(1, lengths.num_tokens):.1%} of them"
     yield f"longest    {sizes[-1]:,} tokens; half of the documents have {sizes[(len(sizes) - 1) // 2]:,} or fewer"
     yield ""
     yield from histogram(sizes)
+
+
+def listed(columns: Sequence[str]) -> str:
+    """The names of some columns, and how many more there are."""
+    more = len(columns) - MOST_COLUMNS
+    shown = ", ".join(repr(column) for column in columns[:MOST_COLUMNS])
+    return f"{'columns' if len(columns) > 1 else 'column'} {shown}" + (f" and {more} more" if more > 0 else "")
 
 
 def histogram(sizes: Sequence[int]) -> list[str]:

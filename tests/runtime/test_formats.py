@@ -153,3 +153,40 @@ def test_a_dataset_is_read_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the Hub cannot be reached" in refusal(Path("hf:org/name"))
     library.__version__ = "3.6.0"
     assert "upgrade it" in refusal(Path("hf:org/name"))
+
+
+def test_rounds_before_an_instruction_are_learned(tmp_path: Path) -> None:
+    """Alpaca's history comes before the question, in JSON and as the text that CSV holds, and its answers count."""
+    rounds = [["q1", "a1"], ["q2", ""]]
+    row = {"instruction": "q3", "output": "a3", "system": "s", "history": rounds}
+    learned = [("system", "s", False), ("user", "q1", False), ("assistant", "a1", True), ("user", "q2", False)]
+    learned += [("assistant", "", False), ("user", "q3", False), ("assistant", "a3", True)]
+
+    for value in (rounds, json.dumps(rounds)):
+        (found,) = read_documents(written(tmp_path / "a.jsonl", [{**row, "history": value}]))
+
+        assert isinstance(found, Conversation)
+        assert [(m.role, m.content, m.learned) for m in found.messages] == learned
+
+
+@pytest.mark.parametrize(
+    ("history", "told"),
+    [
+        ({"q": "a"}, "history is dict, expected a list of pairs"),
+        ("q", "history is text that is no JSON list of pairs"),
+        ([["q"]], "round 1 of history is no pair of a question and an answer"),
+        ([["q", "a"], ["q", 3]], "round 2 of history is int, expected text"),
+    ],
+)
+def test_rounds_that_cannot_be_learned_are_told(tmp_path: Path, history: Any, told: str) -> None:
+    """One line with the row and the round."""
+    row = {"instruction": "q", "output": "a", "history": history}
+    assert told in refusal(written(tmp_path / "a.jsonl", [row]))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_columns_that_say_nothing_are_told(tmp_path: Path, suffix: str) -> None:
+    """What a row has beside its format's columns is listed, in every kind of file, and a column of the format never."""
+    rows = [{**ROWS["alpaca"][0], "reasoning": "because"}, {**ROWS["alpaca"][0], "reasoning": None}]
+
+    assert read_data(written(tmp_path / f"a{suffix}", rows)).ignored == ("text", "reasoning")
