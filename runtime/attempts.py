@@ -15,6 +15,7 @@ from .learner import Diverged, Learner, Work
 from .progress import Progress
 from .promise import Promise
 from .record import FallbackRecord
+from .request import RunError
 from .trackers import Trackers
 from .watch import Watcher
 
@@ -33,15 +34,29 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
         while True:
             progress.notes += [note for note in kept.notes if note not in progress.notes]
             learner, trouble = _attempt(work, progress, kept, path, trackers)
-            alternative = fallback.following(work.plan, kept.candidate) if trouble else None
-            if trouble is None or alternative is None:
+            following = _following(work, progress, kept) if trouble else None
+            if trouble is None or following is None:
                 return _ended(progress, learner, trouble), kept
+            alternative, kept = following
             path = _fall_back(work, progress, learner, alternative, trouble)
             del learner
             fallback.free_memory()
-            kept = promised(work.plan, alternative, work.watcher)
     finally:
         trackers.finish()
+
+
+def _following(work: Work, progress: Progress, failed: Promise) -> tuple[int, Promise] | None:
+    """The next alternative with what tracing says of it; one that is no longer what it was is passed over."""
+    passed_over: set[int] = set()
+    while True:
+        alternative = fallback.following(work.plan, failed.candidate, passed_over)
+        if alternative is None:
+            return None
+        try:
+            return alternative, promised(work.plan, alternative, work.watcher)
+        except RunError as error:
+            passed_over.add(alternative)
+            progress.notes.append(f"alternative {alternative + 1} is passed over: {error}")
 
 
 def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Collection
 
 import torch
 
@@ -24,10 +25,12 @@ def candidate(plan: Plan, alternative: int | None) -> Candidate:
     return Candidate(configuration=plan.configuration, prediction=plan.prediction, weight_error=plan.weight_error)
 
 
-def following(plan: Plan, failed: Candidate) -> int | None:
+def following(plan: Plan, failed: Candidate, passed_over: Collection[int] = ()) -> int | None:
     """The best alternative that needs less memory than *failed* and goes on with its adapter and its data's order."""
     before = failed.configuration
     for number, other in enumerate(plan.alternatives):
+        if number in passed_over:
+            continue
         after = other.configuration
         same = (after.rank, after.scaling, after.sequence_length, after.global_batch_size, after.packing) == (
             before.rank,

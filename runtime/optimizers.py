@@ -14,6 +14,8 @@ from . import quantized
 
 _TABLES = ("qmap1", "qmap2")
 """bitsandbytes' tables of the 256 values that 8 bits stand for: constants, which all parameters share."""
+BLOCK = 256
+"""Values that share a scale (bitsandbytes' ``Optimizer2State.init_state``)."""
 
 
 def make(name: Optimizer, parameters: Sequence[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
@@ -59,36 +61,61 @@ def state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor]) -> None:
-    """Give *optimizer* the state *saved*.
+    """Give *optimizer* the state *saved*; one of the other optimizer is brought into this one's format.
 
     Raises:
-        ValueError: it is of another optimizer.
+        ValueError: it is of other parameters.
     """
     parameters = _parameters(optimizer)
     by_parameter: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in saved.items():
         index, _, key = name.partition(".")
         by_parameter.setdefault(int(index), {})[key] = tensor
-    keys = {"state1", "state2"} if hasattr(optimizer, "fill_qmap") else {"exp_avg", "exp_avg_sq"}
-    if any(number >= len(parameters) or not keys <= set(kept) for number, kept in by_parameter.items()):
-        raise ValueError("it holds the state of another optimizer")
+    if by_parameter and max(by_parameter) >= len(parameters):
+        raise ValueError(f"it holds an optimizer's state of more than {len(parameters)} parameters")
     for number, kept in by_parameter.items():
-        _put(optimizer, parameters[number], kept)
+        own = {key: value.to(parameters[number].device) for key, value in kept.items() if key != "step"}
+        if hasattr(optimizer, "fill_qmap"):
+            optimizer.state[parameters[number]] = _for_8_bits(optimizer, own) | {"step": int(kept["step"])}
+        else:
+            optimizer.state[parameters[number]] = _for_adamw(own) | {"step": kept["step"].float().clone()}
 
 
-def _put(optimizer: Any, parameter: torch.nn.Parameter, kept: Mapping[str, torch.Tensor]) -> None:
-    """One parameter's state; AdamW counts its steps in a tensor on the host, bitsandbytes in a number."""
-    own = {key: value.to(parameter.device) for key, value in kept.items() if key != "step"}
-    if "state1" not in kept:
-        optimizer.state[parameter] = {"step": kept["step"].clone(), **own}
-        return
-    optimizer.state[parameter] = {"step": int(kept["step"]), **own}
-    if kept["state1"].dtype == torch.uint8:
-        if not optimizer.name2qmap:
-            optimizer.fill_qmap()
-        tables = {name: table.to(parameter.device) for name, table in optimizer.name2qmap.items()}
-        optimizer.name2qmap.update(tables)
-        optimizer.state[parameter] |= {"qmap1": tables["dynamic"], "qmap2": tables["udynamic"]}
+def _for_8_bits(optimizer: Any, kept: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The two moments as bitsandbytes keeps them, with its tables; small ones stay in fp32."""
+    if "exp_avg" not in kept and kept["state1"].dtype == torch.float32:
+        return dict(kept)
+    if "exp_avg" in kept and kept["exp_avg"].numel() < optimizer.args.min_8bit_size:
+        return {"state1": kept["exp_avg"], "state2": kept["exp_avg_sq"]}
+    tables = _tables(optimizer, next(iter(kept.values())).device)
+    if "state1" in kept:
+        return {**kept, **tables}
+    quantize = quantized.bitsandbytes().functional.quantize_blockwise
+    first, scales = quantize(kept["exp_avg"], code=tables["qmap1"], blocksize=BLOCK)
+    second, squares = quantize(kept["exp_avg_sq"], code=tables["qmap2"], blocksize=BLOCK)
+    return {"state1": first, "absmax1": scales.absmax, "state2": second, "absmax2": squares.absmax, **tables}
+
+
+def _for_adamw(kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The two moments as AdamW keeps them."""
+    if "exp_avg" in kept:
+        return dict(kept)
+    if kept["state1"].dtype == torch.float32:
+        return {"exp_avg": kept["state1"], "exp_avg_sq": kept["state2"]}
+    restored = quantized.bitsandbytes().functional.dequantize_blockwise
+    tables = _tables(_adamw_8bit()([torch.zeros(1)]), kept["state1"].device)
+    return {
+        "exp_avg": restored(kept["state1"], absmax=kept["absmax1"], code=tables["qmap1"], blocksize=BLOCK),
+        "exp_avg_sq": restored(kept["state2"], absmax=kept["absmax2"], code=tables["qmap2"], blocksize=BLOCK),
+    }
+
+
+def _tables(optimizer: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    """bitsandbytes' tables for both moments, one copy for all parameters."""
+    if not optimizer.name2qmap:
+        optimizer.fill_qmap()
+    optimizer.name2qmap.update({name: table.to(device) for name, table in optimizer.name2qmap.items()})
+    return {"qmap1": optimizer.name2qmap["dynamic"], "qmap2": optimizer.name2qmap["udynamic"]}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -168,6 +168,8 @@ def test_half_an_update_is_made_again(
     plan: Plan, request_for: Requests, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory runs out inside the optimizer: the updates since the last checkpoint are made again, with their losses."""
+    alike = tuple(other for other in plan.alternatives if other.configuration.optimizer == "adamw")
+    plan = replace(plan, alternatives=alike)
     whole = train(plan, request_for(num_steps=NUM_STEPS, output=request_for().output.with_name("whole")))
     adam: Any = importlib.import_module("torch.optim.adam")
     real, calls = adam.adam, [0]
@@ -186,6 +188,24 @@ def test_half_an_update_is_made_again(
     assert calls[0] == 4 + NUM_STEPS - 2
     assert losses(record) == pytest.approx(losses(whole), rel=1e-4)
     assert len(record.fallbacks) == 1
+
+
+def test_an_alternative_that_is_not_what_it_was_is_passed_over(plan: Plan, request_for: Requests, seen: Seen) -> None:
+    """One whose step is not the predicted one does not end the run: the next is taken, and it is said."""
+    first = following(plan, candidate(plan, None))
+    assert first is not None
+    spoiled = list(plan.alternatives)
+    wrong = replace(spoiled[first].prediction, resident_bytes=spoiled[first].prediction.resident_bytes + 512)
+    spoiled[first] = replace(spoiled[first], prediction=wrong)
+    second = following(plan, candidate(plan, None), {first})
+    assert second is not None
+    seen.fails = failing_once(2)
+
+    record = train(replace(plan, alternatives=tuple(spoiled)), request_for(num_steps=NUM_STEPS))
+
+    assert [made.alternative for made in record.fallbacks] == [second]
+    assert any(note.startswith(f"alternative {first + 1} is passed over: ") for note in record.notes)
+    assert [step.index for step in record.steps] == list(range(NUM_STEPS))
 
 
 def test_nothing_left_to_fall_back_to(plan: Plan, request_for: Requests, seen: Seen) -> None:

@@ -50,15 +50,33 @@ def test_a_saved_state_goes_on(name: Optimizer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_another_optimizers_state_is_refused(name: Optimizer) -> None:
-    """What one optimizer keeps is never taken for what another does."""
+def test_another_optimizers_state_is_brought_over(name: Optimizer) -> None:
+    """Going on with the other optimizer moves the parameters as going on with the same, but for 8 bits' rounding."""
     (other,) = set(OPTIMIZERS) - {name}
+    moved = []
+    for following in OPTIMIZERS:
+        learned = parameters()
+        first = optimizers.make(other, learned, 0.01)
+        take_steps(first, learned, 0, 5)
+        before = [parameter.detach().clone() for parameter in learned]
+        second = optimizers.make(following, learned, 0.01)
+        optimizers.restore(second, optimizers.state(first))
+        take_steps(second, learned, 5, 6)
+        moved.append([(p - b).detach() for p, b in zip(learned, before, strict=True)])
+
+    (large, small), (expected, exact) = moved
+    assert torch.allclose(small, exact, rtol=1e-4, atol=1e-8)
+    assert float((large - expected).norm() / expected.norm()) < 0.1
+
+
+def test_the_state_of_other_parameters_is_refused() -> None:
+    """A state of more parameters than there are says so."""
     learned = parameters()
-    saved = optimizers.make(other, learned, 0.01)
+    saved = optimizers.make("adamw", learned, 0.01)
     take_steps(saved, learned, 0, 1)
 
-    with pytest.raises(ValueError, match="another optimizer"):
-        optimizers.restore(optimizers.make(name, learned, 0.01), optimizers.state(saved))
+    with pytest.raises(ValueError, match="more than 1 parameters"):
+        optimizers.restore(optimizers.make("adamw", learned[:1], 0.01), optimizers.state(saved))
 
 
 def test_8_bits_are_bitsandbytes_own_but_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
