@@ -122,7 +122,7 @@ def frontier_command(model: str, as_json: bool, **options: Any) -> None:
     sfplan frontier Llama-3.2-1B --gpu t4 --sequence-length 1024
     """
     from shallowflow.hub import find_model
-    from shallowflow.terminal import console, status
+    from shallowflow.terminal import show, status
     from shallowflow.tradeoffs import find_trade_offs
 
     spec = find_model(model)
@@ -134,7 +134,7 @@ def frontier_command(model: str, as_json: bool, **options: Any) -> None:
         return
     from shallowflow.planner import render
 
-    console().print(render.frontier(spec.name, device.name, points))
+    show(render.frontier(spec.name, device.name, points))
 
 
 def _request(
@@ -159,7 +159,8 @@ def _request(
     if rank and min_rank and rank < min_rank:
         raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
     pinned = fixed_fields(fixed)
-    for name, value in {"rank": rank, "packing": same["packing"], "quantization": same["quantization"]}.items():
+    twice = {"rank": rank, **{name: same[name] for name in ("packing", "quantization", "optimizer")}}
+    for name, value in twice.items():
         if name in pinned and value not in (None, getattr(DEFAULTS, name), pinned[name]):
             raise RequestError(f"--fix {name}={pinned[name]} contradicts the option of that name, {value}; give one")
     options: dict[str, Any] = {
@@ -184,9 +185,9 @@ def _show(made: Plan, as_json: bool) -> None:
         click.echo(to_json(made), nl=False)
         return
     from shallowflow.planner import render
-    from shallowflow.terminal import console
+    from shallowflow.terminal import show
 
-    console().print(render.plan(made))
+    show(render.plan(made))
 
 
 @cli.command("verify")

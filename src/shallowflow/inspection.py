@@ -50,9 +50,9 @@ def profile_command(
         click.echo(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
         return
     from shallowflow.planner import render
-    from shallowflow.terminal import console
+    from shallowflow.terminal import show
 
-    console().print(render.model_profile(made))
+    show(render.model_profile(made))
 
 
 @click.command("simulate")
@@ -135,7 +135,7 @@ def calibrate_command(device: str, as_json: bool) -> None:
     sfplan calibrate --device cuda
     """
     from shallowflow.planner import render
-    from shallowflow.terminal import console, status
+    from shallowflow.terminal import show, status
 
     with status("calibrating") as tell:
         from shallowflow.runtime.calibrate import calibrate
@@ -145,11 +145,10 @@ def calibrate_command(device: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**found.as_dict(), "profile": str(path)}, indent=2))
         return
-    console().print(render.calibration(found.device, found.rates(), found.step_rows()))
-    console().print(
+    show(render.calibration(found.device, found.rates(), found.step_rows()))
+    click.echo(
         f"\nnine of ten steps within {found.gpu.step_error:.0%}, by rates fitted to the other model's steps\n"
-        f"plans for --gpu {found.gpu.name} use this profile from now on: {_short(path)}",
-        soft_wrap=True,
+        f"plans for --gpu {found.gpu.name} use this profile from now on: {_short(path)}"
     )
 
 
@@ -163,9 +162,9 @@ def _show_memory(record: MemoryRecord, as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())
         return
     from shallowflow.planner import render
-    from shallowflow.terminal import console
+    from shallowflow.terminal import show
 
-    console().print(render.memory_record(record))
+    show(render.memory_record(record))
 
 
 @click.command("models")

@@ -37,6 +37,17 @@ def console(*, stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
 
 
+def show(what: RenderableType) -> None:
+    """Print *what*; where there is no terminal, without the blanks that fill lines up."""
+    target = console()
+    if target.is_terminal:
+        target.print(what)
+        return
+    with target.capture() as captured:
+        target.print(what)
+    target.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+
+
 @contextlib.contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
     """A spinner on standard error while something is worked out; call the result to say what."""

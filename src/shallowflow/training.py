@@ -85,7 +85,7 @@ def train_command(
     sfplan train plan.json --data train.jsonl --output run --eval-data held.jsonl --eval-every 50 --patience 3
     sfplan train plan.json --data train.jsonl --output run --dry-run
     """
-    from shallowflow.terminal import console, results, watching
+    from shallowflow.terminal import results, show, watching
 
     loaded = read_plan(plan)
     from shallowflow.runtime.run import RunRequest, train
@@ -116,7 +116,7 @@ def train_command(
     if as_json:
         click.echo((output / "run.json").read_text(encoding="utf-8"), nl=False)
     else:
-        console().print(results(record, output))
+        show(results(record, output))
     if record.outcome == "interrupted":
         sys.exit(130)
 

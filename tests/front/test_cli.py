@@ -110,6 +110,7 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
         "min-rank": ("min_rank", 8),
         "quantization": ("quantization", "nf4"),
         "adapter": ("adapter", "rslora"),
+        "optimizer": ("optimizer", "adamw8bit"),
         "objective": ("objective", "cost"),
         "region": ("region", "eu-west-1"),
         "headroom": ("headroom", 0.1),

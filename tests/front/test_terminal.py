@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from shallowflow.planner.serialize import from_json
 from shallowflow.runtime.meter import MeasuredPeak
 from shallowflow.runtime.record import EvaluationRecord, StepRecord
 from shallowflow.terminal import Figures, Watcher
+from tests.front.shell import SMALL, sfplan
 
 GIB = 2**30
 
@@ -62,3 +64,12 @@ def test_the_end_is_reckoned_from_the_pace() -> None:
     assert figures.remaining() == "2.0 s left"
     assert figures.usd == pytest.approx(0.13)
     assert figures.money() == "$0.1300 so far, $0.1500 at the end"
+
+
+def test_nothing_trails_where_there_is_no_terminal(tiny_plan: str, tiny_folder: Path) -> None:
+    """Lines that are piped end with what they say."""
+    done = sfplan(tiny_folder, *SMALL, "--global-batch-size", 4)
+
+    lines = done.output.splitlines()
+    assert len(lines) > 20
+    assert [line for line in lines if line != line.rstrip()] == []
