@@ -22,7 +22,7 @@ def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
     """
     found: list[str] = []
     divisible = not model_facts.changes_logits(plan.model_config)
-    expected = problem.cells(plan.workload, plan.configuration.rank, divisible_loss=divisible)
+    expected = problem.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible)
     spoken = set(plan.proof.strategies)
     missing = [s for s in problem.strategies(plan.workload, gpu) if s not in spoken and s.activations not in PARTIAL]
     if missing:

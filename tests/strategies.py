@@ -170,7 +170,7 @@ def problems(draw: st.DrawFn) -> Problem:
     roomy = Problem(work, replace(T4, memory_bytes=2**62), kinds, profiles, heads, rank, updates=updates)
     needs = sorted(
         predict(roomy, configured(work, cell, [strategy] * len(kinds))).peak_reserved_bytes
-        for cell in cells(work, rank)
+        for cell in cells(work, T4, rank)
         for strategy in chosen
     )
     budget = draw(st.sampled_from(needs)) + draw(st.sampled_from([-1, 0, 10**6]))

@@ -185,6 +185,8 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
             "No step with offloaded activations was recorded on a GPU: their copies are priced at the link's rate, "
             "beside the computing of their layer."
         )
+    if session.gpu.device_type == "cpu" and workload.optimizer == "adamw8bit":
+        notes.append("On a CPU the update of an optimizer in 8 bits takes several times as long as is predicted here.")
     if workload.num_gpus > 1:
         notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]

@@ -109,7 +109,7 @@ def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
         rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank)
         widest = model_facts.size(session.model.config, "hidden_size") or rank
         rank = max(workload.min_rank, min(rank, widest))
-    return problem.cells(workload, rank, divisible_loss=divisible), rank
+    return problem.cells(workload, session.gpu, rank, divisible_loss=divisible), rank
 
 
 def deadline_hours(workload: Workload, gpu: GpuSpec) -> float | None:

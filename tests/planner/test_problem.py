@@ -25,7 +25,7 @@ FORMATS: dict[str, Quantization] = {"fp16": "fp16", "int8": "int8", "nf4": "nf4"
 @given(workloads(), st.booleans())
 def test_cells_divide_the_global_batch(workload: Workload, divisible: bool) -> None:
     """Every micro-batch that divides a GPU's share comes once with every loss and optimizer, and makes up the batch."""
-    found = cells(workload, 16, divisible_loss=divisible)
+    found = cells(workload, T4, 16, divisible_loss=divisible)
 
     share = workload.global_batch_size // workload.num_gpus
     divisors = {n for n in range(1, share + 1) if share % n == 0}
@@ -39,12 +39,12 @@ def test_cells_divide_the_global_batch(workload: Workload, divisible: bool) -> N
 @given(workloads(), st.data())
 def test_what_is_fixed_is_all_there_is(workload: Workload, data: st.DataObject) -> None:
     """A pinned micro-batch, loss, optimizer, policy or format is the only one."""
-    whole = cells(workload, 16)
+    whole = cells(workload, T4, 16)
     one = data.draw(st.sampled_from(whole))
     pinned = replace(
         workload, micro_batch_size=one.micro_batch_size, loss_chunks=one.loss_chunks, optimizer=one.optimizer
     )
-    assert cells(pinned, 16) == (one,)
+    assert cells(pinned, T4, 16) == (one,)
 
     strategy = data.draw(st.sampled_from(posing.strategies(workload, T4)))
     wanted = replace(
@@ -54,6 +54,14 @@ def test_what_is_fixed_is_all_there_is(workload: Workload, data: st.DataObject) 
         double_quantization=strategy.double_quantization,
     )
     assert posing.strategies(wanted, T4) == (strategy,)
+
+
+@given(workloads())
+def test_8_bits_are_for_gpus(workload: Workload) -> None:
+    """A CPU's optimizer is AdamW, unless another is asked for."""
+    for optimizer, expected in ((None, {"adamw"}), ("adamw8bit", {"adamw8bit"})):
+        asked = replace(workload, optimizer=optimizer)
+        assert {cell.optimizer for cell in cells(asked, CPU, 16)} == expected
 
 
 @given(workloads())
@@ -71,7 +79,7 @@ def test_strategies_are_those_of_the_format_and_the_device(workload: Workload) -
 @given(problems(), st.data())
 def test_a_chain_takes_what_composition_says(problem: Problem, data: st.DataObject) -> None:
     """Bytes to the byte and seconds to the rounding, for any mix; only workspaces may be counted lower."""
-    considered = cells(problem.workload, problem.rank)
+    considered = cells(problem.workload, problem.gpu, problem.rank)
     cell = data.draw(st.sampled_from(considered))
     chain = chains(problem, considered)[cell]
     counts = []
@@ -92,7 +100,7 @@ def test_a_chain_takes_what_composition_says(problem: Problem, data: st.DataObje
 @given(problems(), st.data())
 def test_predictions_add_up(problem: Problem, data: st.DataObject) -> None:
     """Reserved covers allocated, the process adds the context, time adds communication, and tokens come of time."""
-    cell = data.draw(st.sampled_from(cells(problem.workload, problem.rank)))
+    cell = data.draw(st.sampled_from(cells(problem.workload, problem.gpu, problem.rank)))
     strategy = next(iter(problem.profiles))[0]
     chosen = configured(problem.workload, cell, [strategy] * problem.num_layers)
 
@@ -116,7 +124,7 @@ def test_more_gpus_cost_memory_and_waiting(problem: Problem, num_gpus: int) -> N
     for count in (1, num_gpus):
         work = replace(problem.workload, num_gpus=count, global_batch_size=count * batch)
         posed = replace(problem, workload=work)
-        cell = cells(work, problem.rank)[0]
+        cell = cells(work, problem.gpu, problem.rank)[0]
         found.append(predict(posed, configured(work, cell, [strategy] * problem.num_layers)))
 
     one, other = found

@@ -56,7 +56,7 @@ SLACKS = st.fixed_dictionaries({chunks: st.sampled_from([1.0, 1.05, 1.3]) for ch
 
 def considered(problem: Problem) -> tuple[Cell, ...]:
     """All cells of *problem*, at most six."""
-    return posing.cells(problem.workload, problem.rank)[:6]
+    return posing.cells(problem.workload, problem.gpu, problem.rank)[:6]
 
 
 @settings(max_examples=60, deadline=None)
