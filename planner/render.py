@@ -14,7 +14,7 @@ from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
 from .strategies import Adapter
-from .words import counted, duration, gib, span, strategies, summary, usd
+from .words import counted, duration, gib, layout, strategies, summary, usd
 
 ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA"}
 BAR_WIDTH = 60
@@ -162,8 +162,8 @@ def _headline(value: Plan) -> RenderableType:
     if len(configuration.layers) == 1:
         grid.add_row("layers", f"{configuration.num_layers} x {strategies(configuration)}")
     else:
-        for index, run in enumerate(configuration.layers):
-            grid.add_row("" if index else "layers", f"{span(run):<7}{run.strategy}")
+        for index, line in enumerate(layout(configuration)):
+            grid.add_row("" if index else "layers", line)
     kind = ADAPTERS[configuration.adapter]
     grid.add_row("adapter", f"{kind} rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
     grid.add_row("compute", f"{value.compute_dtype}, {value.attention} attention, AdamW")

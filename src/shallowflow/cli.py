@@ -31,6 +31,7 @@ from shallowflow.profiles import FactsError, GpuSpec, load_gpu
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
+from shallowflow.weigh_command import weigh_command
 from shallowflow.work import size_of_work
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def cli() -> None:
     sfplan merge RUN                    the adapter and its base as one model
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan frontier MODEL               what memory and finer weights buy
+    sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
     """
@@ -222,6 +224,7 @@ for _command in (
     train_command,
     merge_command,
     data_command,
+    weigh_command,
     profile_command,
     simulate_command,
     measure_command,
