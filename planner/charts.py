@@ -33,7 +33,8 @@ class Chart:
 
     Attributes:
         points: across and up, in the order of LETTERS.
-        falls: less is better: a line shows the least so far from left to right. Else it goes through all points.
+        falls: less is better: the line is the least so far from left to right. Else it goes through all points, and is
+            not drawn in characters.
     """
 
     across: Axis

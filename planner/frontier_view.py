@@ -18,7 +18,7 @@ SECONDS = Axis("s/step", "{:.2f} s")
 MEMORY = Axis("memory", "{:.2f} GiB")
 ERROR = Axis("weight error", "{:.4f}")
 DOLLARS = Axis("dollars", "${:,.2f}")
-LENGTH = Axis("tokens", "{:,.0f}")
+LENGTH = Axis("sequence length", "{:,.0f}")
 SPEED = Axis("tokens/s", "{:,.0f}")
 HOURS = Axis("hours", "{:.2f} h")
 

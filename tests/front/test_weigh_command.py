@@ -38,6 +38,7 @@ def test_plans_go_by_what_was_weighed(folder: Path, tmp_path: Path) -> None:
         row[1:] for row in rows if row and row[0].isdigit()
     ]
     plan = serialize.from_json(file.read_bytes())
+    assert serialize.to_json(plan) == file.read_text(encoding="utf-8")
     assert before.weighed is None and plan.weighed is not None
     assert [json.loads(measured.output)["digest"], len(found)] == [plan.weighed.digest, len(plan.weighed.layers)]
     assert plan.weight_error != before.weight_error
