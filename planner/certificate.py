@@ -163,7 +163,7 @@ def _least(chain: Chain, limits: Limits, node: Node, box: Box, kept: Sequence[Se
     steps = 0 if node.infeasible else chain.gradient_accumulation_steps
     on_device, on_host = steps * share, steps * (SCALE - share)
     total = on_device * chain.device_picoseconds + on_host * chain.host_picoseconds
-    total += 0 if node.infeasible else SCALE * chain.update_picoseconds
+    total += 0 if node.infeasible else SCALE * (chain.update_picoseconds + chain.penalty_beyond_picoseconds)
     weights = [
         [
             (0 if node.infeasible else SCALE * choice.penalty_picoseconds)
@@ -232,7 +232,7 @@ def rounded_row(chain: Chain, needs: Needs, limit: int, divisor: int, references
 def _row(chain: Chain, limits: Limits, price: Price, box: Box, kept: Sequence[Sequence[int]]) -> tuple[Needs, int]:
     """What each layer under each choice adds to a limited thing, and what is left for the layers."""
     sums: Mapping[str, tuple[str, int | None]] = {
-        "harm": ("harm", limits.harm),
+        "harm": ("harm", None if limits.harm is None else limits.harm - chain.harm_beyond),
         "host": ("host_bytes", limits.host_bytes),
         "device time": ("device_picoseconds", _layer_picoseconds(chain, limits, chain.device_picoseconds)),
         "host time": ("host_picoseconds", _layer_picoseconds(chain, limits, chain.host_picoseconds)),

@@ -44,10 +44,27 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Consecutive layers that are alike, and what each of them may be given."""
+    """Consecutive layers that are alike, and what each of them may be given.
+
+    Attributes:
+        harms: for each layer its own harm by each choice, where layers differ in that; a choice's is then a price.
+        harm_beyond: what the layers' own harms sum to beyond those of their choices, at least, whatever is chosen.
+    """
 
     num_layers: Positive
     choices: tuple[Choice, ...]
+    harms: tuple[tuple[int, ...], ...] = ()
+    harm_beyond: int = 0
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice], harms: Sequence[Sequence[int]]) -> Group:
+        """Layers that differ in their own *harms*.
+
+        Of whatever each layer gets, its own harm less its choice's is no less than the least of such differences.
+        """
+        rows = tuple(tuple(row) for row in harms)
+        beyond = sum(min(own - c.harm for own, c in zip(row, choices, strict=True)) for row in rows)
+        return cls(num_layers=len(rows), choices=tuple(choices), harms=rows, harm_beyond=beyond)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +77,7 @@ class Chain:
         update_high_bytes: of the optimizer.
         device_picoseconds, host_picoseconds: of one micro-batch.
         update_picoseconds: of one step, with waiting for other GPUs.
+        harm_price: what a unit of harm is held to be worth, in picoseconds of a step, where layers differ in it.
     """
 
     groups: tuple[Group, ...]
@@ -71,6 +89,17 @@ class Chain:
     device_picoseconds: int
     host_picoseconds: int
     update_picoseconds: int
+    harm_price: int = 0
+
+    @property
+    def harm_beyond(self) -> int:
+        """What the harm of all layers is, at least, beyond the sum of their choices'."""
+        return sum(group.harm_beyond for group in self.groups)
+
+    @property
+    def penalty_beyond_picoseconds(self) -> int:
+        """What that is held to be worth."""
+        return self.harm_price * self.harm_beyond
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +157,19 @@ def backward_order(choices: Sequence[Choice], among: Iterable[int] | None = None
 
 
 def taken(chain: Chain, counts: Counts) -> Taken:
-    """What *counts* take, with the layers of each group in the order of ``backward_order``."""
+    """What *counts* take, with the layers of each group in the order of ``backward_order``.
+
+    Of harm, and of the score so far as it depends on it, no more than any order of them takes.
+    """
     backward = [
         [(group.choices[i], count[i]) for i in backward_order(group.choices, (i for i, n in enumerate(count) if n))]
         for group, count in zip(chain.groups, counts, strict=True)
     ]
-    chosen = [item for group in backward for item in reversed(group)]
+    return taken_in_order(chain, [item for group in backward for item in reversed(group)])
+
+
+def taken_in_order(chain: Chain, chosen: Sequence[tuple[Choice, int]]) -> Taken:
+    """What the layers' choices take, which are *chosen* in this order, each so many times in a row."""
     level = chain.fixed_bytes + sum(n * choice.resident_bytes for choice, n in chosen)
     peak = level
     for choice, n in chosen:
@@ -152,8 +188,10 @@ def taken(chain: Chain, counts: Counts) -> Taken:
     return Taken(
         peak_bytes=peak,
         step_picoseconds=step,
-        score_picoseconds=step + sum(n * choice.penalty_picoseconds for choice, n in chosen),
-        harm=sum(n * choice.harm for choice, n in chosen),
+        score_picoseconds=step
+        + chain.penalty_beyond_picoseconds
+        + sum(n * choice.penalty_picoseconds for choice, n in chosen),
+        harm=chain.harm_beyond + sum(n * choice.harm for choice, n in chosen),
         host_bytes=sum(n * choice.host_bytes for choice, n in chosen),
     )
 

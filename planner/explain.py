@@ -20,6 +20,7 @@ def why(value: Plan) -> Text:
         f"{gib(value.budget_bytes)}, less what a traced step is fragmented by. `sfplan verify` checks the proof.",
         *_price(value),
         f"The steps shown were traced whole{_rejected(search.num_rejected)}.",
+        *_weights(value),
     ]
     lines += list(value.notes)
     return Text("\n".join(lines), style="dim")
@@ -61,6 +62,20 @@ def _price(value: Plan) -> list[str]:
         longer = uniform / value.prediction.step_seconds - 1
         lines.append(f"The best single strategy for all layers takes {longer:.1%} longer.")
     return lines
+
+
+def _weights(value: Plan) -> list[str]:
+    """Where the weight errors come from, if they are not the usual ones."""
+    if value.weighed is None:
+        return []
+    layers = value.weighed.layers
+    errors = {
+        "int8": [layer.int8 for layer in layers],
+        "nf4": [layer.nf4 for layer in layers],
+        "double-quantized": [layer.double_quantized for layer in layers],
+    }
+    ranges = ", ".join(f"{name} {min(each):.2%} to {max(each):.2%}" for name, each in errors.items())
+    return [f"Weight errors are the model's own, measured layer by layer (`sfplan weigh`): {ranges}."]
 
 
 def _rejected(count: int) -> str:

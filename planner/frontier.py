@@ -21,6 +21,7 @@ class FrontierPoint:
 
     peak_process_bytes: Bytes
     step_seconds: Seconds
+    tokens_per_second: Seconds
     hours: Seconds
     usd: Usd | None
     weight_error: Annotated[float, Meta(ge=0)]
@@ -32,6 +33,7 @@ def point(plan: Plan) -> FrontierPoint:
     return FrontierPoint(
         peak_process_bytes=plan.prediction.peak_process_bytes,
         step_seconds=plan.prediction.step_seconds,
+        tokens_per_second=plan.prediction.tokens_per_second,
         hours=plan.wall.total_seconds / 3600,
         usd=plan.offers[0].on_demand_usd if plan.offers else None,
         weight_error=plan.weight_error,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from .bounds import Meta
 from .proof import Proof
 from .strategies import MOST_SEQUENCES, MOST_TOKENS, Activations, Adapter, Configuration, Optimizer, Positive
+from .weighed import Weighed
 
 FORMAT_VERSION = 3
 
@@ -264,6 +265,8 @@ class Plan:
         wall: the whole run's, on a disk of usual speed.
         alternatives: other good configurations that fit, best first.
         versions: of the software that the step was traced with.
+        weighed: what formats do to the model's own weights, where that was measured; else *weight_error* is what they
+            do to normally distributed ones.
     """
 
     format_version: int
@@ -289,6 +292,7 @@ class Plan:
     proof: Proof
     notes: tuple[str, ...]
     versions: dict[str, str]
+    weighed: Weighed | None = None
 
     @property
     def num_steps(self) -> int:

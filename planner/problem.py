@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import get_args
@@ -12,11 +12,13 @@ import numpy as np
 from shallowflow.profiles.specs import GpuSpec
 
 from . import communication, costs, latency, quality
-from .chain import Chain, Choice, Counts, Group, Limits, backward_order
+from .arrangement import own_groups
+from .chain import Chain, Choice, Group, Limits
 from .costs import LayerRuns, StepProfile
 from .layer_cost import sent_to_host
 from .plan import Prediction, Workload
 from .strategies import Activations, Adapter, Cell, Configuration, Optimizer, Strategy, StrategyRun, WeightFormat
+from .weighed import LayerErrors
 
 LOSS_CHUNKS = (1, 4, 16)
 """Parts that the loss may be computed in."""
@@ -56,6 +58,7 @@ class Problem:
         rank: the adapter's.
         host_bytes: of host memory that activations may be sent to.
         beside_seconds: what a run takes on the wall beside its steps, where a deadline is set.
+        weighed: for each layer the errors of its own weights, where they were measured.
     """
 
     workload: Workload
@@ -67,6 +70,7 @@ class Problem:
     host_bytes: int | None = None
     beside_seconds: float = 0.0
     updates: Mapping[tuple[Optimizer, int, int], StepProfile] = field(default_factory=dict)
+    weighed: tuple[LayerErrors, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -178,16 +182,7 @@ def optimizers(workload: Workload, gpu: GpuSpec) -> tuple[Optimizer, ...]:
     return OPTIMIZERS if gpu.device_type == "cuda" else ("adamw",)
 
 
-def configuration(problem: Problem, cell: Cell, chain: Chain, counts: Counts) -> Configuration:
-    """*cell* with *counts* of each group's choices, in the order that makes the backward pass's peak the lowest."""
-    chosen: list[Strategy] = []
-    for group, count in zip(chain.groups, counts, strict=True):
-        for index in reversed(backward_order(group.choices)):
-            chosen += [group.choices[index].strategy] * count[index]
-    return configured(problem.workload, cell, chosen)
-
-
-def configured(workload: Workload, cell: Cell, layers: list[Strategy]) -> Configuration:
+def configured(workload: Workload, cell: Cell, layers: Sequence[Strategy]) -> Configuration:
     """*cell* with one strategy for each of the *layers*."""
     runs: list[StrategyRun] = []
     for strategy, alike in groupby(layers):
@@ -219,17 +214,20 @@ def chains(problem: Problem, considered: tuple[Cell, ...]) -> dict[Cell, Chain]:
     if not found:
         return found
     worth = quality.WORTH[problem.workload.objective] * min(_fastest_picoseconds(chain) for chain in found.values())
-    price = int(worth / (problem.num_layers * quality.harm(COARSEST)))
-    priced = {size: tuple(_priced(group, price) for group in made) for size, made in groups.items()}
-    return {cell: replace(chain, groups=priced[cell.micro_batch_size]) for cell, chain in found.items()}
+    each = problem.weighed or [None] * problem.num_layers
+    price = int(worth / max(1, sum(quality.harm(COARSEST, own) for own in each)))
+    priced = {size: _priced(made, price) for size, made in groups.items()}
+    told = price if problem.weighed else 0
+    return {c: replace(chain, groups=priced[c.micro_batch_size], harm_price=told) for c, chain in found.items()}
 
 
 COARSEST = Strategy(weight_format="nf4", activations="save", double_quantization=True)
 
 
-def _priced(group: Group, price: int) -> Group:
-    choices = tuple(replace(choice, penalty_picoseconds=price * choice.harm) for choice in group.choices)
-    return replace(group, choices=choices)
+def _priced(groups: Sequence[Group], price: int) -> tuple[Group, ...]:
+    return tuple(
+        replace(g, choices=tuple(replace(c, penalty_picoseconds=price * c.harm) for c in g.choices)) for g in groups
+    )
 
 
 def _fastest_picoseconds(chain: Chain) -> int:
@@ -261,7 +259,7 @@ def _groups(problem: Problem, cell: Cell) -> tuple[Group, ...]:
         groups.append(Group(num_layers=len(list(alike)), choices=choices))
     if rest:
         groups.append(Group(num_layers=1, choices=made[rest[-1]]["last"]))
-    return tuple(groups)
+    return own_groups(groups, problem.weighed) if problem.weighed else tuple(groups)
 
 
 def _choices(problem: Problem, cell: Cell, strategy: Strategy, profile: StepProfile) -> dict[str, Choice]:

@@ -6,7 +6,7 @@ Checking needs the proof alone. It shares no code with the search but the values
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
 from .bounds import Meta
@@ -68,6 +68,9 @@ class Proof:
         score_picoseconds: the plan's step, and what its coarser weights are held to be worth.
         harm, host_bytes, step_picoseconds: limits, where there are any.
         unfragmented: of cells whose memory was cut, a bound on what they held before.
+        harms: for each layer its own harm under each of the strategies, where that was measured; the tables' harms are
+            prices then, and the same for all layers of a group.
+        harm_price: what a unit of harm is held to be worth, in picoseconds.
     """
 
     status: Status
@@ -83,9 +86,13 @@ class Proof:
     tables: tuple[tuple[TableGroup, ...], ...]
     cells: tuple[CellProof, ...]
     unfragmented: tuple[CellProof, ...]
+    harms: tuple[tuple[Whole, ...], ...] = ()
+    harm_price: Whole = 0
 
 
-_OUTSIDE = tuple(field.name for field in fields(Chain) if field.name not in ("groups", "gradient_accumulation_steps"))
+_OUTSIDE = tuple(
+    field.name for field in fields(Chain) if field.name not in ("groups", "gradient_accumulation_steps", "harm_price")
+)
 
 
 class Tables:
@@ -175,11 +182,36 @@ def chain_of(proof: Proof, cell: CellProof) -> Chain:
         )
         if not choices:
             raise Unproven("a group of layers has no choices")
-        groups.append(Group(num_layers=group.num_layers, choices=choices))
+        beyond = _harm_beyond(proof, sum(g.num_layers for g in groups), group)
+        groups.append(Group(num_layers=group.num_layers, choices=choices, harm_beyond=beyond))
+    if proof.harms and len(proof.harms) != sum(group.num_layers for group in groups):
+        raise Unproven(f"{len(proof.harms)} layers have a harm of their own, the tables another number")
     if len(cell.outside) != len(_OUTSIDE):
         raise Unproven("a cell does not say what its step takes outside the layers")
     outside = dict(zip(_OUTSIDE, cell.outside, strict=True))
-    return Chain(groups=tuple(groups), gradient_accumulation_steps=cell.cell.gradient_accumulation_steps, **outside)
+    return Chain(
+        groups=tuple(groups),
+        gradient_accumulation_steps=cell.cell.gradient_accumulation_steps,
+        harm_price=proof.harm_price,
+        **outside,
+    )
+
+
+def _harm_beyond(proof: Proof, first: int, group: TableGroup) -> int:
+    """What the layers of *group*, from number *first* on, lose beyond its table's harms, whatever each of them gets.
+
+    Whoever adds this to a bound by the table's harms has one by the layers' own: each layer's own harm is its table's
+    and a difference, which is no less than the least of that layer's differences.
+    """
+    if not proof.harms:
+        return 0
+    harm, penalty = (1 + NUMBERS.index(name) for name in ("harm", "penalty_picoseconds"))
+    if any(row[penalty] != proof.harm_price * row[harm] for row in group.choices):
+        raise Unproven("a penalty in a table is not its harm at the price of harm")
+    layers = proof.harms[first : first + group.num_layers]
+    if any(len(own) != len(proof.strategies) for own in layers):
+        raise Unproven("a layer's own harms are not one for each strategy")
+    return sum(min(own[row[0]] - row[harm] for row in group.choices) for own in layers)
 
 
 def bound(proof: Proof, cell: CellProof) -> int | None:
@@ -230,8 +262,16 @@ def weigh(proof: Proof, configuration: Configuration) -> tuple[CellProof, Weighe
             found = next((choice for choice in group.choices if choice.strategy == strategy), None)
             if found is None:
                 raise Unproven(f"the proof does not speak of {strategy}")
-            layers.append(found)
+            layers.append(_own(proof, len(layers), found))
     return cell, _weighed(chain, layers)
+
+
+def _own(proof: Proof, layer: int, choice: Choice) -> Choice:
+    """*choice* with the harm that it does to this *layer*."""
+    if not proof.harms:
+        return choice
+    harm = proof.harms[layer][proof.strategies.index(choice.strategy)]
+    return replace(choice, harm=harm, penalty_picoseconds=proof.harm_price * harm)
 
 
 def _weighed(chain: Chain, layers: Sequence[Choice]) -> Weighed:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from .plan import Objective
 from .strategies import Strategy, WeightFormat
+from .weighed import LayerErrors
 
 WEIGHT_ERROR: dict[WeightFormat, float] = {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0, "int8": 0.009, "nf4": 0.091}
 """Root-mean-square error relative to the weights' own, for normally distributed weights.
@@ -34,18 +36,24 @@ RANKS = (8, 16, 32, 64, 128)
 """LoRA ranks to choose from where none is fixed."""
 
 
-def weight_error(strategy: Strategy) -> float:
-    """The relative error that *strategy* makes in a layer's weights, as a root mean square."""
+def weight_error(strategy: Strategy, own: LayerErrors | None = None) -> float:
+    """The relative error that *strategy* makes in a layer's weights, as a root mean square.
+
+    That of the layer's *own* weights where it was measured, of normally distributed ones where not.
+    """
+    if own is not None and strategy.weight_format in ("int8", "nf4"):
+        nf4 = own.double_quantized if strategy.double_quantization else own.nf4
+        return nf4 if strategy.weight_format == "nf4" else own.int8
     extra = DOUBLE_QUANTIZATION_ERROR if strategy.double_quantization else 0.0
     return math.hypot(WEIGHT_ERROR[strategy.weight_format], extra)
 
 
-def harm(strategy: Strategy) -> int:
+def harm(strategy: Strategy, own: LayerErrors | None = None) -> int:
     """The squared relative error of one layer, in units of 1 / HARM.
 
     These add up over layers to what a model loses (the linearity theorem of Malinovskii et al., HIGGS, 2024).
     """
-    return harm_of(weight_error(strategy))
+    return harm_of(weight_error(strategy, own))
 
 
 def harm_of(error: float) -> int:
@@ -53,9 +61,11 @@ def harm_of(error: float) -> int:
     return round(error * error * HARM)
 
 
-def mean_error(strategies: tuple[Strategy, ...]) -> float:
-    """The relative error over all layers, as a root mean square."""
-    return math.sqrt(sum(weight_error(strategy) ** 2 for strategy in strategies) / len(strategies))
+def mean_error(strategies: Sequence[Strategy], own: Sequence[LayerErrors] = ()) -> float:
+    """The relative error over all layers, as a root mean square; *own* are those measured, if any were."""
+    errors: Sequence[LayerErrors | None] = own or [None] * len(strategies)
+    squares = [weight_error(strategy, layer) ** 2 for strategy, layer in zip(strategies, errors, strict=True)]
+    return math.sqrt(sum(squares) / len(squares))
 
 
 def next_rank(rank: int) -> int | None:

@@ -117,7 +117,7 @@ class Relaxation:
             counts = np.array(solution.col_value[:count])
             if not self._add_broken(counts, lower, upper):
                 break
-        outside = self.chain.update_picoseconds / SECOND
+        outside = (self.chain.update_picoseconds + self.chain.penalty_beyond_picoseconds) / SECOND
         prices = -np.array(solution.row_dual)
         reduced = np.array(solution.col_dual[:count])
         return Point(model.getObjectiveValue() + outside, counts, reduced, self._leaf(prices))
@@ -239,7 +239,7 @@ class Relaxation:
         self._add(("update", None, None), self._through + self._back, update)
         limits = self.limits
         if limits.harm is not None:
-            self._add(("harm", None, None), self._bytes("harm"), limits.harm / MIB)
+            self._add(("harm", None, None), self._bytes("harm"), (limits.harm - chain.harm_beyond) / MIB)
         if limits.host_bytes is not None:
             self._add(("host", None, None), self._bytes("host_bytes"), limits.host_bytes / MIB)
         if limits.step_picoseconds is not None:

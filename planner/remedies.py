@@ -89,10 +89,7 @@ def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterat
     shorter: list[Change] = []
     length = workload.sequence_length // 2
     while length >= SMALLEST_SEQUENCE:
-        changed = replace(
-            workload, sequence_length=length, num_sequences=None, num_packed_sequences=None, window_counts=()
-        )
-        shorter.append(Change(f"--sequence-length {length}", changed, gpu))
+        shorter.append(Change(f"--sequence-length {length}", of_length(workload, length), gpu))
         length //= 2
     yield tuple(shorter)
     larger = sorted(
@@ -100,3 +97,12 @@ def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterat
         key=lambda g: (g.memory_bytes, g.name),
     )
     yield tuple(Change(f"--gpu {g.name}", workload, g) for g in larger)
+
+
+def of_length(workload: Workload, sequence_length: int) -> Workload:
+    """The same work in sequences of another length; how many its documents make is then not known."""
+    if sequence_length == workload.sequence_length:
+        return workload
+    return replace(
+        workload, sequence_length=sequence_length, num_sequences=None, num_packed_sequences=None, window_counts=()
+    )

@@ -9,17 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from .explain import why
-from .frontier import FrontierPoint
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
 from .strategies import Adapter, Optimizer
-from .words import counted, duration, gib, span, strategies, summary, usd
+from .words import counted, duration, gib, layout, strategies, summary, usd
 
 ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA"}
 OPTIMIZERS: dict[Optimizer, str] = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
 BAR_WIDTH = 60
-FRONTIER_WIDTH = 24
 COLOURS = {
     "base weights": "blue",
     "quantization constants": "bright_blue",
@@ -111,27 +109,6 @@ def calibration(
     return Group(Text(device, style="bold"), fields, Text(), timed)
 
 
-def frontier(model: str, gpu: str, points: Sequence[FrontierPoint]) -> RenderableType:
-    """Plans from the leanest to the fastest, with a bar for each one's seconds."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("memory", "s/step", "hours", "dollars", "weight error", "batch"):
-        table.add_column(name, justify="right")
-    table.add_column("seconds per step")
-    longest = max(point.step_seconds for point in points)
-    for point in points:
-        chosen = point.configuration
-        table.add_row(
-            gib(point.peak_process_bytes),
-            f"{point.step_seconds:.2f}",
-            f"{point.hours:.2f}",
-            usd(point.usd),
-            f"{point.weight_error:.4f}",
-            f"{chosen.micro_batch_size} x {chosen.gradient_accumulation_steps}",
-            Text(SHADES[0] * max(1, round(FRONTIER_WIDTH * point.step_seconds / longest)), style="cyan"),
-        )
-    return Group(Text(f"{model} on {gpu.upper()}", style="bold"), table)
-
-
 def memory_record(record: MemoryRecord) -> RenderableType:
     """A step's memory, simulated or measured."""
     grid = Table.grid(padding=(0, 2))
@@ -163,8 +140,8 @@ def _headline(value: Plan) -> RenderableType:
     if len(configuration.layers) == 1:
         grid.add_row("layers", f"{configuration.num_layers} x {strategies(configuration)}")
     else:
-        for index, run in enumerate(configuration.layers):
-            grid.add_row("" if index else "layers", f"{span(run):<7}{run.strategy}")
+        for index, line in enumerate(layout(configuration)):
+            grid.add_row("" if index else "layers", line)
     kind = ADAPTERS[configuration.adapter]
     grid.add_row("adapter", f"{kind} rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
     grid.add_row(

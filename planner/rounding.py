@@ -64,7 +64,7 @@ def _exact(chain: Chain, limits: Limits, row: Row, group: int | None) -> tuple[N
         return needs, room - chain.head_change_bytes - chain.update_high_bytes
     if row == "harm":
         assert limits.harm is not None
-        return _each(chain, lambda choice: choice.harm), limits.harm
+        return _each(chain, lambda choice: choice.harm), limits.harm - chain.harm_beyond
     assert limits.host_bytes is not None
     return _each(chain, lambda choice: choice.host_bytes), limits.host_bytes
 

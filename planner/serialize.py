@@ -82,6 +82,10 @@ def _contradictions(plan: Plan) -> list[str]:
     if not math.isclose(seconds, plan.time.device_seconds, rel_tol=1e-6, abs_tol=1e-9):
         found.append(f"time.kinds sums to {seconds} seconds, time.device_seconds is {plan.time.device_seconds}")
     found += _overflow(plan)
+    if plan.weighed is not None and len(plan.weighed.layers) != plan.configuration.num_layers:
+        found.append(
+            f"weighed has {len(plan.weighed.layers)} layers, configuration.layers {plan.configuration.num_layers}"
+        )
     if "model_type" not in plan.model_config:
         found.append("model_config has no model_type")
     num_layers = model_facts.size(plan.model_config, "num_hidden_layers")

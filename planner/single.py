@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from . import problem as posing
-from .chain import Chain, Limits, Taken, taken
+from .chain import Chain, Group, Limits, Taken, taken
 from .problem import Problem
 from .strategies import Cell, Configuration, Strategy
 
@@ -32,8 +32,16 @@ def uniform(chain: Chain) -> Iterator[tuple[Chain, Taken]]:
 
 def only(chain: Chain, wanted: set[Strategy]) -> Chain | None:
     """*chain* with no choices but *wanted*; None if a group is left with none."""
-    groups = [replace(g, choices=tuple(c for c in g.choices if c.strategy in wanted)) for g in chain.groups]
+    groups = [_only(group, wanted) for group in chain.groups]
     return replace(chain, groups=tuple(groups)) if all(group.choices for group in groups) else None
+
+
+def _only(group: Group, wanted: set[Strategy]) -> Group:
+    kept = [index for index, choice in enumerate(group.choices) if choice.strategy in wanted]
+    choices = tuple(group.choices[index] for index in kept)
+    if not (kept and group.harms):
+        return replace(group, choices=choices)
+    return Group.of(choices, [[row[index] for index in kept] for row in group.harms])
 
 
 def best_seconds(chains: dict[Cell, Chain], limits: dict[Cell, Limits]) -> float | None:

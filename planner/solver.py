@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from . import problem as posing
 from . import quality, single
+from .arrangement import arranged, prices, repriced
 from .branch import BranchAndBound
 from .chain import Chain, Limits, Taken
 from .memory_record import TracedPeak
@@ -33,6 +34,8 @@ MUCH_LEANER = (0.8, 0.7, 0.6)
 """The same, where other kinds of alternatives are too few."""
 FINER = 0.5
 """Of the plan's harm, for the alternative whose weights are finer."""
+MOST_PRICINGS = 4
+"""Times that the harms of layers that differ are priced anew, each time by what was best at the prices before."""
 
 Trace = Callable[[Configuration], TracedPeak]
 
@@ -74,7 +77,18 @@ class _CellSearch:
 
     def cut(self, to_bytes: int) -> None:
         self.cuts += 1
-        self.limits = replace(self.limits, memory_bytes=to_bytes)
+        self.tighten(replace(self.limits, memory_bytes=to_bytes))
+
+    def too_harmful(self, found: Taken) -> bool:
+        """Whether what was *found* harms more than it may, though its prices promised less; then less is looked for."""
+        most, now = self.first.limits.harm, self.limits.harm
+        if most is None or now is None or found.harm <= most:
+            return False
+        self.tighten(replace(self.limits, harm=now - (found.harm - most)))
+        return True
+
+    def tighten(self, limits: Limits) -> None:
+        self.limits = limits
         self.search = BranchAndBound(self.chain, self.limits)
 
 
@@ -108,7 +122,11 @@ class _Solver:
             if best is None:
                 return None
             at, chosen = best
-            configuration = posing.configuration(self.problem, at.cell, at.chain, chosen.counts)
+            layers = arranged(at.chain, chosen.counts, at.limits)
+            chosen = Chosen(chosen.counts, layers.taken)
+            if at.too_harmful(chosen.taken):
+                continue
+            configuration = posing.configured(self.problem.workload, at.cell, layers.strategies)
             peak = self.tracing(configuration)
             if peak.peak_reserved_bytes <= budget:
                 return _Found(at, chosen, configuration, peak)
@@ -138,7 +156,7 @@ class _Solver:
         return Candidate(
             configuration=found.configuration,
             prediction=prediction,
-            weight_error=quality.mean_error(found.configuration.strategies()),
+            weight_error=quality.mean_error(found.configuration.strategies(), self.problem.weighed),
         )
 
 
@@ -160,6 +178,8 @@ def solve(
 ) -> Solution | None:
     """The best configuration in the cells *considered* whose own traced step fits; None when none was found."""
     chains = posing.chains(problem, considered)
+    if problem.weighed:
+        chains = _priced(chains, problem.limits)
     solver = _Solver(problem, trace)
     cells = solver.cells(chains, problem.limits)
     found = solver.found(cells, MOST_TRACES, MOST_NODES) if cells else None
@@ -167,10 +187,12 @@ def solve(
     if found is None:
         return None
     alternatives = _alternatives(solver, chains, found, num_alternatives)
+    if problem.weighed:
+        cells = _proving(cells, found, problem.limits)
     return Solution(
         best=solver.candidate(found),
         peak=found.peak,
-        proof=_proof(cells, found, problem.limits),
+        proof=_proof(problem, cells, found),
         sensitivity=_sensitivity(problem, found),
         alternatives=alternatives,
         num_cells=len(cells),
@@ -179,6 +201,37 @@ def solve(
         num_rejected=solver.num_rejected,
         best_uniform_seconds=single.best_seconds(chains, {at.cell: at.limits for at in cells}),
     )
+
+
+def _priced(chains: dict[Cell, Chain], limits: Limits) -> dict[Cell, Chain]:
+    """*chains* whose layers differ in harm, at prices that what is best at them supports; nothing is traced."""
+    found, looked_at = chains, chains
+    told: object = None
+    for _ in range(MOST_PRICINGS):
+        best = _best([_CellSearch(cell, chain, limits) for cell, chain in looked_at.items()], FEW_NODES)
+        if best is None:
+            break
+        at, chosen = best
+        new = prices(at.chain, chosen.counts)
+        if new == told:
+            break
+        told = new
+        found = {cell: repriced(chain, new) for cell, chain in chains.items()}
+        looked_at = {at.cell: found[at.cell]}
+    return found
+
+
+def _proving(cells: Sequence[_CellSearch], found: _Found, limits: Limits) -> list[_CellSearch]:
+    """*cells* searched again at prices of harm that what was *found* supports, where the bound on it is tightest."""
+    told = prices(found.at.chain, found.chosen.counts)
+    again: list[_CellSearch] = []
+    for at in cells:
+        one = _CellSearch(at.cell, repriced(at.chain, told), limits)
+        if at.cuts:
+            one.cut(at.limits.memory_bytes)
+        one.search.search(found.chosen.taken.score_picoseconds / posing.SECOND, MOST_NODES)
+        again.append(one)
+    return again
 
 
 def _less_fragmented(
@@ -224,8 +277,8 @@ def _traced_alone(solver: _Solver, at: _CellSearch, alone: Chain, needs: Taken) 
     return _Found(at, Chosen(counts, needs), configuration, peak)
 
 
-def _proof(cells: Sequence[_CellSearch], found: _Found, limits: Limits) -> Proof:
-    tables = Tables()
+def _proof(problem: Problem, cells: Sequence[_CellSearch], found: _Found) -> Proof:
+    tables, limits = Tables(), problem.limits
     proved = tuple(tables.cell(at.cell, at.chain, at.limits.memory_bytes, at.search.proof) for at in cells)
     before = tuple(tables.cell(at.cell, at.chain, limits.memory_bytes, at.first.root) for at in cells if at.cuts)
     proof = Proof(
@@ -242,6 +295,8 @@ def _proof(cells: Sequence[_CellSearch], found: _Found, limits: Limits) -> Proof
         tables=tuple(tables.tables),
         cells=proved,
         unfragmented=before,
+        harms=tuple(tuple(quality.harm(s, own) for s in tables.strategies) for own in problem.weighed),
+        harm_price=found.at.chain.harm_price,
     )
     bounds = {cell.cell: bound(proof, cell) for cell in proved}
     cut = {cell.cell for cell in before}

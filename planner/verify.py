@@ -7,7 +7,7 @@ import math
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.specs import GpuSpec
 
-from . import problem, proof
+from . import problem, proof, quality
 from .plan import Plan
 
 PARTIAL = ("recompute attention", "recompute mlp")
@@ -32,8 +32,20 @@ def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
         found.append(f"the memory to spend is {budget} bytes, the proof speaks of {plan.proof.budget_bytes}")
     if plan.prediction.peak_reserved_bytes > budget:
         found.append(f"the plan reserves {plan.prediction.peak_reserved_bytes} bytes of {budget}")
+    found += _weights(plan)
     found += proof.verify(plan.proof, plan.configuration, expected)
     return found or _seconds(plan)
+
+
+def _weights(plan: Plan) -> list[str]:
+    """Whether the plan's weight error and the proof's harms are those of the weights."""
+    own = plan.weighed.layers if plan.weighed else ()
+    harms = tuple(tuple(quality.harm(strategy, layer) for strategy in plan.proof.strategies) for layer in own)
+    found = [] if plan.proof.harms == harms else ["the proof counts other weight errors than the plan says"]
+    error = quality.mean_error(plan.configuration.strategies(), own)
+    if not math.isclose(plan.weight_error, error, rel_tol=1e-6, abs_tol=1e-9):
+        found.append(f"the weight error is said to be {plan.weight_error:g}, and is {error:g}")
+    return found
 
 
 def _seconds(plan: Plan) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .strategies import Configuration, StrategyRun
+from .strategies import Configuration, Strategy, StrategyRun
 
 MOST_SHOWN = 3
 """Kinds of strategies that are named in a summary."""
@@ -41,6 +41,16 @@ def strategies(configuration: Configuration) -> str:
     if len(configuration.layers) == 1:
         return str(configuration.layers[0].strategy)
     return "; ".join(f"{span(run)} {run.strategy}" for run in configuration.layers)
+
+
+def layout(configuration: Configuration) -> list[str]:
+    """Which layers have which strategy, a line for each run of layers, or, where they alternate, for each strategy."""
+    runs: dict[Strategy, list[str]] = {}
+    for run in configuration.layers:
+        runs.setdefault(run.strategy, []).append(span(run))
+    if len(configuration.layers) <= 2 * len(runs):
+        return [f"{span(run):<7}{run.strategy}" for run in configuration.layers]
+    return [f"{strategy}: {', '.join(spans)}" for strategy, spans in runs.items()]
 
 
 def span(run: StrategyRun) -> str:

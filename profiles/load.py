@@ -136,8 +136,9 @@ def _model_at(path: Path) -> ModelSpec:
         raise BadFacts(f"{path}: this folder holds no config.json; give a folder as saved by save_pretrained")
     config = _read_json(file)
     validate_config(config, str(file))
-    folder = file.resolve().parent.name
-    return ModelSpec(name=folder if folder and file.name == "config.json" else file.stem, config=config)
+    folder = file.resolve().parent
+    name = folder.name if folder.name and file.name == "config.json" else file.stem
+    return ModelSpec(name=name, config=config, location=str(folder))
 
 
 def _model_name(text: str) -> str:

@@ -127,6 +127,7 @@ class ModelSpec:
         num_parameters: the published count of distinct parameters; None for a model of the user's own.
         num_parameters_source: where that count was published.
         gated: whether the Hub asks for a login and an accepted licence.
+        location: the folder of the configuration, for a model of the user's own.
     """
 
     name: str
@@ -134,3 +135,4 @@ class ModelSpec:
     num_parameters: int | None = None
     num_parameters_source: str | None = None
     gated: bool = False
+    location: str | None = None

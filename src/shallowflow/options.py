@@ -1,10 +1,10 @@
-"""Options and defaults that commands share."""
+"""Options and defaults that commands share, and the request that they make."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -12,7 +12,12 @@ from shallowflow.data_command import data_format_option
 from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.problem import HEADROOM
 from shallowflow.planner.strategies import Activations, Adapter, Optimizer
+from shallowflow.profiles import GpuSpec, load_gpu
 from shallowflow.session import RequestError
+from shallowflow.work import size_of_work
+
+if TYPE_CHECKING:
+    from shallowflow.runtime.documents import Format
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 DEFAULTS = Workload()
@@ -135,3 +140,41 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def request(
+    model: tuple[str, str],
+    gpu: str,
+    gpus: int,
+    tokens: int | None,
+    data: Path | None,
+    eval_data: Path | None,
+    data_format: Format | None,
+    rank: int | None,
+    min_rank: int | None,
+    max_process_gib: float | None,
+    fixed: tuple[str, ...],
+    **same: Any,
+) -> tuple[GpuSpec, Workload, tuple[str, ...]]:
+    """The GPU, the workload and notes on it, from what the command line says.
+
+    *model* is as it was asked for, and its name; *same* are the workload's own fields.
+    """
+    work, notes = size_of_work(model, tokens, data, eval_data, data_format, same["sequence_length"])
+    if rank and min_rank and rank < min_rank:
+        raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
+    pinned = fixed_fields(fixed)
+    twice = {"rank": rank, **{name: same[name] for name in ("packing", "quantization", "optimizer")}}
+    for name, value in twice.items():
+        if name in pinned and value not in (None, getattr(DEFAULTS, name), pinned[name]):
+            raise RequestError(f"--fix {name}={pinned[name]} contradicts the option of that name, {value}; give one")
+    options: dict[str, Any] = {
+        **same,
+        "num_gpus": gpus,
+        "rank": rank,
+        "min_rank": min_rank or DEFAULTS.min_rank,
+        "max_process_bytes": None if max_process_gib is None else max(1, int(max_process_gib * 2**30)),
+        **work,
+        **pinned,
+    }
+    return load_gpu(gpu), Workload(**options), notes

@@ -144,6 +144,7 @@ def _plan(
         proof=solution.proof,
         notes=(*notes, *_notes(session, workload, (best, *solution.alternatives))),
         versions=cache.versions(),
+        weighed=session.weighed(),
     )
 
 

@@ -14,6 +14,7 @@ from shallowflow.planner.plan import MemoryPart, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell, Configuration, Optimizer, Strategy, uniform
+from shallowflow.planner.weighed import Weighed
 from shallowflow.profiles import FactsError, model_facts
 from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
@@ -69,6 +70,13 @@ class Session:
             known = layer_kinds(self.model.config)
             cache.write_numbers(name, known)
         return known
+
+    def weighed(self) -> Weighed | None:
+        """What formats do to the model's own weights, where `sfplan weigh` measured it."""
+        from shallowflow.runtime.weighed import recorded
+
+        found = recorded(self.model)
+        return found if found is not None and len(found.layers) == self.num_layers else None
 
     def profile(
         self,
@@ -160,9 +168,18 @@ class Session:
         for chunks in {cell.loss_chunks for cell in considered}:
             if last is not None:
                 heads[chunks] = self.profile(last, length, kinds[-1], chunks, packing=packing)
-        host = self._host_bytes(workload)
-        updates = self._updates(considered, rank) if profiles else {}
-        return problem.Problem(workload, self.gpu, kinds, profiles, heads, rank, host, updates=updates)
+        own = self.weighed()
+        return problem.Problem(
+            workload,
+            self.gpu,
+            kinds,
+            profiles,
+            heads,
+            rank,
+            self._host_bytes(workload),
+            updates=self._updates(considered, rank) if profiles else {},
+            weighed=() if own is None else own.layers,
+        )
 
     def _updates(self, considered: tuple[Cell, ...], rank: int) -> dict[tuple[Optimizer, int, int], StepProfile]:
         """Of every optimizer but AdamW, whose update is in every profile, at *rank* and at the next."""

@@ -1,31 +1,54 @@
-"""The frontier of a request: plans for less and less memory, and for finer weights."""
+"""The frontier of a request: plans for less and less memory, for finer weights, or for other sequence lengths."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from shallowflow.planner.frontier import FrontierPoint, frontier, point
 from shallowflow.planner.plan import Objective, Workload
 from shallowflow.planner.problem import budget_bytes
-from shallowflow.planner.remedies import Infeasible
+from shallowflow.planner.remedies import SMALLEST_SEQUENCE, Infeasible, of_length
 from shallowflow.planning import make_plan
+from shallowflow.profiles import model_facts
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.refusals import smallest_process_bytes
-from shallowflow.session import Progress, Session
+from shallowflow.session import Progress, RequestError, Session
 from shallowflow.workloads import check, workload_of
 
+Over = Literal["memory", "sequence_length"]
 NUM_MEMORIES = 6
+SHARES = (0.25, 0.5, 1.0, 2.0)
+"""Of the sequence length asked for, the lengths that are planned."""
 OBJECTIVES: tuple[Objective, ...] = tuple(o for o in get_args(Objective) if o != "cost")
 
 
 def trade_offs(
-    model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _message: None, **workload: Any
+    model: str | Path,
+    gpu: str = "t4",
+    *,
+    over: Over = "memory",
+    progress: Progress = lambda _message: None,
+    **workload: Any,
 ) -> tuple[FrontierPoint, ...]:
-    """The frontier for fine-tuning *model* on *gpu*; arguments and errors are those of ``plan``."""
-    return find_trade_offs(load_model(str(model)), load_gpu(gpu), workload_of(workload), progress=progress)
+    """The frontier for fine-tuning *model* on *gpu*, or the best plan at several lengths of sequences.
+
+    Args:
+        over: ``memory`` for plans of which none beats another in memory, time and weight error; ``sequence_length``
+            for one plan each of sequences of a quarter, half, once and twice the length asked for, as far as they fit.
+
+    Other arguments, and errors, are those of ``plan``.
+    """
+    spec, device, asked = load_model(str(model)), load_gpu(gpu), workload_of(workload)
+    if over == "sequence_length":
+        works = {length: of_length(asked, length) for length in lengths(spec, asked.sequence_length)}
+        return find_over_lengths(spec, device, works, progress=progress)
+    if over != "memory":
+        raise RequestError(f"over is {over!r}; give one of {', '.join(get_args(Over))}")
+    return find_trade_offs(spec, device, asked, progress=progress)
 
 
 def find_trade_offs(
@@ -51,3 +74,35 @@ def find_trade_offs(
                 if not found:
                     raise
     return frontier(found)
+
+
+def lengths(model: ModelSpec, length: int) -> tuple[int, ...]:
+    """SHARES of *length*, as far as the model was built for them and anyone would want them."""
+    longest = model_facts.size(model.config, "max_position_embeddings") or max(length, int(max(SHARES) * length))
+    found = {int(share * length) for share in SHARES}
+    return tuple(sorted(n for n in found if n == length or SMALLEST_SEQUENCE <= n <= longest))
+
+
+def find_over_lengths(
+    model: ModelSpec, gpu: GpuSpec, works: Mapping[int, Workload], *, progress: Progress = lambda _message: None
+) -> tuple[FrontierPoint, ...]:
+    """The best plan for each of *works*, which are one at several sequence lengths; those that fit in no way have none.
+
+    Raises:
+        Infeasible: nothing fits at any length.
+    """
+    found: list[FrontierPoint] = []
+    session = Session(model, gpu, progress)
+    for length in sorted(works, reverse=True):
+        work = works[length]
+        check(work, model, gpu)
+        progress(f"{length:,} tokens")
+        most = budget_bytes(gpu, work) + gpu.context_bytes
+        if length > min(works) and smallest_process_bytes(session, work) > most:
+            continue
+        try:
+            found.append(point(make_plan(model, gpu, work, progress=progress, num_alternatives=0)))
+        except Infeasible:
+            if length == min(works) and not found:
+                raise
+    return tuple(reversed(found))

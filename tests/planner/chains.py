@@ -38,14 +38,22 @@ def choices(draw: st.DrawFn, number: int) -> Choice:
 
 
 @st.composite
+def groups(draw: st.DrawFn, num_layers: int, number: int) -> Group:
+    """Layers that all lose by a choice what it says, or each more or less than that."""
+    made = tuple(draw(choices(i)) for i in range(number))
+    if draw(st.booleans()):
+        return Group(num_layers=num_layers, choices=made)
+    own = st.integers(0, 100).map(lambda n: n * 10**5)
+    return Group.of(made, [[draw(own) for _ in made] for _ in range(num_layers)])
+
+
+@st.composite
 def chains(draw: st.DrawFn) -> Chain:
     """Groups of one layer and of several."""
     layers = draw(st.sampled_from([(1,), (3,), (5,), (1, 3), (1, 4, 1), (1, 1, 1), (1, 2, 2, 1)]))
     number = draw(st.integers(1, 4 if max(layers) < 4 else 3))
     return Chain(
-        groups=tuple(
-            Group(num_layers=count, choices=tuple(draw(choices(i)) for i in range(number))) for count in layers
-        ),
+        groups=tuple(draw(groups(count, number)) for count in layers),
         gradient_accumulation_steps=draw(st.sampled_from([1, 4])),
         fixed_bytes=draw(sizes),
         head_high_bytes=draw(sizes),
@@ -54,6 +62,7 @@ def chains(draw: st.DrawFn) -> Chain:
         device_picoseconds=draw(times),
         host_picoseconds=draw(times),
         update_picoseconds=draw(times),
+        harm_price=draw(st.sampled_from([0, 100])),
     )
 
 

@@ -13,6 +13,7 @@ points = st.builds(
     lambda memory, seconds, error: FrontierPoint(
         peak_process_bytes=memory,
         step_seconds=float(seconds),
+        tokens_per_second=1.0,
         hours=float(seconds),
         usd=None,
         weight_error=float(error),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shallowflow.planner import problem as posing
 from shallowflow.planner import quality
+from shallowflow.planner.arrangement import arranged
 from shallowflow.planner.chain import taken
 from shallowflow.planner.plan import Quantization, Workload
 from shallowflow.planner.problem import LOSS_CHUNKS, OPTIMIZERS, Problem, cells, chains, configured, predict
@@ -86,7 +87,8 @@ def test_a_chain_takes_what_composition_says(problem: Problem, data: st.DataObje
         picks = [data.draw(st.integers(0, len(group.choices) - 1)) for _ in range(group.num_layers)]
         counts.append(tuple(picks.count(index) for index in range(len(group.choices))))
 
-    configuration = posing.configuration(problem, cell, chain, tuple(counts))
+    layers = arranged(chain, tuple(counts), problem.limits).strategies
+    configuration = posing.configured(problem.workload, cell, layers)
 
     found, composed = taken(chain, tuple(counts)), predict(problem, configuration)
     assert configuration.cell == cell
