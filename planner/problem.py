@@ -20,7 +20,7 @@ from .strategies import Activations, Adapter, Cell, Configuration, Strategy, Str
 LOSS_CHUNKS = (1, 4, 16)
 """Parts that the loss may be computed in."""
 
-ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8}
+ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8, "dora": 32}
 """The alpha at every rank; of rsLoRA one that scales an adapter of rank 16 as LoRA's does.
 
 With adapters scaled by alpha / rank, one alpha makes the best learning rate nearly the same for all ranks (LoRA Without
@@ -171,6 +171,7 @@ def configured(workload: Workload, cell: Cell, layers: list[Strategy]) -> Config
         loss_chunks=cell.loss_chunks,
         packing=workload.packing is True,
         adapter=workload.adapter,
+        target_modules=workload.target_modules,
     )
 
 

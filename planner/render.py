@@ -13,10 +13,8 @@ from .frontier import FrontierPoint
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
-from .strategies import Adapter
-from .words import counted, duration, gib, span, strategies, summary, usd
+from .words import ADAPTERS, counted, duration, gib, span, strategies, summary, targets, usd
 
-ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA"}
 BAR_WIDTH = 60
 FRONTIER_WIDTH = 24
 COLOURS = {
@@ -59,10 +57,11 @@ def plan(value: Plan) -> RenderableType:
 def model_profile(profile: ModelProfile) -> RenderableType:
     """What one layer of each kind takes under every strategy."""
     title = Text(f"{profile.model_name} on {profile.gpu.upper()}, one layer", style="bold")
+    on = "" if profile.target_modules == "all-linear" else f" on {targets(profile.target_modules)}"
     facts = (
-        f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, LoRA rank {profile.rank}. MiB "
-        "held between steps, saved from the forward to the backward pass, needed beyond those while either runs, "
-        "recomputed at once, and sent to the host; milliseconds on the device."
+        f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, {ADAPTERS[profile.adapter]} "
+        f"rank {profile.rank}{on}. MiB held between steps, saved from the forward to the backward pass, needed beyond "
+        "those while either runs, recomputed at once, and sent to the host; milliseconds on the device."
     )
     parts: list[RenderableType] = [title, Text(facts, style="dim")]
     for kind in profile.kinds:
@@ -165,7 +164,8 @@ def _headline(value: Plan) -> RenderableType:
         for index, run in enumerate(configuration.layers):
             grid.add_row("" if index else "layers", f"{span(run):<7}{run.strategy}")
     kind = ADAPTERS[configuration.adapter]
-    grid.add_row("adapter", f"{kind} rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
+    sizes = f"rank {configuration.rank}, alpha {configuration.alpha}"
+    grid.add_row("adapter", f"{kind} {sizes}, {targets(configuration.target_modules)}, fp32")
     grid.add_row("compute", f"{value.compute_dtype}, {value.attention} attention, AdamW")
     grid.add_row(
         "batch",

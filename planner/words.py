@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .strategies import Configuration, StrategyRun
+from .strategies import Adapter, Configuration, StrategyRun, TargetModules
 
 MOST_SHOWN = 3
 """Kinds of strategies that are named in a summary."""
+ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 
 def gib(num_bytes: float) -> str:
@@ -41,6 +42,14 @@ def strategies(configuration: Configuration) -> str:
     if len(configuration.layers) == 1:
         return str(configuration.layers[0].strategy)
     return "; ".join(f"{span(run)} {run.strategy}" for run in configuration.layers)
+
+
+def targets(target_modules: TargetModules) -> str:
+    """What has an adapter."""
+    if isinstance(target_modules, tuple):
+        *others, last = target_modules
+        return f"{', '.join(others)} and {last}" if others else last
+    return {"all-linear": "every linear layer", "attention": "attention's linear layers"}[target_modules]
 
 
 def span(run: StrategyRun) -> str:

@@ -14,13 +14,13 @@ from typing import Any, cast
 
 import torch
 
-from . import quantized
+from . import dora, quantized
 
 
 def fuse(model: torch.nn.Module) -> int:
     """Let the plain LoRA modules of *model* compute as here; returns how many.
 
-    Those that do more, such as DoRA's or with dropout, keep PEFT's way.
+    Those that do more, such as with dropout, keep PEFT's way.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -35,7 +35,8 @@ def _is_plain(module: Any) -> bool:
     if len(module.lora_A) != 1:
         return False
     (name,) = module.lora_A
-    plain = isinstance(module.lora_dropout[name], torch.nn.Identity) and name not in module.lora_variant
+    known = name not in module.lora_variant or dora.is_ours(module, name)
+    plain = isinstance(module.lora_dropout[name], torch.nn.Identity) and known
     return plain and not module.lora_bias.get(name, False) and quantized.has_weight(module.get_base_layer())
 
 
@@ -46,7 +47,8 @@ def _forward(module: Any, others: Any, x: torch.Tensor, *args: Any, **kwargs: An
         return result
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
     apply: Callable[..., torch.Tensor] = _Adapted.apply
-    return apply(x, down, up, module.get_base_layer(), module.scaling[name])
+    product = apply(x, down, up, module.get_base_layer(), module.scaling[name])
+    return dora.rescaled(product, module, name) if name in module.lora_variant else product
 
 
 class _Adapted(torch.autograd.Function):

@@ -13,7 +13,7 @@ from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
-from shallowflow.planner.strategies import Cell, Configuration, Strategy, uniform
+from shallowflow.planner.strategies import Adapter, Cell, Configuration, Strategy, TargetModules, uniform
 from shallowflow.profiles import FactsError, model_facts
 from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
@@ -33,11 +33,13 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One model on one device: where profiles and traces come from."""
+    """One model with one kind of adapter on one device: where profiles and traces come from."""
 
     model: ModelSpec
     gpu: GpuSpec
     progress: Progress = field(default=lambda _message: None)
+    adapter: Adapter = "lora"
+    target_modules: TargetModules = "all-linear"
 
     @property
     def num_layers(self) -> int:
@@ -79,6 +81,7 @@ class Session:
     ) -> StepProfile:
         """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
         facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length, "like": like_layer}
+        facts |= {"adapter": self.adapter, "target_modules": self.target_modules}
         if loss_chunks > 1:
             facts["loss_chunks"] = loss_chunks
         if packing:
@@ -102,6 +105,8 @@ class Session:
                     gradient_accumulation_steps=2,
                     loss_chunks=loss_chunks,
                     packing=packing,
+                    adapter=self.adapter,
+                    target_modules=self.target_modules,
                 ),
                 like_layer,
             )
