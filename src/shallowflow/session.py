@@ -177,14 +177,15 @@ class Session:
             raise refusal
         return found
 
-    def parameters_per_rank(self, sequence_length: int, *, packing: bool = False) -> int:
-        """How many parameters the adapter has for each unit of its rank."""
+    def adapter_parameters(self, sequence_length: int, *, packing: bool = False) -> tuple[int, int]:
+        """How many parameters the adapter has at any rank, and how many more for each unit of its rank."""
         plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
         per_layer = {
-            kind: int(self.profile(plain, sequence_length, kind, packing=packing).gradients[:, 2].sum()) // FP32_BYTES
+            kind: self.profile(plain, sequence_length, kind, packing=packing).gradients.sum(axis=0) // FP32_BYTES
             for kind in set(self.layer_kinds())
         }
-        return sum(per_layer[kind] for kind in self.layer_kinds())
+        at_any, _, per_rank, _ = sum(per_layer[kind] for kind in self.layer_kinds())
+        return int(at_any), int(per_rank)
 
     def _host_bytes(self, workload: Workload) -> int | None:
         """What activations may take of the memory of the smallest machine that has the GPUs."""
