@@ -55,7 +55,12 @@ def combinations() -> Iterator[tuple[str, WeightFormat, Activations, int, int]]:
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 @pytest.mark.parametrize(
     ("family", "weight_format", "activations"),
-    [("llama", "nf4", "recompute"), ("gpt2", "fp32", "save"), ("gpt_neox", "int8", "recompute mlp")],
+    [
+        ("llama", "nf4", "recompute"),
+        ("llama", "fp32", "offload"),
+        ("gpt2", "fp32", "save"),
+        ("gpt_neox", "int8", "recompute mlp"),
+    ],
 )
 def test_so_it_is_for_every_adapter(
     family: str, weight_format: WeightFormat, activations: Activations, adapter: Adapter, target_modules: str
