@@ -13,7 +13,7 @@ from shallowflow.profiles.specs import GpuSpec
 from . import costs, latency
 from .costs import OP_KINDS, SEGMENTS, Ints, StepProfile
 from .plan import Bytes, Seconds
-from .strategies import Strategy
+from .strategies import Adapter, Strategy, TargetModules
 
 LENGTH_STRIDE = 128
 """Sequence lengths that differ by a multiple of this are described by one polynomial.
@@ -74,6 +74,8 @@ class ModelProfile:
     sequence_length: int
     micro_batch_size: int
     rank: int
+    adapter: Adapter
+    target_modules: TargetModules
     kinds: tuple[LayerKind, ...]
     refused: tuple[tuple[Strategy, str], ...]
 

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 
 from .bounds import Meta
 from .proof import Proof
-from .strategies import MOST_SEQUENCES, MOST_TOKENS, Activations, Adapter, Configuration, Optimizer, Positive
+from .strategies import (
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+    Activations,
+    Adapter,
+    Configuration,
+    Optimizer,
+    Positive,
+    TargetModules,
+)
 from .weighed import Weighed
 
 FORMAT_VERSION = 3
@@ -33,7 +42,7 @@ class Workload:
         num_eval_sequences: held out, and evaluated before and after training.
         global_batch_size: sequences per optimizer update over all GPUs.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
-        adapter: the kind of LoRA.
+        adapter, target_modules: the kind of LoRA, and what it is on; see Configuration.
         quantization: ``fp16`` means not quantized: bf16 where the chip has it, fp32 on a CPU.
         region: where prices are taken from.
         micro_batch_size, loss_chunks, activations, double_quantization, optimizer: decisions that are fixed; None
@@ -55,6 +64,7 @@ class Workload:
     rank: Positive | None = None
     min_rank: Positive = 16
     adapter: Adapter = "lora"
+    target_modules: TargetModules = "all-linear"
     quantization: Quantization = "any"
     objective: Objective = "time"
     region: str = "us-east-1"

@@ -25,7 +25,7 @@ LOSS_CHUNKS = (1, 4, 16)
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
-ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8}
+ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8, "dora": 32}
 """The alpha at every rank; of rsLoRA one that scales an adapter of rank 16 as LoRA's does.
 
 With adapters scaled by alpha / rank, one alpha makes the best learning rate nearly the same for all ranks (LoRA Without
@@ -200,6 +200,7 @@ def configured(workload: Workload, cell: Cell, layers: Sequence[Strategy]) -> Co
         packing=workload.packing is True,
         adapter=workload.adapter,
         optimizer=cell.optimizer,
+        target_modules=workload.target_modules,
     )
 
 

@@ -73,11 +73,11 @@ def next_rank(rank: int) -> int | None:
     return next((wider for wider in RANKS if wider > rank), None)
 
 
-def enough_rank(total_tokens: int, parameters_per_rank: int, at_least: int) -> int:
+def enough_rank(total_tokens: int, parameters_per_rank: int, at_least: int, parameters_at_any_rank: int = 0) -> int:
     """The smallest of RANKS whose adapter can hold what *total_tokens* teach, and no less than *at_least*.
 
     A larger one learns no more (LoRA Without Regret); where none of them is enough, the largest.
     """
-    needed = total_tokens * BITS_PER_TOKEN / (BITS_PER_PARAMETER * parameters_per_rank)
+    needed = (total_tokens * BITS_PER_TOKEN / BITS_PER_PARAMETER - parameters_at_any_rank) / parameters_per_rank
     candidates = [rank for rank in RANKS if rank >= at_least] or [at_least]
     return next((rank for rank in candidates if rank >= needed), candidates[-1])

@@ -12,10 +12,9 @@ from .explain import why
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
-from .strategies import Adapter, Optimizer
-from .words import counted, duration, gib, layout, strategies, summary, usd
+from .strategies import Optimizer
+from .words import ADAPTERS, counted, duration, gib, layout, strategies, summary, targets, usd
 
-ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA"}
 OPTIMIZERS: dict[Optimizer, str] = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
 BAR_WIDTH = 60
 COLOURS = {
@@ -58,10 +57,11 @@ def plan(value: Plan) -> RenderableType:
 def model_profile(profile: ModelProfile) -> RenderableType:
     """What one layer of each kind takes under every strategy."""
     title = Text(f"{profile.model_name} on {profile.gpu.upper()}, one layer", style="bold")
+    on = "" if profile.target_modules == "all-linear" else f" on {targets(profile.target_modules)}"
     facts = (
-        f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, LoRA rank {profile.rank}. MiB "
-        "held between steps, saved from the forward to the backward pass, needed beyond those while either runs, "
-        "recomputed at once, and sent to the host; milliseconds on the device."
+        f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, {ADAPTERS[profile.adapter]} "
+        f"rank {profile.rank}{on}. MiB held between steps, saved from the forward to the backward pass, needed beyond "
+        "those while either runs, recomputed at once, and sent to the host; milliseconds on the device."
     )
     parts: list[RenderableType] = [title, Text(facts, style="dim")]
     for kind in profile.kinds:
@@ -143,7 +143,8 @@ def _headline(value: Plan) -> RenderableType:
         for index, line in enumerate(layout(configuration)):
             grid.add_row("" if index else "layers", line)
     kind = ADAPTERS[configuration.adapter]
-    grid.add_row("adapter", f"{kind} rank {configuration.rank}, alpha {configuration.alpha}, every linear layer, fp32")
+    sizes = f"rank {configuration.rank}, alpha {configuration.alpha}"
+    grid.add_row("adapter", f"{kind} {sizes}, {targets(configuration.target_modules)}, fp32")
     grid.add_row(
         "compute", f"{value.compute_dtype}, {value.attention} attention, {OPTIMIZERS[configuration.optimizer]}"
     )

@@ -108,9 +108,17 @@ def _formats(plan: Plan, configuration: Configuration) -> list[str]:
 
 
 def _unlike(plan: Plan, other: Configuration) -> list[str]:
-    """How an alternative is none to *plan*: what a run goes on with has its layers, data and GPUs."""
+    """How an alternative is none to *plan*: what a run goes on with has its layers, adapter, data and GPUs."""
     found = _gaps(other) + _formats(plan, other)
-    for name in ("num_layers", "sequence_length", "global_batch_size", "num_gpus", "packing"):
+    for name in (
+        "num_layers",
+        "sequence_length",
+        "global_batch_size",
+        "num_gpus",
+        "packing",
+        "adapter",
+        "target_modules",
+    ):
         mine, its = getattr(plan.configuration, name), getattr(other, name)
         if mine != its:
             found.append(f"configuration.{name} is {its}, the plan's own {mine}")

@@ -10,8 +10,13 @@ from .bounds import Meta
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Activations = Literal["save", "recompute attention", "recompute mlp", "recompute", "offload"]
-Adapter = Literal["lora", "rslora"]
+Adapter = Literal["lora", "rslora", "dora"]
 Optimizer = Literal["adamw", "adamw8bit"]
+MODULE_NAME = r"^\w+(\.\w+)*$"
+Name = Annotated[str, Meta(pattern=MODULE_NAME, max_length=200)]
+TargetGroup = Literal["all-linear", "attention"]
+TargetModules = TargetGroup | Annotated[tuple[Name, ...], Meta(min_length=1)]
+"""Which linear modules of the decoder layers learn: all, those in attention, or those whose names end like these."""
 Positive = Annotated[int, Meta(ge=1)]
 MOST_LAYERS = 10_000
 MOST_TOKENS = 2**24
@@ -55,8 +60,10 @@ class Configuration:
 
     Attributes:
         layers: strategies of all decoder layers, in order and without gaps.
-        rank, alpha: of LoRA on every linear module of the decoder layers.
-        adapter: ``rslora`` divides alpha by the root of the rank, not by the rank (Kalajdzievski, 2023).
+        rank, alpha: of LoRA.
+        adapter: ``rslora`` divides alpha by the root of the rank, not by the rank (Kalajdzievski, 2023); ``dora``
+            learns the length of each row of the weights apart from its direction (Liu et al., 2024).
+        target_modules: that have an adapter.
         micro_batch_size: sequences per forward pass and GPU.
         gradient_accumulation_steps: micro-batches per optimizer update and GPU.
         num_gpus: data-parallel replicas.
@@ -76,6 +83,7 @@ class Configuration:
     packing: bool = False
     adapter: Adapter = "lora"
     optimizer: Optimizer = "adamw"
+    target_modules: TargetModules = "all-linear"
 
     @property
     def scaling(self) -> float:

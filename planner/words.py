@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .strategies import Configuration, Strategy, StrategyRun
+from .strategies import Adapter, Configuration, Strategy, StrategyRun, TargetModules
 
 MOST_SHOWN = 3
 """Kinds of strategies that are named in a summary."""
+ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 
 def gib(num_bytes: float) -> str:
@@ -51,6 +52,14 @@ def layout(configuration: Configuration) -> list[str]:
     if len(configuration.layers) <= 2 * len(runs):
         return [f"{span(run):<7}{run.strategy}" for run in configuration.layers]
     return [f"{strategy}: {', '.join(spans)}" for strategy, spans in runs.items()]
+
+
+def targets(target_modules: TargetModules) -> str:
+    """What has an adapter."""
+    if isinstance(target_modules, tuple):
+        *others, last = target_modules
+        return f"{', '.join(others)} and {last}" if others else last
+    return {"all-linear": "every linear layer", "attention": "attention's linear layers"}[target_modules]
 
 
 def span(run: StrategyRun) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shallowflow.planner.strategies import Adapter, Strategy
+from shallowflow.planner.strategies import Adapter, Strategy, TargetModules
 from shallowflow.profiles import BadFacts, FactsError
 from shallowflow.profiles import load_model as load_model_spec
 
-from . import adapter, attention, quantized
+from . import activations, adapter, attention, dora, quantized
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -172,10 +172,19 @@ def apply_formats(model: torch.nn.Module, strategies: Sequence[Strategy], comput
             quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], twice)
 
 
-def add_adapters(model: PreTrainedModel, rank: int, alpha: int, adapter_kind: Adapter = "lora") -> torch.nn.Module:
-    """LoRA in fp32 on every linear layer of the decoder, as PEFT does it.
+def add_adapters(
+    model: PreTrainedModel,
+    rank: int,
+    alpha: int,
+    adapter_kind: Adapter = "lora",
+    target_modules: TargetModules = "all-linear",
+) -> torch.nn.Module:
+    """LoRA in fp32 on linear modules of the decoder layers, as PEFT does it.
 
     fp32, because a loss scale needs gradients that neither overflow nor vanish; the base keeps its dtype.
+
+    Raises:
+        BadFacts: a layer has no such module.
     """
     with contextlib.suppress(ImportError):
         quantized.bitsandbytes()  # PEFT imports it too, where it is, and less quietly
@@ -185,7 +194,7 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, adapter_kind: Ad
         r=rank,
         lora_alpha=alpha,
         use_rslora=adapter_kind == "rslora",
-        target_modules=adapter_targets(model),
+        target_modules=adapter_targets(model, target_modules),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
@@ -196,26 +205,50 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: int, adapter_kind: Ad
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if adapter_kind == "dora":
+        dora.learn_lengths(adapted)
     adapter.fuse(adapted)
     return adapted
 
 
-def adapter_targets(model: torch.nn.Module) -> list[str]:
-    """The ends of the names of the decoder layers' linear modules, such as ``q_proj`` and ``down_proj``.
+def adapter_targets(model: torch.nn.Module, target_modules: TargetModules = "all-linear") -> list[str]:
+    """The ends of the names of those linear modules of the decoder layers that are meant by *target_modules*.
 
-    As many parts of a name as tell it from every module that is no linear one: ``ff.0``, where layers are called so.
+    As many parts of a name as tell it from every other module: ``attn.c_proj``, where ``mlp.c_proj`` is not meant.
+
+    Raises:
+        BadFacts: a layer has no such module.
     """
+    meant = {id(module) for layer in decoder_layers(model) for module in _meant(model, layer, target_modules)}
+    if not meant:
+        raise ValueError(f"no linear layers to adapt in {type(model).__name__}")
+    named = list(model.named_modules())
+    others = {end for name, module in named if id(module) not in meant for end in _ends(name)}
+    names = [name for name, module in named if id(module) in meant]
+    return sorted({next((end for end in _ends(name) if end not in others), name) for name in names})
+
+
+def _meant(model: torch.nn.Module, layer: torch.nn.Module, target_modules: TargetModules) -> Iterable[torch.nn.Module]:
+    """The linear modules of *layer* that are meant by *target_modules*."""
     refused = {"out_proj"} if getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_KINDS else set()
-    others = {end for name, module in model.named_modules() if not _is_adaptable(module) for end in _ends(name)}
-    names = {
-        next((end for end in _ends(name) if end not in others), name)
-        for layer in decoder_layers(model)
+    linear = {
+        name: module
         for name, module in layer.named_modules()
         if _is_adaptable(module) and name.rpartition(".")[2] not in refused
     }
-    if not names:
-        raise ValueError(f"no linear layers to adapt in {type(model).__name__}")
-    return sorted(names)
+    if target_modules == "all-linear":
+        return linear.values()
+    there = f"the layers of {type(model).__name__} have {', '.join(sorted({n.rpartition('.')[2] for n in linear}))}"
+    if target_modules == "attention":
+        try:
+            inside = set(activations.part(layer, "recompute attention").modules())
+        except ValueError:
+            raise BadFacts(f"a layer has no attention of its own to put adapters on; {there}") from None
+        return [module for module in linear.values() if module in inside]
+    for wanted in target_modules:
+        if not any(wanted in _ends(name) for name in linear):
+            raise BadFacts(f"no linear module is called {wanted!r}; {there}")
+    return [module for name, module in linear.items() if not set(_ends(name)).isdisjoint(target_modules)]
 
 
 _MAMBA_KINDS = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})

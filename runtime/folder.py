@@ -146,6 +146,8 @@ def settings(plan: Plan, request: RunRequest) -> dict[str, str | int | float]:
     return {
         "model": plan.model_name,
         "layers": words.strategies(configuration),
+        "adapter": configuration.adapter,
+        "target_modules": words.targets(configuration.target_modules),
         "rank": configuration.rank,
         "global_batch_size": configuration.global_batch_size,
         "sequence_length": configuration.sequence_length,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Container
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 import torch
@@ -17,7 +17,7 @@ from shallowflow.planner import serialize
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.strategies import Configuration
 
-from . import build, quantized
+from . import build, dora, quantized
 from .files import new_folder
 from .request import RunError
 from .weights import find_weights, load_tokenizer, load_weights
@@ -109,32 +109,44 @@ def _merge(base: PreTrainedModel, plan: Plan, trained: dict[str, torch.Tensor]) 
     """Give *base*, in place, the weights that *plan* stored it in, plus the adapter *trained*."""
     transposed = {name for name, module in base.named_modules() if isinstance(module, Conv1D)}
     build.apply_formats(base, plan.configuration.strategies(), plan.compute_dtype)
-    scaling = plan.configuration.scaling
     known = dict(base.named_modules())
-    pairs = [key.removesuffix(".lora_A.weight") for key in trained if key.endswith(".lora_A.weight")]
-    unknown = [key for key in trained if key.removesuffix(".lora_A.weight") not in pairs and "lora_B" not in key]
-    unknown += [key for key in pairs if key.removeprefix(_PREFIX) not in known or f"{key}.lora_B.weight" not in trained]
-    if unknown:
-        raise RunError(f"the adapter holds {unknown[0]}, which the plan's model does not have")
-    for key in pairs:
-        name = key.removeprefix(_PREFIX)
-        module: Any = known[name]
-        down, up = trained[f"{key}.lora_A.weight"], trained[f"{key}.lora_B.weight"]
-        merged = _weight(module).float() + scaling * (up.float() @ down.float())
+    adapter = {key.removeprefix(_PREFIX): tensor.float() for key, tensor in trained.items()}
+    names = _adapted(adapter, plan.configuration, known)
+    for name, module in known.items():
+        if name not in names and not quantized.is_quantized(module):
+            continue
+        merged = quantized.weight_of(module, torch.float32)
+        if name in names:
+            down, up = (adapter[name + end] for end in _MATRICES)
+            merged = merged + plan.configuration.scaling * (up @ down)
+        if name + _LENGTHS in adapter:
+            merged = dora.with_lengths(merged, adapter[name + _LENGTHS])
         made = _layer(merged, getattr(module, "bias", None), is_transposed=name in transposed)
         parent, _, own = name.rpartition(".")
         setattr(known[parent], own, made)
 
 
+def _adapted(adapter: Collection[str], configuration: Configuration, known: Container[str]) -> set[str]:
+    """The names of the modules that the tensors of *adapter* belong to.
+
+    Raises:
+        RunError: they are none of *configuration*'s, for a model of the *known* modules.
+    """
+    ends = (*_MATRICES, _LENGTHS) if configuration.adapter == "dora" else _MATRICES
+    names = {key.removesuffix(end) for end in ends for key in adapter if key.endswith(end)}
+    wanted = {name + end for name in names for end in ends if name in known}
+    for key in adapter:
+        if key not in wanted:
+            raise RunError(f"the adapter holds {key}, which the plan's model does not have")
+    for key in sorted(wanted.difference(adapter)):
+        raise RunError(f"the adapter lacks {key}, which the plan's model has")
+    return names
+
+
 _PREFIX = "base_model.model."
 """What PEFT puts before the model's own names."""
-
-
-def _weight(module: torch.nn.Module) -> torch.Tensor:
-    """The matrix of *module*; int8 weights are read from where they lie before the first forward pass."""
-    if type(module).__name__ == "Linear8bitLt":
-        module.init_8bit_state()  # type: ignore[operator]
-    return quantized.weight_of(module, torch.float32)
+_MATRICES, _LENGTHS = (".lora_A.weight", ".lora_B.weight"), ".lora_magnitude_vector"
+"""And after them."""
 
 
 def _layer(weight: torch.Tensor, bias: torch.Tensor | None, *, is_transposed: bool) -> torch.nn.Module:

@@ -148,7 +148,8 @@ def weight_of(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         made: torch.Tensor = bitsandbytes().functional.dequantize_4bit(weight.view(-1, 1), state)
         return made.to(dtype)
     if type(module).__name__ == "Linear8bitLt":
-        held: Any = module.state  # where the first forward pass put them
+        state8: Any = module.state
+        held: Any = weight if state8.CB is None else state8  # where the first forward pass puts them
         rows: torch.Tensor = held.CB.to(dtype, copy=True)
         return rows.mul_(held.SCB.unsqueeze(1).mul(1.0 / 127.0))
     plain: torch.Tensor = weight.t() if isinstance(module, Conv1D) else weight

@@ -177,7 +177,9 @@ def make_trainee(
     build.apply_formats(model, strategies, compute_dtype)
     layers = build.decoder_layers(model)
     activations.apply_policies(model, layers, strategies)
-    adapted = build.add_adapters(model, configuration.rank, configuration.alpha, configuration.adapter)
+    adapted = build.add_adapters(
+        model, configuration.rank, configuration.alpha, configuration.adapter, configuration.target_modules
+    )
     if device is not None:
         adapted.to(device)
     adapted.train()

@@ -29,7 +29,15 @@ from shallowflow.planner.plan import (
 from shallowflow.planner.problem import HEADROOM, LOSS_CHUNKS, Problem, cells, configured, predict
 from shallowflow.planner.proof import Proof
 from shallowflow.planner.quality import next_rank
-from shallowflow.planner.strategies import Activations, Configuration, Optimizer, Strategy, StrategyRun, WeightFormat
+from shallowflow.planner.strategies import (
+    Activations,
+    Adapter,
+    Configuration,
+    Optimizer,
+    Strategy,
+    StrategyRun,
+    WeightFormat,
+)
 from shallowflow.profiles import load_gpu
 
 T4 = load_gpu("t4")
@@ -146,6 +154,8 @@ def workloads(draw: st.DrawFn, most_sequences: int = 48) -> Workload:
         num_gpus=num_gpus,
         rank=draw(st.none() | st.integers(1, 300)),
         min_rank=draw(st.integers(1, 300)),
+        adapter=draw(st.sampled_from(get_args(Adapter))),
+        target_modules=draw(st.sampled_from(["all-linear", "attention", ("q_proj",), ("q_proj", "mlp.c_proj")])),
         quantization=draw(st.sampled_from(["any", "fp16", "int8", "nf4"])),
         objective=draw(st.sampled_from(["time", "cost", "quality"])),
         region=draw(words),
@@ -253,6 +263,8 @@ def configurations(draw: st.DrawFn, workload: Workload | None = None, num_layers
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=share // micro_batch_size,
         num_gpus=workload.num_gpus,
+        adapter=workload.adapter,
+        target_modules=workload.target_modules,
     )
 
 

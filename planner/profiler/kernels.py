@@ -36,7 +36,7 @@ class Target:
         compute_capability: None for a CPU.
         cublas_workspace_bytes: per thread that multiplies matrices.
         alignment_bytes: what the allocator rounds every request to.
-        affine: take a bound that is affine in the micro-batch where a kernel's buffer is not, as a profile needs it.
+        affine: take a bound that is affine in micro-batch and rank where a buffer is not, as a profile needs it.
     """
 
     device_type: str

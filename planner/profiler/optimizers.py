@@ -47,9 +47,14 @@ CALLS: dict[tuple[Any, str], Callable[..., Any]] = {
 
 
 def many_norms(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
-    """CUDA sums each tensor's chunks into a table as wide as the largest needs it (ATen's ForeachReduceOp.cu)."""
-    chunks = max(-(-tensor.numel() // NORM_CHUNK) for tensor in args[0])
-    return [len(args[0]) * chunks * 4] if target.device_type == "cuda" else []
+    """CUDA sums each tensor's chunks into a table as wide as the largest needs it (ATen's ForeachReduceOp.cu).
+
+    A byte for each element of the largest bounds what chunks add to one number a tensor, for up to 16,384 tensors.
+    """
+    if target.device_type != "cuda":
+        return []
+    num_tensors, largest = len(args[0]), max(tensor.numel() for tensor in args[0])
+    return [4 * num_tensors + largest] if target.affine else [4 * num_tensors * -(-largest // NORM_CHUNK)]
 
 
 def _state_buffer(

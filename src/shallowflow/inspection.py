@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from shallowflow.options import DEFAULT_MODEL, DEFAULTS
+from shallowflow.options import DEFAULT_MODEL, DEFAULTS, adapter_options
 from shallowflow.planner.memory_record import MemoryRecord
-from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS
+from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS, Adapter, TargetModules
 from shallowflow.profiles import gpu_names, load_gpu, load_model, model_names
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
@@ -29,9 +29,17 @@ from shallowflow.session import RequestError
 )
 @click.option("--micro-batch-size", type=click.IntRange(1, 65_536), default=1, show_default=True, help="Sequences.")
 @click.option("--rank", type=click.IntRange(1, MOST_RANK), default=16, show_default=True, help="LoRA's rank.")
+@adapter_options
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def profile_command(
-    model: str, gpu: str, sequence_length: int, micro_batch_size: int, rank: int, as_json: bool
+    model: str,
+    gpu: str,
+    sequence_length: int,
+    micro_batch_size: int,
+    rank: int,
+    adapter: Adapter,
+    target_modules: TargetModules,
+    as_json: bool,
 ) -> None:
     """Say what one layer of MODEL takes under every strategy: weight formats, and what becomes of activations.
 
@@ -45,7 +53,8 @@ def profile_command(
 
     spec, device = find_model(model), load_gpu(gpu)
     with status(f"profiling {spec.name}") as tell:
-        made = model_profile(Session(spec, device, tell), sequence_length, micro_batch_size, rank)
+        session = Session(spec, device, tell, adapter, target_modules)
+        made = model_profile(session, sequence_length, micro_batch_size, rank)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
         return

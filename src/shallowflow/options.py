@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
 from shallowflow.data_command import data_format_option
 from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.problem import HEADROOM
-from shallowflow.planner.strategies import Activations, Adapter, Optimizer
+from shallowflow.planner.strategies import (
+    MODULE_NAME,
+    Activations,
+    Adapter,
+    Optimizer,
+    TargetGroup,
+    TargetModules,
+)
 from shallowflow.profiles import GpuSpec, load_gpu
 from shallowflow.session import RequestError
 from shallowflow.work import size_of_work
@@ -71,6 +79,36 @@ def _choice(name: str, among: tuple[str, ...], default: str, told: str) -> Calla
     return click.option(name, type=click.Choice(among), default=default, show_default=True, help=told)
 
 
+def _target_modules(_context: click.Context, _option: click.Parameter, value: str) -> TargetModules:
+    """What ``--target-modules`` says.
+
+    Raises:
+        RequestError: it names nothing.
+    """
+    if value in get_args(TargetGroup):
+        return cast("TargetGroup", value)
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+    if not all(re.fullmatch(MODULE_NAME, name) for name in names):
+        raise RequestError(
+            f"--target-modules {value!r} names no modules; give all-linear, attention, or names such as q_proj,v_proj"
+        )
+    return names
+
+
+def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The kind of adapter, and what it is on."""
+    kind = _choice("--adapter", get_args(Adapter), DEFAULTS.adapter, "The kind of LoRA.")
+    on = click.option(
+        "--target-modules",
+        default=DEFAULTS.target_modules,
+        show_default=True,
+        metavar="all-linear|attention|NAME,NAME,...",
+        callback=_target_modules,
+        help="The layers' linear modules that have an adapter.",
+    )
+    return kind(on(command))  # type: ignore[no-any-return]
+
+
 def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     """Every option that a ``Workload`` is made from, and the GPU's."""
     count = click.IntRange(min=1)
@@ -104,7 +142,7 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             default=None,
             help="Several documents to a sequence, or one.  [default: what takes fewer hours]",
         ),
-        _choice("--adapter", get_args(Adapter), DEFAULTS.adapter, "The kind of LoRA."),
+        adapter_options,
         click.option(
             "--optimizer",
             type=click.Choice(get_args(Optimizer)),

@@ -56,7 +56,7 @@ def make_plan(
         Infeasible: nothing fits; carries remedies that do.
     """
     check(workload, model, gpu)
-    session = Session(model, gpu, progress)
+    session = Session(model, gpu, progress, workload.adapter, workload.target_modules)
     return packing.decided(workload, model, lambda work: _best(session, work, notes, num_alternatives))
 
 

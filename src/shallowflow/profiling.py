@@ -10,7 +10,7 @@ from typing import get_args
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LENGTH_STRIDE, LayerKind, LengthProfile, ModelProfile, layer_cost
 from shallowflow.planner.problem import unquantized_format
-from shallowflow.planner.strategies import Activations, Strategy, WeightFormat
+from shallowflow.planner.strategies import Activations, Adapter, Strategy, TargetModules, WeightFormat
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import PARTIAL, Progress, RequestError, Session
@@ -24,6 +24,8 @@ def profile(
     sequence_length: int = 2048,
     micro_batch_size: int = 1,
     rank: int = 16,
+    adapter: Adapter = "lora",
+    target_modules: TargetModules = "all-linear",
     progress: Progress = lambda _message: None,
 ) -> ModelProfile:
     """What one layer of each kind of *model* costs on *gpu* under every strategy.
@@ -37,7 +39,7 @@ def profile(
         FactsError: model or GPU is unknown, or the configuration is broken.
         RequestError: the sizes are none, or contradict the model.
     """
-    session = Session(load_model(str(model)), load_gpu(gpu), progress)
+    session = Session(load_model(str(model)), load_gpu(gpu), progress, adapter, target_modules)
     return model_profile(session, sequence_length, micro_batch_size, rank)
 
 
@@ -73,6 +75,8 @@ def model_profile(session: Session, sequence_length: int, micro_batch_size: int,
         sequence_length=sequence_length,
         micro_batch_size=micro_batch_size,
         rank=rank,
+        adapter=session.adapter,
+        target_modules=session.target_modules,
         kinds=tuple(kinds),
         refused=tuple(refused.items()),
     )

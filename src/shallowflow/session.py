@@ -13,7 +13,15 @@ from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import MemoryPart, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
-from shallowflow.planner.strategies import Cell, Configuration, Optimizer, Strategy, uniform
+from shallowflow.planner.strategies import (
+    Adapter,
+    Cell,
+    Configuration,
+    Optimizer,
+    Strategy,
+    TargetModules,
+    uniform,
+)
 from shallowflow.planner.weighed import Weighed
 from shallowflow.profiles import FactsError, model_facts
 from shallowflow.profiles.load import load_instances
@@ -36,11 +44,13 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One model on one device: where profiles and traces come from."""
+    """One model with one kind of adapter on one device: where profiles and traces come from."""
 
     model: ModelSpec
     gpu: GpuSpec
     progress: Progress = field(default=lambda _message: None)
+    adapter: Adapter = "lora"
+    target_modules: TargetModules = "all-linear"
 
     @property
     def num_layers(self) -> int:
@@ -88,7 +98,8 @@ class Session:
         packing: bool = False,
     ) -> StepProfile:
         """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
-        facts = {**self._facts(), "strategy": asdict(strategy), "sequence_length": sequence_length, "like": like_layer}
+        facts = {**self._facts(), **self._adapter_facts(), "strategy": asdict(strategy), "like": like_layer}
+        facts["sequence_length"] = sequence_length
         if loss_chunks > 1:
             facts["loss_chunks"] = loss_chunks
         if packing:
@@ -101,7 +112,7 @@ class Session:
         from shallowflow.planner.profiler.kernels import Target
         from shallowflow.planner.profiler.profile import profile_step
 
-        whole = replace(_cut(strategy, sequence_length), loss_chunks=loss_chunks, packing=packing)
+        whole = replace(self._cut(strategy, sequence_length), loss_chunks=loss_chunks, packing=packing)
 
         def make(micro_batch_size: int, rank: int) -> Any:
             return self._meta_step(replace(whole, micro_batch_size=micro_batch_size, rank=rank), like_layer)
@@ -113,7 +124,8 @@ class Session:
 
     def update(self, optimizer: Optimizer, rank: int, like_layer: int = 0) -> StepProfile:
         """A profile of what *optimizer* does and keeps for an adapter of *rank*, which depends on nothing else."""
-        name = cache.key("update", {**self._facts(), "optimizer": optimizer, "rank": rank, "like": like_layer})
+        asked = {"optimizer": optimizer, "rank": rank, "like": like_layer}
+        name = cache.key("update", {**self._facts(), **self._adapter_facts(), **asked})
         known = cache.read_profile(name)
         if known is not None:
             return known
@@ -122,7 +134,7 @@ class Session:
         from shallowflow.planner.profiler.profile import profile_update
 
         plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
-        configuration = replace(_cut(plain, UPDATED_LENGTH), rank=rank, optimizer=optimizer)
+        configuration = replace(self._cut(plain, UPDATED_LENGTH), rank=rank, optimizer=optimizer)
         with self._tracing():
             made = profile_update(self._meta_step(configuration, like_layer), Target.of(self.gpu))
         cache.write_profile(name, made)
@@ -210,14 +222,15 @@ class Session:
             raise refusal
         return found
 
-    def parameters_per_rank(self, sequence_length: int, *, packing: bool = False) -> int:
-        """How many parameters the adapter has for each unit of its rank."""
+    def adapter_parameters(self, sequence_length: int, *, packing: bool = False) -> tuple[int, int]:
+        """How many parameters the adapter has at any rank, and how many more for each unit of its rank."""
         plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
         per_layer = {
-            kind: int(self.profile(plain, sequence_length, kind, packing=packing).gradients[:, 2].sum()) // FP32_BYTES
+            kind: self.profile(plain, sequence_length, kind, packing=packing).gradients.sum(axis=0) // FP32_BYTES
             for kind in set(self.layer_kinds())
         }
-        return sum(per_layer[kind] for kind in self.layer_kinds())
+        at_any, _, per_rank, _ = sum(per_layer[kind] for kind in self.layer_kinds())
+        return int(at_any), int(per_rank)
 
     def _host_bytes(self, workload: Workload) -> int | None:
         """What activations may take of the memory of the smallest machine that has the GPUs."""
@@ -246,23 +259,27 @@ class Session:
             "context_bytes": self.gpu.context_bytes,
         }
 
+    def _adapter_facts(self) -> dict[str, Any]:
+        return {"adapter": self.adapter, "target_modules": self.target_modules}
+
+    def _cut(self, strategy: Strategy, sequence_length: int) -> Configuration:
+        """A model of few layers, all under *strategy*, in two micro-batches."""
+        return Configuration(
+            layers=uniform(strategy, PROFILED_LAYERS),
+            rank=1,
+            alpha=1,
+            sequence_length=sequence_length,
+            micro_batch_size=1,
+            gradient_accumulation_steps=2,
+            adapter=self.adapter,
+            target_modules=self.target_modules,
+        )
+
     def _meta_step(self, configuration: Configuration, like_layer: int | None = None) -> Any:
         from shallowflow.runtime.simulated import make_meta_step
 
         micro_batches = min(2, configuration.gradient_accumulation_steps)
         return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches, like_layer)
-
-
-def _cut(strategy: Strategy, sequence_length: int) -> Configuration:
-    """A model of few layers, all under *strategy*, in two micro-batches."""
-    return Configuration(
-        layers=uniform(strategy, PROFILED_LAYERS),
-        rank=1,
-        alpha=1,
-        sequence_length=sequence_length,
-        micro_batch_size=1,
-        gradient_accumulation_steps=2,
-    )
 
 
 def _with_buckets(peak: TracedPeak) -> TracedPeak:

@@ -62,7 +62,8 @@ def find_trade_offs(
     most = budget_bytes(gpu, workload) + gpu.context_bytes
     found: list[FrontierPoint] = []
     check(workload, model, gpu)
-    least = min(most, smallest_process_bytes(Session(model, gpu, progress), workload))
+    session = Session(model, gpu, progress, workload.adapter, workload.target_modules)
+    least = min(most, smallest_process_bytes(session, workload))
     for number in range(NUM_MEMORIES, 0, -1):
         memory = round(least * (most / least) ** ((number - 1) / (NUM_MEMORIES - 1)))
         for objective in OBJECTIVES:

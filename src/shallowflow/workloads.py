@@ -105,8 +105,8 @@ def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
         )
     rank = workload.rank
     if rank is None:
-        per_rank = session.parameters_per_rank(workload.sequence_length, packing=workload.packing is True)
-        rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank)
+        at_any, per_rank = session.adapter_parameters(workload.sequence_length, packing=workload.packing is True)
+        rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank, at_any)
         widest = model_facts.size(session.model.config, "hidden_size") or rank
         rank = max(workload.min_rank, min(rank, widest))
     return problem.cells(workload, session.gpu, rank, divisible_loss=divisible), rank

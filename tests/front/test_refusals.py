@@ -22,6 +22,11 @@ from tests.front.shell import SMALL, sfplan
         (["SmolLM2-135M", "--sequence-length", "8193"], ["8193", "--sequence-length 8192"]),
         (["SmolLM2-135M", "--rank", "577"], ["rank 577", "576"]),
         (["SmolLM2-135M", "--gpus", "3"], ["does not divide over 3", "--global-batch-size 18"]),
+        (
+            ["SmolLM2-135M", "--target-modules", "q_prj,v_proj"],
+            ["'q_prj'", "down_proj, gate_proj, k_proj"],
+        ),
+        (["SmolLM2-135M", "--target-modules", "q_proj,,v_proj"], ["names no modules", "such as q_proj,v_proj"]),
         (["gemma-3-1b-pt"], ["overflows in fp16", "--gpu l4"]),
         (["SmolLM2-135M", "--region", "atlantis-1"], ["atlantis-1", "us-east-1"]),
         (["SmolLM2-135M", "--rank", "8", "--min-rank", "32"], ["--rank 8 is less than --min-rank 32"]),

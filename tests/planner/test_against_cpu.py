@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from shallowflow.planner.profiler.simulate import traced_peak
-from shallowflow.planner.strategies import Activations, Configuration, WeightFormat
+from shallowflow.planner.strategies import Activations, Adapter, Configuration, TargetModules, WeightFormat
 from shallowflow.runtime.build import empty_model, transformers_config
 from shallowflow.runtime.meter import MeasuredPeak, measure_peak
 from shallowflow.runtime.step import MicroBatch, make_trainee
@@ -50,6 +51,27 @@ def combinations() -> Iterator[tuple[str, WeightFormat, Activations, int, int]]:
         yield family, weight_format, activations, *batches[index % len(batches)]
 
 
+@pytest.mark.parametrize("target_modules", ["all-linear", "names"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("family", "weight_format", "activations"),
+    [
+        ("llama", "nf4", "recompute"),
+        ("llama", "fp32", "offload"),
+        ("gpt2", "fp32", "save"),
+        ("gpt_neox", "int8", "recompute mlp"),
+    ],
+)
+def test_so_it_is_for_every_adapter(
+    family: str, weight_format: WeightFormat, activations: Activations, adapter: Adapter, target_modules: str
+) -> None:
+    """Whatever learns, and of whatever kind."""
+    chosen = configuration(weight_format, activations, sequence_length=128, gradient_accumulation_steps=2)
+    on: TargetModules = tiny.NAMES[family] if target_modules == "names" else "all-linear"
+
+    check(family, replace(chosen, adapter=adapter, target_modules=on))
+
+
 @pytest.mark.parametrize(
     ("family", "weight_format", "activations", "micro_batch_size", "accumulation"), list(combinations())
 )
@@ -65,6 +87,11 @@ def test_the_traced_peak_is_the_measured_one(
         gradient_accumulation_steps=accumulation,
     )
 
+    check(family, chosen)
+
+
+def check(family: str, chosen: Configuration) -> None:
+    """What is traced is what is measured."""
     real, num_adapters = measured(family, chosen)
 
     traced = traced_peak(tiny.meta_step(family, "cpu", chosen), tiny.target("cpu"))

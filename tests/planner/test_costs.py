@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 from shallowflow.planner import costs
 from shallowflow.planner.costs import OP_KINDS, SEGMENTS, Ints, StepProfile
 from shallowflow.planner.profiler.trace import Trace
-from shallowflow.planner.strategies import Activations, Configuration, Strategy, StrategyRun, WeightFormat
+from shallowflow.planner.strategies import (
+    Activations,
+    Adapter,
+    Configuration,
+    Strategy,
+    StrategyRun,
+    TargetGroup,
+    TargetModules,
+    WeightFormat,
+)
 from shallowflow.runtime.build import empty_model, transformers_config
 from shallowflow.runtime.step import MicroBatch, make_trainee
 from tests import flops as flop_count
@@ -38,6 +48,8 @@ def block_levels(trace: Trace, alignment: int) -> list[int]:
     micro_batch_size=st.integers(1, 6),
     rank=st.sampled_from([1, 4, 8, 13, 48]),  # less than the width, from which on adapters would be offloaded, too
     accumulation=st.integers(1, 2),
+    adapter=st.sampled_from(["lora", "lora", "dora"]),
+    on=st.sampled_from(["all-linear", "all-linear", "attention", "names"]),
 )
 def test_composition_is_the_full_trace(
     family: str,
@@ -47,8 +59,11 @@ def test_composition_is_the_full_trace(
     micro_batch_size: int,
     rank: int,
     accumulation: int,
+    adapter: Adapter,
+    on: TargetGroup | Literal["names"],
 ) -> None:
     """Footprints composed from three layers are those of all; only accumulation and the update are nearly so."""
+    target_modules: TargetModules = tiny.NAMES[family] if on == "names" else on
     chosen = configuration(
         weight_format,
         activations,
@@ -57,7 +72,9 @@ def test_composition_is_the_full_trace(
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=accumulation,
     )
-    profile = tiny.profiled(family, "t4", Strategy(weight_format=weight_format, activations=activations))
+    chosen = replace(chosen, adapter=adapter, target_modules=target_modules)
+    strategy = Strategy(weight_format=weight_format, activations=activations)
+    profile = tiny.profiled(family, "t4", strategy, adapter=adapter, target_modules=target_modules)
 
     composed = costs.footprint([(profile, num_layers)], micro_batch_size, rank, accumulates=accumulation > 1)
 

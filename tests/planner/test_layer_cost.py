@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,9 +15,10 @@ import shallowflow
 from shallowflow.planner import costs
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LayerCost, LengthProfile, Unlike, layer_cost
-from shallowflow.planner.strategies import Activations, Strategy, WeightFormat
+from shallowflow.planner.strategies import Activations, Adapter, Strategy, TargetModules, WeightFormat
 from shallowflow.profiles import ModelSpec, load_gpu, load_model
 from shallowflow.profiling import every_strategy, length_profile
+from shallowflow.runtime import build
 from shallowflow.session import RequestError, Session
 from tests.planner import tiny
 from tests.strategies import FORMATS, POLICIES, T4, step_profiles
@@ -65,6 +66,21 @@ def test_weights_weigh_what_their_format_does() -> None:
 
     bytes_per_weight = [num_bytes / num_weights for num_bytes in found]
     assert bytes_per_weight == pytest.approx([2, 1, 0.5 + 4 / 64, 0.5 + 1 / 64], rel=0.02)
+
+
+@pytest.mark.parametrize("target_modules", ["all-linear", "attention", ("q_proj", "down_proj")])
+@pytest.mark.parametrize("adapter", get_args(Adapter))
+def test_an_adapter_has_the_parameters_that_it_is_built_with(adapter: Adapter, target_modules: TargetModules) -> None:
+    """What rank is enough follows from the parameters of this kind of adapter on these modules, counted at any rank."""
+    config = {**tiny.LLAMA, "num_hidden_layers": 5}
+    chosen = Session(ModelSpec(name="tiny", config=config), T4, adapter=adapter, target_modules=target_modules)
+
+    at_any, per_rank = chosen.adapter_parameters(64)
+
+    for rank in (4, 12):
+        model = build.load_model(config)
+        adapted = build.add_adapters(model, rank, 2 * rank, adapter, target_modules)
+        assert at_any + rank * per_rank == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
 @given(

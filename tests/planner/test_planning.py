@@ -27,8 +27,9 @@ WORKS = pytest.mark.parametrize(
         replace(WORK, quantization="nf4", rank=8),
         replace(WORK, quantization="int8", objective="quality"),
         replace(WORK, quantization="fp16", global_batch_size=6, num_gpus=2),
+        replace(WORK, quantization="fp16", adapter="dora", target_modules="attention", activations="save"),
     ],
-    ids=["any", "short", "nf4", "int8 by quality", "two GPUs"],
+    ids=["any", "short", "nf4", "int8 by quality", "two GPUs", "DoRA in attention"],
 )
 
 

@@ -135,15 +135,19 @@ def test_more_gpus_cost_memory_and_waiting(problem: Problem, num_gpus: int) -> N
     assert (other.resident_bytes > one.resident_bytes) == (other.communication_seconds > 0)
 
 
-@given(st.integers(1, 10**12), st.integers(1, 10**8), st.integers(1, 300))
-def test_a_rank_is_enough_or_the_largest(tokens: int, per_rank: int, at_least: int) -> None:
-    """More tokens never need less, and the rank chosen holds what they teach unless it is the largest."""
-    rank = quality.enough_rank(tokens, per_rank, at_least)
+@given(st.integers(1, 10**12), st.integers(1, 10**8), st.integers(1, 300), st.integers(0, 10**10))
+def test_a_rank_is_enough_or_the_largest(tokens: int, per_rank: int, at_least: int, at_any: int) -> None:
+    """More tokens never need less, and the rank chosen is the smallest that holds what they teach, or the largest."""
+    rank = quality.enough_rank(tokens, per_rank, at_least, at_any)
+
+    def holds(some: int) -> bool:
+        bits = (some * per_rank + at_any) * quality.BITS_PER_PARAMETER
+        return bits >= tokens * quality.BITS_PER_TOKEN
 
     assert rank >= at_least
-    assert quality.enough_rank(2 * tokens, per_rank, at_least) >= rank
-    holds = rank * per_rank * quality.BITS_PER_PARAMETER >= tokens * quality.BITS_PER_TOKEN
-    assert holds or rank == max(quality.RANKS[-1], at_least)
+    assert quality.enough_rank(2 * tokens, per_rank, at_least, at_any) >= rank
+    assert holds(rank) or rank == max(quality.RANKS[-1], at_least)
+    assert not any(holds(some) for some in quality.RANKS if at_least <= some < rank)
 
 
 def test_harm_adds_up_to_the_error() -> None:

@@ -13,8 +13,11 @@ import torch
 
 from shallowflow.planner import costs
 from shallowflow.planner.costs import SEGMENTS, StepProfile
-from shallowflow.planner.profiler.profile import Misaligned, profile_step
+from shallowflow.planner.profiler.optimizers import NORM_CHUNK
+from shallowflow.planner.profiler.profile import CORNERS, Misaligned, profile_step
 from shallowflow.planner.strategies import Strategy
+from shallowflow.profiles import ModelSpec, load_gpu
+from shallowflow.session import Session
 from tests.planner import tiny
 from tests.strategies import same
 
@@ -110,6 +113,17 @@ def test_a_step_of_another_shape_is_misaligned(habit: Callable[[torch.Tensor, in
     """A step that does other things at another micro-batch, or has sizes that no polynomial gives, is refused."""
     with pytest.raises(Misaligned, match=reason):
         profile_step(lambda b, r: Toy(b, r, habit), tiny.target("t4"))
+
+
+def test_a_step_whose_norms_need_more_chunks_at_a_higher_rank_is_profiled() -> None:
+    """The table of chunks grows in steps, which an odd number of tensors, as DoRA has them, would not divide."""
+    wide = {**tiny.LLAMA, "intermediate_size": 5000}
+    session = Session(ModelSpec(name="wide", config=wide), load_gpu("t4"), adapter="dora")
+    strategy = Strategy(weight_format="fp16", activations="save")
+
+    (_, low), (_, high) = CORNERS[0], CORNERS[-1]
+    assert -(-low * 5000 // NORM_CHUNK) < -(-high * 5000 // NORM_CHUNK)
+    assert session.profile(strategy, 64).gradients.sum() > 0
 
 
 def test_every_segment_of_a_step_is_profiled() -> None:

@@ -11,7 +11,16 @@ from shallowflow.planner.profiler.kernels import Target
 from shallowflow.planner.profiler.profile import profile_step, profile_update
 from shallowflow.planner.profiler.simulate import trace_step
 from shallowflow.planner.profiler.trace import Trace
-from shallowflow.planner.strategies import Activations, Configuration, Optimizer, Strategy, WeightFormat, uniform
+from shallowflow.planner.strategies import (
+    Activations,
+    Adapter,
+    Configuration,
+    Optimizer,
+    Strategy,
+    TargetModules,
+    WeightFormat,
+    uniform,
+)
 from shallowflow.profiles import load_gpu
 from shallowflow.runtime.simulated import MetaStep, make_meta_step
 
@@ -50,6 +59,8 @@ GPT_NEOX: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "gpt_neox": GPT_NEOX}
+NAMES = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj"), "gpt_neox": ("dense_4h_to_h",)}
+"""Of each family, some linear modules of a layer."""
 
 
 def configuration(
@@ -98,7 +109,14 @@ def updated(family: str, gpu: str, optimizer: Optimizer, rank: int) -> StepProfi
 
 
 @cache
-def profiled(family: str, gpu: str, strategy: Strategy, sequence_length: int = 64) -> StepProfile:
+def profiled(
+    family: str,
+    gpu: str,
+    strategy: Strategy,
+    sequence_length: int = 64,
+    adapter: Adapter = "lora",
+    target_modules: TargetModules = "all-linear",
+) -> StepProfile:
     """The profile of a tiny model."""
 
     def make(micro_batch_size: int, rank: int) -> MetaStep:
@@ -109,6 +127,8 @@ def profiled(family: str, gpu: str, strategy: Strategy, sequence_length: int = 6
             sequence_length=sequence_length,
             micro_batch_size=micro_batch_size,
             gradient_accumulation_steps=2,
+            adapter=adapter,
+            target_modules=target_modules,
         )
         return meta_step(family, gpu, chosen)
 

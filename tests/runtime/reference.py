@@ -80,14 +80,17 @@ class Told:
 
 
 def trainee(family: str, configuration: Configuration, compute_dtype: str) -> Trainee:
-    """Ours, with random weights, norms, biases and adapters, so that each of them matters."""
+    """Ours, with random weights, norms, biases and adapters, so that each of them matters; lengths stay near theirs."""
     made = build.empty_model(build.transformers_config(FAMILIES[family]), compute_dtype, "cpu")
     _randomise(made, scale=0.15)
     ours = make_trainee(made, configuration, compute_dtype, tiny.CPU)
     maker = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in ours.parameters:
-            parameter.normal_(std=0.05, generator=maker)
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.05, generator=maker)
+            else:
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=maker))
     return ours
 
 
@@ -116,8 +119,14 @@ def plain(family: str, ours: Trainee, configuration: Configuration) -> torch.nn.
                 meant = _meant(base, key)
                 turned = isinstance(module, Conv1D) and not isinstance(base, Conv1D) and key == "weight"
                 parameter.copy_(meant.t() if turned else meant)
+    names = configuration.target_modules
     lora = LoraConfig(
-        r=configuration.rank, lora_alpha=configuration.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=configuration.rank,
+        lora_alpha=configuration.alpha,
+        use_dora=configuration.adapter == "dora",
+        use_rslora=configuration.adapter == "rslora",
+        target_modules=names if isinstance(names, str) else list(names),
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

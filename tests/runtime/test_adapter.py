@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from shallowflow.planner.strategies import Activations, WeightFormat
-from shallowflow.runtime import adapter, build
+from shallowflow.planner.strategies import Activations, Adapter, WeightFormat
+from shallowflow.runtime import adapter, build, dora, quantized
 from shallowflow.runtime.meter import allocator_levels
-from shallowflow.runtime.step import Trainee
+from shallowflow.runtime.step import Trainee, make_trainee
 from tests.runtime import tiny
 
 GPT2 = {
@@ -100,6 +101,53 @@ def test_one_layer_by_finite_differences(scaling: float, batch: int, length: int
     assert torch.autograd.gradcheck(run, (x, down, up))
 
 
+@given(scaling=st.floats(0.1, 8), length=st.integers(1, 5), has_bias=st.booleans(), seed=st.integers(0, 99))
+def test_one_rescaled_layer_by_finite_differences(scaling: float, length: int, has_bias: bool, seed: int) -> None:
+    """DoRA's derivatives, at constant lengths of the rows, are those that autograd's own check finds."""
+    torch.manual_seed(seed)
+    base = torch.nn.Linear(4, 3, bias=has_bias, dtype=torch.float64).requires_grad_(False)
+    x, down, up = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((length, 4), (2, 4), (3, 2))
+    )
+    magnitude, lengths = (torch.rand(3, dtype=torch.float64).add_(0.5) for _ in range(2))
+
+    def run(*tensors: torch.Tensor) -> Any:
+        return adapter._Rescaled.apply(*tensors, lengths, base, scaling)  # type: ignore[no-untyped-call]
+
+    assert torch.autograd.gradcheck(run, (x, down, up, magnitude.requires_grad_()))
+
+
+@pytest.mark.parametrize("weight_format", ["fp32", "int8", "nf4"])
+def test_rows_are_as_long_as_they_are(weight_format: WeightFormat) -> None:
+    """Lengths from the terms of their squares are those of the rows of the adapted matrix, and begin as the base's."""
+    made = tiny.trainee(weight_format, adapter="dora")
+    found = [m for m in made.model.modules() if hasattr(m, "lora_magnitude_vector")]
+    assert len(found) == 7 * tiny.NUM_LAYERS
+    for module in found:
+        held: Any = module
+        base = quantized.weight_of(held.base_layer, torch.float32)
+        summed = base + held.scaling["default"] * held.lora_B["default"].weight @ held.lora_A["default"].weight
+        torch.testing.assert_close(dora.row_lengths(held, "default", torch.float32), summed.norm(dim=1))
+        torch.testing.assert_close(held.lora_magnitude_vector["default"].squares.sqrt(), base.norm(dim=1))
+
+
+def test_a_row_of_zeros_is_no_trouble() -> None:
+    """As pruned weights have them: nothing is divided by nothing."""
+    base = tiny.base()
+    for layer in build.decoder_layers(base):
+        weight = layer.get_submodule("self_attn.v_proj").weight
+        assert isinstance(weight, torch.Tensor)
+        weight.data[3] = 0
+    expected = base(input_ids=tiny.random_batch([16]).input_ids).logits
+    made = make_trainee(base, replace(tiny.configuration(), adapter="dora"), "float32", tiny.CPU)
+
+    found = made.model(input_ids=tiny.random_batch([16]).input_ids).logits
+    outcomes = [made.step([tiny.random_batch([16, 12])]) for _ in range(3)]
+
+    torch.testing.assert_close(found, expected)
+    assert not any(outcome.skipped for outcome in outcomes)
+
+
 def test_transposed_weights_are_meant() -> None:
     """GPT-2's Conv1D keeps its matrix the other way round."""
     torch.manual_seed(0)
@@ -128,7 +176,7 @@ def test_transposed_weights_are_meant() -> None:
 @pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
 @pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
 def test_what_does_more_is_left_to_peft(setting: dict[str, Any]) -> None:
-    """DoRA, dropout and biases keep PEFT's forward pass."""
+    """Dropout, biases and DoRA as PEFT begins it keep PEFT's forward pass."""
     config = LoraConfig(r=4, target_modules=["q_proj"], **setting)
 
     assert adapter.fuse(get_peft_model(tiny.base(), config)) == 0
@@ -146,11 +194,12 @@ def test_a_disabled_adapter_is_not_there() -> None:
     assert torch.equal(without, tiny.base()(input_ids=tokens).logits)
 
 
-def test_less_is_kept(through_peft: Callable[..., Trainee]) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_less_is_kept(kind: Adapter, through_peft: Callable[..., Trainee]) -> None:
     """A half-precision micro-batch keeps less for its backward pass, and never holds as much."""
     peaks = []
     for make in (tiny.trainee, through_peft):
-        trainee = make("fp16", compute_dtype="float16")
+        trainee = make("fp16", compute_dtype="float16", adapter=kind)
         (levels,) = allocator_levels([functools.partial(gradients, trainee)])
         peaks.append(max(levels))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import shallowflow
-from shallowflow.planner.strategies import Strategy, StrategyRun, WeightFormat
+from shallowflow.planner.strategies import Strategy, StrategyRun, TargetModules, WeightFormat
 from shallowflow.profiles import FactsError, load_model
 from shallowflow.runtime import build, quantized
 from tests.runtime import tiny
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
+SMOLLM2, GPT2 = "HuggingFaceTB/SmolLM2-135M", "openai-community/gpt2"
 
 
 def test_a_shipped_model_is_built_without_weights() -> None:
@@ -87,15 +87,53 @@ def test_each_layer_gets_its_own_strategy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"),
+    ("name", "meant", "targets"),
     [
-        (SMOLLM2, ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-        ("openai-community/gpt2", ["c_attn", "c_fc", "c_proj"]),
+        (SMOLLM2, "all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
+        (GPT2, "all-linear", ["c_attn", "c_fc", "c_proj"]),
+        (SMOLLM2, "attention", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (GPT2, "attention", ["attn.c_proj", "c_attn"]),
+        (SMOLLM2, ("v_proj", "mlp.up_proj"), ["up_proj", "v_proj"]),
+        (GPT2, ("c_proj",), ["c_proj"]),
+        (GPT2, ("mlp.c_proj",), ["mlp.c_proj"]),
     ],
 )
-def test_adapters_go_on_every_linear_module_of_the_layers(name: str, targets: list[str]) -> None:
-    """The targets are the linear modules' own names, GPT-2's transposed ones included, and never the head."""
-    assert build.adapter_targets(build.load_model(name)) == targets
+def test_adapters_go_on_the_linear_modules_that_are_meant(name: str, meant: TargetModules, targets: list[str]) -> None:
+    """The targets are the linear modules' own names, GPT-2's transposed ones included, and never the head.
+
+    A name that others have, too, is told from theirs by what it is in.
+    """
+    model: Any = build.load_model(name)
+    assert build.adapter_targets(model, meant) == targets
+
+    adapted = build.add_adapters(model, rank=4, alpha=8, target_modules=meant)
+
+    ends = tuple(f".{target}" for target in targets)
+    wanted = {f"base_model.model.{name}" for name, _ in build.load_model(name).named_modules() if name.endswith(ends)}
+    assert {path.partition(".lora_")[0] for path, p in adapted.named_parameters() if p.requires_grad} == wanted
+
+
+@pytest.mark.parametrize(
+    ("config", "meant", "told"),
+    [
+        (tiny.CONFIG, ("q_proj", "q_prj"), "'q_prj'; the layers of LlamaForCausalLM have down_proj, gate_proj, k_proj"),
+        (tiny.CONFIG, ("lm_head",), "'lm_head'"),
+        (tiny.CONFIG, ("input_layernorm",), "'input_layernorm'"),
+        (
+            {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2},
+            "attention",
+            "have dt_proj, in_proj, x_proj",
+        ),
+    ],
+    ids=["misspelt", "head", "norm", "no attention"],
+)
+def test_modules_that_are_not_there_are_refused(config: dict[str, Any], meant: TargetModules, told: str) -> None:
+    """One line names what is missing and what the layers have."""
+    with pytest.raises(FactsError) as caught:
+        build.adapter_targets(build.load_model(config), meant)
+
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_new_adapter_changes_nothing() -> None:

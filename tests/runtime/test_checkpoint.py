@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime import checkpoint, interrupts
 from shallowflow.runtime.run import CHECKPOINTS, RunError, RunRequest, Silent, train
@@ -40,7 +41,19 @@ def whole(plans: dict[str, Plan], request_for: Requests, tmp_path: Path) -> tupl
 @pytest.mark.parametrize("weight_format", tiny.PLANNED_FORMATS)
 def test_resumed_is_as_in_one_go(weight_format: str, plans: dict[str, Plan], request_for: Requests) -> None:
     """Three steps and three more give the losses of six and the same adapter, to the last bit."""
-    plan = plans[weight_format]
+    check_resumed(plans[weight_format], request_for)
+
+
+def test_dora_resumed_is_as_in_one_go(tiny_folder: Path, request_for: Requests) -> None:
+    """Learned lengths are kept, and those of the base's rows are found again."""
+    fixed: dict[str, Any] = {"quantization": "nf4", "double_quantization": True, "activations": "save", "rank": 8}
+    fixed |= {"sequence_length": 32, "global_batch_size": 4, "micro_batch_size": 4, "loss_chunks": 1}
+
+    check_resumed(shallowflow.plan(str(tiny_folder), "cpu", adapter="dora", **fixed), request_for)
+
+
+def check_resumed(plan: Plan, request_for: Requests) -> None:
+    """Two sessions of *plan* come to what one does."""
     in_one = train(plan, request_for(num_steps=6, output=request_for().output.with_name("whole")))
     train(plan, request_for(num_steps=3))
 

@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import batches
+from shallowflow.planner.strategies import TargetModules
+from shallowflow.runtime import batches, build
 from shallowflow.runtime.documents import read_documents
 from shallowflow.runtime.merge import merge
 from shallowflow.runtime.run import RunError, RunRequest, train
+from shallowflow.runtime.weights import find_weights, load_weights
 from tests.front.shell import sfplan
 from tests.runtime import tiny
 
@@ -28,7 +31,11 @@ Requests = Callable[..., RunRequest]
 
 def perplexity(folder: Path, held_out: Path, length: int) -> float:
     """Of a folder's model, loaded by transformers alone and computed in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return perplexity_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder, held_out, length)
+
+
+def perplexity_of(model: Any, folder: Path, held_out: Path, length: int) -> float:
+    """Of *model*, whose tokenizer is in *folder*."""
     windows = batches.windows(read_documents(held_out), AutoTokenizer.from_pretrained(folder), length)
     total = 0.0
     for window in windows:
@@ -78,6 +85,52 @@ def test_rslora_is_planned_trained_and_merged(
     assert record.perplexity_before is not None and record.perplexity_after is not None
     assert perplexity(merged, held_out, 32) == pytest.approx(record.perplexity_after, rel=1e-3)
     assert record.perplexity_after < 0.95 * record.perplexity_before
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own call
+@pytest.mark.parametrize(
+    ("weight_format", "adapter", "target_modules"),
+    [
+        ("fp16", "dora", "all-linear"),
+        ("int8", "dora", "attention"),
+        ("nf4", "dora", ("q_proj", "up_proj")),
+        ("nf4", "lora", ("v_proj", "down_proj")),
+    ],
+)
+def test_dora_and_chosen_modules_are_planned_trained_and_merged(
+    weight_format: str,
+    adapter: str,
+    target_modules: TargetModules,
+    request_for: Requests,
+    held_out: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """Bytes are those predicted; what was learned is the same in the run, in PEFT on its own, and merged."""
+    sizes: dict[str, Any] = {"sequence_length": 32, "global_batch_size": 4, "micro_batch_size": 4, "rank": 8}
+    sizes |= {"quantization": weight_format, "activations": "save", "double_quantization": False, "loss_chunks": 1}
+    plan = shallowflow.plan(str(tiny_folder), "cpu", adapter=adapter, target_modules=target_modules, **sizes)
+    request = request_for(eval_data=held_out, num_steps=8, learning_rate=5e-3)
+
+    record = train(plan, request)
+    merged = merge(request.output, tmp_path / "merged", tiny_folder)
+
+    assert record.configuration == plan.configuration
+    for comparison in record.comparisons:
+        assert comparison.unit != "bytes" or abs(comparison.error) < 0.01
+    told = json.loads((request.output / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert told["use_dora"] == (adapter == "dora")
+    assert isinstance(target_modules, str) or sorted(told["target_modules"]) == sorted(target_modules)
+    assert record.perplexity_before is not None and record.perplexity_after is not None
+    assert record.perplexity_after < 0.95 * record.perplexity_before
+    near = pytest.approx(record.perplexity_after, rel=5e-3 if weight_format == "int8" else 1e-3)
+    assert perplexity(merged, held_out, 32) == near
+    if weight_format != "int8":  # of which PEFT's DoRA loses the scales on a CPU
+        base = load_weights(find_weights("tiny", tiny_folder), plan.model_config, "float32", plan.num_parameters)
+        build.apply_formats(base, plan.configuration.strategies(), "float32")
+        by_peft = PeftModel.from_pretrained(base, str(request.output / "adapter"))
+        by_peft.train()  # or a CPU repacks 4-bit weights, which PEFT's DoRA reads
+        assert perplexity_of(by_peft, tiny_folder, held_out, 32) == near
 
 
 @pytest.mark.parametrize("weight_format", ["fp16", "nf4"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 from bitsandbytes.autograd import _functions as products
 
-from shallowflow.planner.strategies import Activations, Configuration, Strategy, StrategyRun, WeightFormat
+from shallowflow.planner.strategies import Activations, Adapter, Configuration, Strategy, StrategyRun, WeightFormat
 from shallowflow.runtime.precision import LossScale
 from shallowflow.runtime.step import MicroBatch
 from tests.runtime import reference, tiny
@@ -117,6 +118,40 @@ def test_every_policy_learns_as_in_plain_fp32(
     chosen = configuration(weight_format, [activations, activations], loss_chunks=loss_chunks)
 
     check("llama", compute_dtype, chosen, tolerance(compute_dtype))
+
+
+@pytest.mark.parametrize("family", reference.FAMILIES)
+@pytest.mark.parametrize(
+    ("compute_dtype", "weight_format", "double"),
+    [("float32", "fp32", False), ("float32", "int8", False), ("float16", "nf4", True), ("bfloat16", "bf16", False)],
+)
+def test_dora_learns_as_in_plain_fp32(
+    family: str, compute_dtype: str, weight_format: WeightFormat, double: bool
+) -> None:
+    """DoRA's directions and lengths have the gradients of PEFT's own DoRA on what the stored weights stand for."""
+    chosen = replace(configuration(weight_format, double_quantization=double), adapter="dora")
+
+    check(family, compute_dtype, chosen, tolerance(compute_dtype))
+
+
+@pytest.mark.parametrize("activations", get_args(Activations))
+@pytest.mark.parametrize(("compute_dtype", "weight_format"), [("float32", "fp32"), ("float16", "nf4")])
+def test_dora_learns_so_under_every_policy(
+    compute_dtype: str, weight_format: WeightFormat, activations: Activations
+) -> None:
+    """Lengths are measured again where a layer is computed again, and outputs that are kept may be offloaded."""
+    chosen = replace(configuration(weight_format, [activations, activations]), adapter="dora")
+
+    check("qwen2", compute_dtype, chosen, tolerance(compute_dtype))
+
+
+@pytest.mark.parametrize("adapter", get_args(Adapter))
+@pytest.mark.parametrize("names", [("q_proj", "v_proj"), ("down_proj",), ("mlp.up_proj", "self_attn.o_proj")])
+def test_chosen_modules_learn_as_in_plain_fp32(adapter: Adapter, names: tuple[str, ...]) -> None:
+    """What PEFT puts adapters on by these names has ours, with its gradients, and nothing else learns."""
+    chosen = replace(configuration("fp32"), adapter=adapter, target_modules=names)
+
+    check("llama", "float32", chosen, tolerance("float32"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])

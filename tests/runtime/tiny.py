@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat, uniform
+from shallowflow.planner.strategies import Activations, Adapter, Configuration, Strategy, WeightFormat, uniform
 from shallowflow.runtime import build
 from shallowflow.runtime.batches import Window
 from shallowflow.runtime.loss import IGNORED_LABEL
@@ -60,14 +61,19 @@ def configuration(
 
 
 def trainee(
-    weight_format: WeightFormat = "fp32", activations: Activations = "save", compute_dtype: str = "float32"
+    weight_format: WeightFormat = "fp32",
+    activations: Activations = "save",
+    compute_dtype: str = "float32",
+    adapter: Adapter = "lora",
 ) -> Trainee:
     """The model ready to train, with an adapter whose two halves are both random, so that all gradients flow."""
-    made = make_trainee(base(compute_dtype), configuration(weight_format, activations), compute_dtype, CPU)
+    chosen = replace(configuration(weight_format, activations), adapter=adapter)
+    made = make_trainee(base(compute_dtype), chosen, compute_dtype, CPU)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters:
-            parameter.normal_(std=0.05)
+            if parameter.dim() > 1:  # not a row's length, which stays that of the base
+                parameter.normal_(std=0.05)
     return made
 
 
