@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shallowflow.planner.branch import BranchAndBound, solve
-from shallowflow.planner.certificate import Node, Tree, Unproven, lower_bound
+from shallowflow.planner.certificate import Node, Tree, lower_bound
 from shallowflow.planner.chain import Chain, Choice, Limits, backward_order, dominated, no_worse, taken
+from shallowflow.planner.needs import Unproven
 from tests.planner.chains import MIB, best, chains, choices, limited, ways
 
 EXACT = 1e-9
