@@ -26,8 +26,8 @@ MOST_PARTS = 50_000
 """Parts of ways that are followed at the root, where its prices leave few open."""
 MOST_PARTS_INSIDE = 3_000
 """The same, where the root is divided."""
-MOST_PARTS_IN_ALL = 250_000
-"""The same, of all that the proof asks to go through."""
+MOST_PARTS_IN_ALL = 300_000
+"""The same, of all that the proof asks to go through, a whole way counting as its layers; checking stops far above."""
 SHARES = (0.25, 0.5, 1.0)
 """Of what the root's score is below the best that is known, up to which ways are followed, until one is found."""
 STILL_TOO_WIDE = 0.7
@@ -86,6 +86,7 @@ class BranchAndBound:
         self._open: list[_Open] = []
         self._asked = False
         self._parts_left = MOST_PARTS_IN_ALL
+        self._num_layers = sum(group.num_layers for group in chain.groups)
         columns = len(self._relaxation.columns)
         self._raised, self._times = np.zeros((2, columns)), np.zeros((2, columns))
         point = self._solved({})
@@ -190,9 +191,9 @@ class BranchAndBound:
             if listed is None:
                 node.too_wide = STILL_TOO_WIDE * share * gap
                 return False
-            best = self._neighbours.best_of(listed.counts, listed.score_seconds)
+            best, looked_at = self._neighbours.best_of(listed.counts, listed.score_seconds)
             if best is not None or share == 1:
-                self._parts_left -= listed.num_parts
+                self._parts_left -= listed.num_parts + looked_at * self._num_layers
                 self._settle(node, point, best, cutoff_seconds)
                 return True
         return False

@@ -58,17 +58,22 @@ class Neighbours:
             whole[inside[np.argsort(whole[inside] - counts[inside], kind="stable")][:left]] += 1
         return whole, self._judged(whole)
 
-    def best_of(self, ways: Whole, score_seconds: Floats) -> Chosen | None:
-        """The best of *ways* that is within the limits, where they come in the order of scores known nearly."""
+    def best_of(self, ways: Whole, score_seconds: Floats) -> tuple[Chosen | None, int]:
+        """The best of *ways* that is within the limits, where they come in the order of scores known nearly.
+
+        The second of what is returned is how many were looked at.
+        """
         best, enough = None, float("inf")
+        looked_at = 0
         for counts, seconds in zip(ways, score_seconds.tolist(), strict=True):
             if seconds > enough:
                 break
+            looked_at += 1
             chosen = self._judged(counts)
             better = best is None or chosen.taken.score_picoseconds < best.taken.score_picoseconds
             if better and chosen.taken.within(self.limits):
                 best, enough = chosen, min(enough, seconds + NEARLY * max(1.0, seconds))
-        return best
+        return best, looked_at
 
     def around(self, start: Floats) -> Iterator[Chosen]:
         """The choice nearest to *start*, repaired where it is not allowed, and better and better ones from there."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .needs import Needs, Unproven
 
 MOST_PARTS = 1_000_000
-"""Parts of ways that are followed for one proof, before it is held for none."""
+"""Parts of ways that are followed for one proof, before it is held for none; a whole way counts as its layers."""
 
 Limited = tuple[Needs, int]
 """What a layer needs under each choice of each group, and how much there is for all layers."""
@@ -87,17 +87,21 @@ class OpenWays:
         while parts:
             counts, left, room = parts.pop()
             if len(counts) == len(stages):
+                self._count(sum(place.num_layers for place in places))
                 yield {(stage.group, stage.choice): n for stage, n in zip(stages, counts, strict=True)}
                 continue
             stage = stages[len(counts)]
             left = left if stage.starts is None else stage.starts
             able = stage.counts(left, room)
-            self.followed += len(able)
-            if self.followed > MOST_PARTS:
-                raise Unproven(f"leaves leave more open than {MOST_PARTS} parts of ways")
+            self._count(len(able))
             for count in able:
                 rest = [has - count * need for has, need in zip(room, stage.needs, strict=True)]
                 parts.append(((*counts, count), left - count, rest))
+
+    def _count(self, parts: int) -> None:
+        self.followed += parts
+        if self.followed > MOST_PARTS:
+            raise Unproven(f"leaves leave more open than {MOST_PARTS} parts of ways")
 
 
 def _excess(dear: Limited, places: Sequence[Place]) -> tuple[Needs, int] | None:
@@ -135,12 +139,9 @@ def _stages(rows: Sequence[Needs], places: Sequence[Place], slack: int) -> list[
         for at, choice in enumerate(able):
             needs = tuple(row[number][choice] for row in rows)
             starts = place.num_layers if at == len(able) - 1 else None
-            found.append(
-                _Stage(
-                    number, choice, place.most[choice], starts, at == 0, needs, needs if rest is None else rest, later
-                )
-            )
-            rest = needs if rest is None else tuple(map(min, rest, needs))
+            least = rest or needs
+            found.append(_Stage(number, choice, place.most[choice], starts, at == 0, needs, least, later))
+            rest = tuple(map(min, least, needs))
         assert rest is not None  # the marginal choice has no excess
         later = tuple(before + place.num_layers * least for before, least in zip(later, rest, strict=True))
     return found[::-1]
