@@ -1,4 +1,8 @@
-"""The best choice for one chain, with its proof: branch and bound over HiGHS's linear relaxation."""
+"""The best choice for one chain, with its proof: branch and bound over HiGHS's linear relaxation.
+
+Where a part's prices leave few ways open that score less than the best that is known, it is not divided: the ways are
+gone through.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ from .certificate import SCALE, Node, Tree
 from .chain import Chain, Limits, dominated
 from .listing import ways_below
 from .neighbours import Chosen, Neighbours
-from .relaxation import SECOND, Bounds, Floats, Point, Relaxation
+from .points import SECOND, Bounds, Floats, Point
+from .relaxation import Relaxation
 
 MOST_NODES = 4_000
 """Parts of a chain's choices that are looked into before the search stops with what it has."""
@@ -58,7 +63,11 @@ class Search:
 
 @dataclass(slots=True, order=True)
 class _Open:
-    """A part that may hold something better; where *point* is another part's, it is still to be looked into."""
+    """A part that may hold something better; where *point* is another part's, it is still to be looked into.
+
+    Attributes:
+        too_wide: seconds below the best that is known that leave too many ways open to go through.
+    """
 
     score_seconds: float
     number: int

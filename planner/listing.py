@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .certificate import SCALE
-from .relaxation import SECOND, Bounds, Floats, Point, Relaxation
+from .points import SECOND, Bounds, Floats, Point
+from .relaxation import Relaxation
 
 Whole = npt.NDArray[np.int64]
 MOST_WAYS = 2_000

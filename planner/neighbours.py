@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .chain import Chain, Counts, Limits, Taken, taken
-from .relaxation import Floats, Relaxation
+from .points import Floats
+from .relaxation import Relaxation
 
 MOST_MOVES = 40
 """Moves that are tried, the most promising first, before a choice is taken for the best near it."""

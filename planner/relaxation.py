@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import highspy
 import numpy as np
 import numpy.typing as npt
 
 from .certificate import SCALE, Node
-from .chain import Chain, Choice, Counts, Limits, backward_order
+from .chain import Chain, Counts, Limits, backward_order
 from .needs import Price, Row
+from .points import SECOND, Bounds, Column, Floats, Point, Priced
 from .rounding import Rounded, rounded_limits
 
-Floats = npt.NDArray[np.float64]
 PASSES: tuple[Row, ...] = ("forward", "backward")
 MIB = float(2**20)
-SECOND = 1e12
-"""Picoseconds in one."""
 VIOLATED_MIB = 1e-8
 WHOLE = 1e-6
 """A count this near to a whole number is taken for it."""
@@ -35,44 +33,6 @@ LARGEST_PRICES = 2.0**60
 """The sum of those that show a part to be infeasible; readers of JSON know whole numbers of 64 bits."""
 MOST_ROUNDS = 50
 """Of adding the rows that a solution breaks."""
-Bounds = Mapping[int, tuple[int, int]]
-"""How often a column's choice is made, least and most, where that is bounded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One choice that a group may make."""
-
-    group: int
-    choice: int
-    value: Choice
-
-
-@dataclass(frozen=True, slots=True)
-class Priced:
-    """A limit that has a price: what each column needs of it, how much there is, and seconds per unit."""
-
-    needs: Floats
-    limit: float
-    price: float
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The best there is in a box if layers could be divided.
-
-    Attributes:
-        counts: of each column.
-        reduced_seconds: what one more of each column costs; less than nothing if there are as many as there may be.
-        node: the leaf that proves *score_seconds*, or that nothing here is within the limits.
-        priced: the limits that have a price there.
-    """
-
-    score_seconds: float
-    counts: Floats
-    reduced_seconds: Floats
-    node: Node
-    priced: tuple[Priced, ...] = ()
 
 
 class _Silent(highspy.Highs):  # type: ignore[misc]
