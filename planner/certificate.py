@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cmp_to_key
 
 from .chain import Chain, Choice, Limits
-from .needs import Box, Price, Unproven, Whole, comes_before, rounded_row, row_of
+from .needs import Box, Needs, Price, Unproven, Whole, comes_before, rounded_row, row_of
 from .open_ways import Limited, OpenWays, Place
 from .weighing import weighed
 
@@ -61,11 +61,10 @@ def lower_bound(chain: Chain, limits: Limits, tree: Tree) -> int | None:
     Raises:
         Unproven: the tree is none, names what the chain has not, or a leaf shows less than it says.
     """
-    kept = _kept(chain, tree)
+    check = _Check(chain, limits, _kept(chain, tree))
     bounds: list[int] = []
-    opened = OpenWays()
     for node, box in _leaves(chain, tree):
-        least = _least(chain, limits, node, box, kept, opened)
+        least = check.least(node, box)
         if least is None:  # the box itself is empty
             continue
         if not node.infeasible:
@@ -128,46 +127,104 @@ def _leaves(chain: Chain, tree: Tree) -> Iterator[tuple[Node, Box]]:
         open_nodes.append((node.children[1], {**box, (group, choice): (max(least, most + 1), greatest)}))
 
 
-def _least(
-    chain: Chain, limits: Limits, node: Node, box: Box, kept: Sequence[Sequence[int]], opened: OpenWays
-) -> int | None:
-    """The leaf's bound in picoseconds, rounded down; of an infeasible one the excess of needs over limits.
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What a leaf's prices make of each choice and of what is outside of the layers, and what they are prices of."""
 
-    None if the box is empty.
-    """
-    share = node.device_share
-    if share > SCALE:
-        raise Unproven(f"the device's share is {share} of {SCALE}")
-    steps = 0 if node.infeasible else chain.gradient_accumulation_steps
-    on_device, on_host = steps * share, steps * (SCALE - share)
-    total = on_device * chain.device_picoseconds + on_host * chain.host_picoseconds
-    total += 0 if node.infeasible else SCALE * chain.update_picoseconds
-    weights = [
-        [
-            (0 if node.infeasible else SCALE * choice.penalty_picoseconds)
-            + on_device * choice.device_picoseconds
-            + on_host * choice.host_picoseconds
-            for choice in group.choices
+    weights: Needs
+    outside: int
+    limited: list[Limited]
+
+
+class _Check:
+    """The check of one chain's leaves; what a leaf's prices make of the choices is kept, as many share their prices."""
+
+    def __init__(self, chain: Chain, limits: Limits, kept: Sequence[Sequence[int]]) -> None:
+        self._chain, self._limits, self._kept = chain, limits, kept
+        self._opened = OpenWays()
+        self._last: tuple[tuple[int, bool, tuple[Price, ...]], _Weights] | None = None
+
+    def least(self, node: Node, box: Box) -> int | None:
+        """The leaf's bound in picoseconds, rounded down; of an infeasible one the excess of needs over limits.
+
+        None if the box is empty.
+        """
+        made = self._weights(node, box)
+        total = made.outside
+        for number, group in enumerate(self._chain.groups):
+            cheapest = _cheapest(made.weights[number], group.num_layers, number, box, self._kept[number])
+            if cheapest is None:
+                return None
+            total += cheapest
+        if node.infeasible:
+            return total
+        if node.at_least is None or node.at_least <= total // SCALE:
+            return total // SCALE
+        dear = (made.weights, SCALE * (node.at_least - 1) - made.outside)
+        self._go_through([dear, *_scores(self._chain, node.at_least - 1), *made.limited], box)
+        return node.at_least
+
+    def _weights(self, node: Node, box: Box) -> _Weights:
+        key = (node.device_share, node.infeasible, node.prices)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        chain, share = self._chain, node.device_share
+        if share > SCALE:
+            raise Unproven(f"the device's share is {share} of {SCALE}")
+        scale = 0 if node.infeasible else SCALE
+        steps = 0 if node.infeasible else chain.gradient_accumulation_steps
+        on_device, on_host = steps * share, steps * (SCALE - share)
+        outside = on_device * chain.device_picoseconds + on_host * chain.host_picoseconds
+        outside += scale * chain.update_picoseconds
+        weights = [
+            [
+                scale * choice.penalty_picoseconds
+                + on_device * choice.device_picoseconds
+                + on_host * choice.host_picoseconds
+                for choice in group.choices
+            ]
+            for group in chain.groups
         ]
-        for group in chain.groups
-    ]
-    limited = [_limited(chain, limits, price, box, kept) for price in node.prices]
-    for price, (needs, limit) in zip(node.prices, limited, strict=True):
-        total -= price.amount * limit
-        for weight, need in zip(weights, needs, strict=True):
-            for index, amount in enumerate(need):
-                weight[index] += price.amount * amount
-    outside = total
-    for number, group in enumerate(chain.groups):
-        cheapest = _cheapest(weights[number], group.num_layers, number, box, kept[number])
-        if cheapest is None:
-            return None
-        total += cheapest
-    if node.infeasible or node.at_least is None or node.at_least <= total // SCALE:
-        return total if node.infeasible else total // SCALE
-    dear = (weights, SCALE * (node.at_least - 1) - outside)
-    _go_through(chain, limits, [dear, *_scores(chain, node.at_least - 1), *limited], box, kept, opened)
-    return node.at_least
+        limited = [_limited(chain, self._limits, price, box, self._kept) for price in node.prices]
+        for price, (needs, limit) in zip(node.prices, limited, strict=True):
+            outside -= price.amount * limit
+            for weight, need in zip(weights, needs, strict=True):
+                for index, amount in enumerate(need):
+                    weight[index] += price.amount * amount
+        made = _Weights(weights, outside, limited)
+        fixed = all(
+            price.choice is None and (price.group is None or chain.groups[price.group].num_layers == 1)
+            for price in node.prices
+        )
+        self._last = (key, made) if fixed else None  # other limits depend on the box
+        return made
+
+    def _go_through(self, limited: Sequence[Limited], box: Box) -> None:
+        """Look at every way in *box* that keeps what is *limited*; Unproven if one is within the limits."""
+        groups = self._chain.groups
+        bounds = [
+            {index: box.get((number, index), (0, group.num_layers)) for index in self._kept[number]}
+            for number, group in enumerate(groups)
+        ]
+        certain = {(number, index): least for number, able in enumerate(bounds) for index, (least, _) in able.items()}
+        places = [
+            Place(
+                group.num_layers - sum(least for least, _ in able.values()),
+                {index: most - least for index, (least, most) in able.items() if most > least},
+            )
+            for group, able in zip(groups, bounds, strict=True)
+        ]
+        dear, *others = (
+            (needs, limit - sum(n * needs[number][index] for (number, index), n in certain.items()))
+            for needs, limit in limited
+        )
+        for way in self._opened.within(dear, others, places):
+            layers: list[Choice] = []
+            for number, group in enumerate(groups):
+                made = {i: certain[number, i] + way.get((number, i), 0) for i in self._kept[number]}
+                layers += _ordered(group.choices, made)
+            if not weighed(self._chain, layers).excess(self._limits):
+                raise Unproven("a way that scores less than a leaf promises is within the limits")
 
 
 def _limited(chain: Chain, limits: Limits, price: Price, box: Box, kept: Sequence[Sequence[int]]) -> Limited:
@@ -189,40 +246,6 @@ def _scores(chain: Chain, most: int) -> list[Limited]:
         for name in ("device_picoseconds", "host_picoseconds")
     )
     return [(on_device, most - steps * chain.device_picoseconds), (on_host, most - steps * chain.host_picoseconds)]
-
-
-def _go_through(
-    chain: Chain,
-    limits: Limits,
-    limited: Sequence[Limited],
-    box: Box,
-    kept: Sequence[Sequence[int]],
-    opened: OpenWays,
-) -> None:
-    """Look at every way in *box* that keeps what is *limited*; Unproven if one is within the limits."""
-    bounds = [
-        {index: box.get((number, index), (0, group.num_layers)) for index in kept[number]}
-        for number, group in enumerate(chain.groups)
-    ]
-    certain = {(number, index): least for number, able in enumerate(bounds) for index, (least, _) in able.items()}
-    places = [
-        Place(
-            group.num_layers - sum(least for least, _ in able.values()),
-            {index: most - least for index, (least, most) in able.items() if most > least},
-        )
-        for group, able in zip(chain.groups, bounds, strict=True)
-    ]
-    dear, *others = (
-        (needs, limit - sum(n * needs[number][index] for (number, index), n in certain.items()))
-        for needs, limit in limited
-    )
-    for way in opened.within(dear, others, places):
-        layers: list[Choice] = []
-        for number, group in enumerate(chain.groups):
-            made = {i: certain[number, i] + way.get((number, i), 0) for i in kept[number]}
-            layers += _ordered(group.choices, made)
-        if not weighed(chain, layers).excess(limits):
-            raise Unproven("a way that scores less than a leaf promises is within the limits")
 
 
 def _ordered(choices: Sequence[Choice], made: Mapping[int, int]) -> list[Choice]:

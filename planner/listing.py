@@ -173,4 +173,4 @@ def _ranges(stage: _Stage, rooms: Floats, left: Whole) -> tuple[Whole, Whole]:
         least = np.maximum(least, np.ceil((spare[:, lowers] / more[lowers]).max(axis=1)))
     level = ~(raises | lowers)
     greatest[(spare[:, level] < 0).any(axis=1)] = -1
-    return least.astype(np.int64), greatest.astype(np.int64)
+    return np.minimum(least, left + 1).astype(np.int64), np.maximum(greatest, -1).astype(np.int64)
