@@ -22,6 +22,8 @@ SEEDS = range(4)
 SHARES = (0.2, 0.5, 0.8)
 """Of the way from the least memory to the most."""
 MOST_NODES = 1_500
+PROVED = 1e-9
+"""A gap below which an optimum counts as proved."""
 MIB = 2**20
 STRATEGY = Strategy(weight_format="nf4", activations="save")
 WEIGHTS = ((436, 1.0, 0), (230, 1.06, 81_000), (140, 1.15, 8_281_000))
@@ -94,7 +96,7 @@ def different(num_layers: int, seed: int) -> tuple[Chain, Limits]:
 
 
 def row(posed: list[tuple[Chain, Limits]]) -> list[str]:
-    """Median and worst milliseconds, parts looked into, and the largest gap that the certificates leave."""
+    """Median and worst milliseconds, how many are proved in 50, parts, and the largest gap that certificates leave."""
     times, gaps, parts = [], [], []
     for chain, limits in posed:
         began = time.perf_counter()
@@ -104,7 +106,7 @@ def row(posed: list[tuple[Chain, Limits]]) -> list[str]:
         assert found.best is not None and shown is not None
         gaps.append(max(0.0, 1 - shown / found.best.taken.score_picoseconds))
         parts.append(len(found.tree.nodes))
-    quick = sum(t < 50 for t in times)
+    quick = sum(t < 50 and gap < PROVED for t, gap in zip(times, gaps, strict=True))
     return [
         f"{statistics.median(times):.0f}",
         f"{max(times):.0f}",
@@ -117,7 +119,7 @@ def row(posed: list[tuple[Chain, Limits]]) -> list[str]:
 def main() -> None:
     """Print a line for every kind of chain."""
     table = Table(box=None)
-    for name in ("chain, 36 strategies", "median ms", "worst", "under 50 ms", "parts", "largest gap"):
+    for name in ("chain, 36 strategies", "median ms", "worst", "proved in 50 ms", "parts", "largest gap"):
         table.add_column(name, justify="right" if table.columns else "left", no_wrap=True)
     for depth in DEPTHS:
         posed = [alike(depth, seed, share) for seed in SEEDS for share in SHARES]

@@ -1,26 +1,42 @@
-"""The best choice for one chain, with its proof: branch and bound over HiGHS's linear relaxation."""
+"""The best choice for one chain, with its proof: branch and bound over HiGHS's linear relaxation.
+
+Where a part's prices leave few ways open that score less than the best that is known, it is not divided: the ways are
+gone through.
+"""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from .certificate import SCALE, Node, Tree
 from .chain import Chain, Limits, dominated
+from .listing import ways_below
 from .neighbours import Chosen, Neighbours
-from .relaxation import Bounds, Floats, Point, Relaxation
+from .points import SECOND, Bounds, Floats, Point
+from .relaxation import Relaxation
 
 MOST_NODES = 4_000
 """Parts of a chain's choices that are looked into before the search stops with what it has."""
 WHOLE = 1e-6
 """A count this near to a whole number is taken for it."""
-NEGLIGIBLE = 1e-7
+NEGLIGIBLE = 1e-9
 """A bound this near to the best score, as a share of it, promises nothing better."""
 MOST_TRIED = 4
 """Counts by which a part is divided in thought, before it is divided by one of them."""
+MOST_PARTS = 50_000
+"""Parts of ways that are followed at the root, where its prices leave few open."""
+MOST_PARTS_INSIDE = 3_000
+"""The same, where the root is divided."""
+MOST_PARTS_IN_ALL = 300_000
+"""The same, of all that the proof asks to go through, a whole way counting as its layers; checking stops far above."""
+SHARES = (0.25, 0.5, 1.0)
+"""Of what the root's score is below the best that is known, up to which ways are followed, until one is found."""
+STILL_TOO_WIDE = 0.7
+"""Of a gap that left too many ways open: a narrower one is tried again."""
 STUBBORN = 1_000
 """Parts after which HiGHS's own search for whole numbers is asked, which takes as long as they did."""
 KNOWN = 2
@@ -47,13 +63,18 @@ class Search:
 
 @dataclass(slots=True, order=True)
 class _Open:
-    """A part that may hold something better; where *point* is another part's, it is still to be looked into."""
+    """A part that may hold something better; where *point* is another part's, it is still to be looked into.
+
+    Attributes:
+        too_wide: seconds below the best that is known that leave too many ways open to go through.
+    """
 
     score_seconds: float
     number: int
     point: Point = field(compare=False)
     bounds: Bounds = field(compare=False)
     seen: bool = field(compare=False, default=True)
+    too_wide: float = field(compare=False, default=float("inf"))
 
 
 class BranchAndBound:
@@ -73,6 +94,8 @@ class BranchAndBound:
         self._leaf_bounds: dict[int, float] = {}
         self._open: list[_Open] = []
         self._asked = False
+        self._parts_left = MOST_PARTS_IN_ALL
+        self._num_layers = sum(group.num_layers for group in chain.groups)
         columns = len(self._relaxation.columns)
         self._raised, self._times = np.zeros((2, columns)), np.zeros((2, columns))
         point = self._solved({})
@@ -97,7 +120,7 @@ class BranchAndBound:
         prices = [price for price in self._plain.node.prices if price.row in MOMENTS]
         if not prices:
             return 0.0, "nothing"
-        total = sum(price.amount for price in prices) / SCALE / 1e12
+        total = sum(price.amount for price in prices) / SCALE / SECOND
         return total, MOMENTS[max(prices, key=lambda price: price.amount).row]
 
     @property
@@ -115,6 +138,9 @@ class BranchAndBound:
             least = min(cutoff_seconds, self._best_seconds())
             if node.score_seconds < least * (1 - NEGLIGIBLE):
                 self._look_near(node)
+                if self._go_through(node, min(cutoff_seconds, self._best_seconds())):
+                    heapq.heappush(self._open, node)
+                    continue
                 least = min(cutoff_seconds, self._best_seconds())
             if node.score_seconds >= least * (1 - NEGLIGIBLE):
                 heapq.heappush(self._open, node)
@@ -127,7 +153,7 @@ class BranchAndBound:
         return Search(found, self.bound_seconds, self.proof)
 
     def _best_seconds(self) -> float:
-        return float("inf") if self.best is None else self.best.taken.score_picoseconds / 1e12
+        return float("inf") if self.best is None else self.best.taken.score_picoseconds / SECOND
 
     def _solved(self, bounds: Bounds) -> Point:
         point = self._relaxation.best(bounds)
@@ -136,12 +162,15 @@ class BranchAndBound:
             point = Point(0.0, nothing, nothing, Node())
         return point
 
-    def _push(self, point: Point, bounds: Bounds, score_seconds: float | None = None) -> int:
+    def _push(
+        self, point: Point, bounds: Bounds, score_seconds: float | None = None, too_wide: float = float("inf")
+    ) -> int:
         """A new part; with *score_seconds* one of which only that is known, and *point* is of what it is a part of."""
         score = point.score_seconds if score_seconds is None else score_seconds
         number = self._leaf(point, score)
         if score < float("inf"):
-            heapq.heappush(self._open, _Open(score, number, point, bounds, seen=score_seconds is None))
+            seen = score_seconds is None
+            heapq.heappush(self._open, _Open(score, number, point, bounds, seen=seen, too_wide=too_wide))
         return number
 
     def _leaf(self, point: Point, score_seconds: float) -> int:
@@ -157,23 +186,59 @@ class BranchAndBound:
         if node.score_seconds < float("inf"):
             heapq.heappush(self._open, node)
 
+    def _go_through(self, node: _Open, cutoff_seconds: float) -> bool:
+        """Raise *node*'s bound to *cutoff_seconds*, or to a better score that is found, if few ways are open below."""
+        root = node.number == 0
+        point = self._plain if root else node.point
+        gap = cutoff_seconds - point.score_seconds
+        if not node.seen or not gap < min(node.too_wide, float("inf")):
+            return False
+        for share in SHARES if root else SHARES[-1:]:
+            most_parts = min(MOST_PARTS if root else MOST_PARTS_INSIDE, self._parts_left)
+            below = cutoff_seconds if share == 1 else point.score_seconds + share * gap
+            listed = ways_below(self._relaxation, point, node.bounds, below, most_parts)
+            if listed is None:
+                node.too_wide = STILL_TOO_WIDE * share * gap
+                return False
+            best, looked_at = self._neighbours.best_of(listed.counts, listed.score_seconds)
+            if best is not None or share == 1:
+                self._parts_left -= listed.num_parts + looked_at * self._num_layers
+                self._settle(node, point, best, cutoff_seconds)
+                return True
+        return False
+
+    def _settle(self, node: _Open, point: Point, best: Chosen | None, cutoff_seconds: float) -> None:
+        """Keep *best* of *node*, in which nothing else scores less than the cutoff."""
+        at_least = round(cutoff_seconds * SECOND)
+        if best is not None:
+            at_least = min(at_least, best.taken.score_picoseconds)
+            self._keep(best)
+        node.score_seconds = at_least / SECOND
+        self._nodes[node.number] = replace(point.node, at_least=at_least)
+        self._leaf_bounds[node.number] = node.score_seconds
+
+    def _keep(self, chosen: Chosen) -> None:
+        if self.best is None or chosen.taken.score_picoseconds < self.best.taken.score_picoseconds:
+            self.best = chosen
+
     def _limits_of(self, node: _Open, column: int) -> tuple[int, int]:
         return node.bounds.get(column, (0, int(self._relaxation.layers[column])))
 
     def _narrowed(self, node: _Open, cutoff_seconds: float) -> _Open:
         """*node* without the counts that its point's prices alone show to be no better than *cutoff_seconds*."""
-        gap = cutoff_seconds - node.score_seconds
+        least = node.point.score_seconds
+        gap = cutoff_seconds - least
         if not gap < float("inf"):
             return node
         reduced = node.point.reduced_seconds
         for column in np.flatnonzero(np.abs(reduced) > gap / (2 * self._relaxation.layers)).tolist():
-            least, most = self._limits_of(node, column)
+            fewest, most = self._limits_of(node, column)
             moves = int(gap / abs(reduced[column]))
-            at_least, at_most = node.point.counts[column] < least + WHOLE, node.point.counts[column] > most - WHOLE
-            score = node.score_seconds + (moves + 1) * abs(float(reduced[column]))
-            if reduced[column] > 0 and at_least and least + moves < most:
-                node = self._cut(node, column, least + moves, keeps_lower=True, score_seconds=score)
-            elif reduced[column] < 0 and at_most and most - moves > least:
+            at_least, at_most = node.point.counts[column] < fewest + WHOLE, node.point.counts[column] > most - WHOLE
+            score = least + (moves + 1) * abs(float(reduced[column]))
+            if reduced[column] > 0 and at_least and fewest + moves < most:
+                node = self._cut(node, column, fewest + moves, keeps_lower=True, score_seconds=score)
+            elif reduced[column] < 0 and at_most and most - moves > fewest:
                 node = self._cut(node, column, most - moves - 1, keeps_lower=False, score_seconds=score)
         return node
 
@@ -183,9 +248,9 @@ class BranchAndBound:
         lower, upper = {**node.bounds, column: (least, most)}, {**node.bounds, column: (most + 1, greatest)}
         kept, dropped = (lower, upper) if keeps_lower else (upper, lower)
         number = self._leaf(node.point, node.score_seconds)
-        other = self._push(node.point, dropped, score_seconds=score_seconds)
+        other = self._push(node.point, dropped, score_seconds, node.too_wide)
         self._branch(node.number, column, most, [number, other] if keeps_lower else [other, number])
-        return _Open(node.score_seconds, number, node.point, kept)
+        return _Open(node.score_seconds, number, node.point, kept, too_wide=node.too_wide)
 
     def _branch(self, number: int, column: int, most: int, children: list[int]) -> None:
         where = self._relaxation.columns[column]
@@ -206,7 +271,7 @@ class BranchAndBound:
             if column < 0:
                 return
             sides = self._sides(node, column, most)
-        children = [self._push(point, bounds) for bounds, point in sides]
+        children = [self._push(point, bounds, too_wide=node.too_wide) for bounds, point in sides]
         self._branch(node.number, column, sides[0][0][column][1], children)
 
     def _sides(self, node: _Open, column: int, most: int) -> list[tuple[Bounds, Point]]:
@@ -253,14 +318,13 @@ class BranchAndBound:
     def _look_near(self, node: _Open) -> None:
         """Keep the best of the whole choices near the best point of *node*; at the root with more effort."""
         for chosen in self._near(node):
-            if chosen.taken.score_picoseconds < self._best_seconds() * 1e12:
-                self.best = chosen
+            self._keep(chosen)
 
     def _near(self, node: _Open) -> Iterator[Chosen]:
         if not node.seen:
             return
         if node.number == 0:
-            yield from self._around(node.point.counts)
+            yield from self._neighbours.around(node.point.counts)
             return
         _, chosen = self._neighbours.nearest(node.point.counts)
         if chosen.taken.within(self.limits):
@@ -268,18 +332,7 @@ class BranchAndBound:
         if len(self._nodes) >= STUBBORN and not self._asked:
             self._asked = True
             whole = self._relaxation.whole_counts({})
-            yield from () if whole is None else self._around(whole.astype(np.float64))
-
-    def _around(self, start: Floats) -> Iterator[Chosen]:
-        """The choice nearest to *start*, repaired where it is not allowed, and better and better ones from there."""
-        counts, chosen = self._neighbours.nearest(start)
-        if not chosen.taken.within(self.limits):
-            repaired = self._neighbours.repaired(counts, chosen)
-            if repaired is None:
-                return
-            counts, chosen = repaired
-        yield chosen
-        yield from self._neighbours.improved(counts, chosen)
+            yield from () if whole is None else self._neighbours.around(whole.astype(np.float64))
 
 
 def solve(chain: Chain, limits: Limits, most_nodes: int = MOST_NODES) -> Search:

@@ -2,42 +2,23 @@
 
 The proof is a tree. Its branches split the ways to choose by how often one choice is made; each leaf has a price per
 unit of every limited thing. Whatever is chosen within the leaf, its score is at least the sum, layer by layer, of the
-cheapest choice's score and priced needs, less the priced limits (Lagrange's bound). All of it is whole numbers.
+cheapest choice's score and priced needs, less the priced limits (Lagrange's bound). A leaf that promises more has left
+few ways open below that, and each is looked at. All of it is whole numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import cmp_to_key
 
-from .bounds import Meta
-from .chain import Chain, Choice, Group, Limits
+from .chain import Chain, Choice, Limits
+from .needs import Box, Needs, Price, Unproven, Whole, comes_before, rounded_row, row_of
+from .open_ways import Limited, OpenWays, Place
+from .reckoning import reckoned
 
 SCALE = 2**20
 """Prices are in picoseconds per SCALE units, shares in parts of SCALE."""
-
-Row = Literal["head", "update", "forward", "backward", "harm", "host", "device time", "host time"]
-Whole = Annotated[int, Meta(ge=0)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Price:
-    """What a unit of one limit is worth.
-
-    Attributes:
-        row: the limit: memory at a moment (the loss, the update, a group's forward or backward pass), or a sum.
-        group, choice: of ``forward`` and ``backward``: where; None is whichever layer of the group comes first.
-        divisor, references: the limit is first made stronger, as counts are whole: each group's needs are counted
-            from those of one of its choices, divided and rounded.
-    """
-
-    row: Row
-    amount: Whole
-    group: Whole | None = None
-    choice: Whole | None = None
-    divisor: Annotated[int, Meta(ge=1)] | None = None
-    references: tuple[Whole, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +30,7 @@ class Node:
         children: numbers of the two.
         device_share: of a micro-batch's time taken as the device's, the rest as the host's.
         infeasible: the prices alone show that nothing here is within the limits.
+        at_least: picoseconds that nothing here scores less than, which is seen by going through what prices leave open.
     """
 
     split: tuple[int, int, int] | None = None
@@ -56,6 +38,7 @@ class Node:
     device_share: Whole = SCALE
     prices: tuple[Price, ...] = ()
     infeasible: bool = False
+    at_least: Whole | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,26 +53,18 @@ class Tree:
     dominated: tuple[tuple[int | None, ...], ...]
 
 
-class Unproven(ValueError):
-    """A certificate that does not hold: why."""
-
-
-Box = dict[tuple[int, int], tuple[int, int]]
-"""How often a group's choice is made, least and most, where that is bounded."""
-
-
 def lower_bound(chain: Chain, limits: Limits, tree: Tree) -> int | None:
     """What every choice within *limits* scores at least, in picoseconds; None if the tree shows that there is none.
 
-    Takes time in proportion to nodes x prices x choices.
+    Takes time in proportion to nodes x prices x choices, and to what leaves leave open, of which there is a most.
 
     Raises:
         Unproven: the tree is none, names what the chain has not, or a leaf shows less than it says.
     """
-    kept = _kept(chain, tree)
+    check = _Check(chain, limits, _kept(chain, tree))
     bounds: list[int] = []
     for node, box in _leaves(chain, tree):
-        least = _least(chain, limits, node, box, kept)
+        least = check.least(node, box)
         if least is None:  # the box itself is empty
             continue
         if not node.infeasible:
@@ -152,41 +127,137 @@ def _leaves(chain: Chain, tree: Tree) -> Iterator[tuple[Node, Box]]:
         open_nodes.append((node.children[1], {**box, (group, choice): (max(least, most + 1), greatest)}))
 
 
-def _least(chain: Chain, limits: Limits, node: Node, box: Box, kept: Sequence[Sequence[int]]) -> int | None:
-    """The leaf's bound in picoseconds, rounded down; of an infeasible one the excess of needs over limits.
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What a leaf's prices make of each choice and of what is outside of the layers, and what they are prices of."""
 
-    None if the box is empty.
-    """
-    share = node.device_share
-    if share > SCALE:
-        raise Unproven(f"the device's share is {share} of {SCALE}")
-    steps = 0 if node.infeasible else chain.gradient_accumulation_steps
-    on_device, on_host = steps * share, steps * (SCALE - share)
-    total = on_device * chain.device_picoseconds + on_host * chain.host_picoseconds
-    total += 0 if node.infeasible else SCALE * (chain.update_picoseconds + chain.penalty_beyond_picoseconds)
-    weights = [
-        [
-            (0 if node.infeasible else SCALE * choice.penalty_picoseconds)
-            + on_device * choice.device_picoseconds
-            + on_host * choice.host_picoseconds
-            for choice in group.choices
+    weights: Needs
+    outside: int
+    limited: list[Limited]
+
+
+class _Check:
+    """The check of one chain's leaves; what a leaf's prices make of the choices is kept, as many share their prices."""
+
+    def __init__(self, chain: Chain, limits: Limits, kept: Sequence[Sequence[int]]) -> None:
+        self._chain, self._limits, self._kept = chain, limits, kept
+        self._opened = OpenWays()
+        self._last: tuple[tuple[int, bool, tuple[Price, ...]], _Weights] | None = None
+
+    def least(self, node: Node, box: Box) -> int | None:
+        """The leaf's bound in picoseconds, rounded down; of an infeasible one the excess of needs over limits.
+
+        None if the box is empty.
+        """
+        made = self._weights(node, box)
+        total = made.outside
+        for number, group in enumerate(self._chain.groups):
+            cheapest = _cheapest(made.weights[number], group.num_layers, number, box, self._kept[number])
+            if cheapest is None:
+                return None
+            total += cheapest
+        if node.infeasible:
+            return total
+        if node.at_least is None or node.at_least <= total // SCALE:
+            return total // SCALE
+        dear = (made.weights, SCALE * (node.at_least - 1) - made.outside)
+        self._go_through([dear, *_scores(self._chain, node.at_least - 1), *made.limited], box)
+        return node.at_least
+
+    def _weights(self, node: Node, box: Box) -> _Weights:
+        key = (node.device_share, node.infeasible, node.prices)
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        chain, share = self._chain, node.device_share
+        if share > SCALE:
+            raise Unproven(f"the device's share is {share} of {SCALE}")
+        scale = 0 if node.infeasible else SCALE
+        steps = 0 if node.infeasible else chain.gradient_accumulation_steps
+        on_device, on_host = steps * share, steps * (SCALE - share)
+        outside = on_device * chain.device_picoseconds + on_host * chain.host_picoseconds
+        outside += scale * (chain.update_picoseconds + chain.penalty_beyond_picoseconds)
+        weights = [
+            [
+                scale * choice.penalty_picoseconds
+                + on_device * choice.device_picoseconds
+                + on_host * choice.host_picoseconds
+                for choice in group.choices
+            ]
+            for group in chain.groups
         ]
-        for group in chain.groups
+        limited = [_limited(chain, self._limits, price, box, self._kept) for price in node.prices]
+        for price, (needs, limit) in zip(node.prices, limited, strict=True):
+            outside -= price.amount * limit
+            for weight, need in zip(weights, needs, strict=True):
+                for index, amount in enumerate(need):
+                    weight[index] += price.amount * amount
+        made = _Weights(weights, outside, limited)
+        fixed = all(
+            price.choice is None and (price.group is None or chain.groups[price.group].num_layers == 1)
+            for price in node.prices
+        )
+        self._last = (key, made) if fixed else None  # other limits depend on the box
+        return made
+
+    def _go_through(self, limited: Sequence[Limited], box: Box) -> None:
+        """Look at every way in *box* that keeps what is *limited*; Unproven if one is within the limits."""
+        groups = self._chain.groups
+        bounds = [
+            {index: box.get((number, index), (0, group.num_layers)) for index in self._kept[number]}
+            for number, group in enumerate(groups)
+        ]
+        certain = {(number, index): least for number, able in enumerate(bounds) for index, (least, _) in able.items()}
+        places = [
+            Place(
+                group.num_layers - sum(least for least, _ in able.values()),
+                {index: most - least for index, (least, most) in able.items() if most > least},
+            )
+            for group, able in zip(groups, bounds, strict=True)
+        ]
+        dear, *others = (
+            (needs, limit - sum(n * needs[number][index] for (number, index), n in certain.items()))
+            for needs, limit in limited
+        )
+        for way in self._opened.within(dear, others, places):
+            layers: list[Choice] = []
+            for number, group in enumerate(groups):
+                made = {i: certain[number, i] + way.get((number, i), 0) for i in self._kept[number]}
+                layers += _ordered(group.choices, made)
+            if not reckoned(self._chain, layers).excess(self._limits):
+                raise Unproven("a way that scores less than a leaf promises is within the limits")
+
+
+def _limited(chain: Chain, limits: Limits, price: Price, box: Box, kept: Sequence[Sequence[int]]) -> Limited:
+    """What has a *price*, after it is made stronger."""
+    needs, limit = row_of(chain, limits, price, box, kept)
+    if price.divisor is None:
+        return needs, limit
+    return rounded_row(chain, needs, limit, price.divisor, price.references)
+
+
+def _scores(chain: Chain, most: int) -> list[Limited]:
+    """What layers add to a score of *most*, and what is left of it, if the device is the bound, and if the host is."""
+    steps = chain.gradient_accumulation_steps
+    most -= chain.update_picoseconds + chain.penalty_beyond_picoseconds
+    on_device, on_host = (
+        [
+            [steps * getattr(choice, name) + choice.penalty_picoseconds for choice in group.choices]
+            for group in chain.groups
+        ]
+        for name in ("device_picoseconds", "host_picoseconds")
+    )
+    return [(on_device, most - steps * chain.device_picoseconds), (on_host, most - steps * chain.host_picoseconds)]
+
+
+def _ordered(choices: Sequence[Choice], made: Mapping[int, int]) -> list[Choice]:
+    """A group's layers in the order that makes its backward pass's peak the lowest, the last of which comes first."""
+
+    def backward(one: int, other: int) -> int:
+        return -1 if comes_before(choices, one, other) else 1
+
+    return [
+        choices[index] for index in sorted(made, key=cmp_to_key(backward), reverse=True) for _ in range(made[index])
     ]
-    for price in node.prices:
-        needs, limit = _row(chain, limits, price, box, kept)
-        if price.divisor is not None:
-            needs, limit = rounded_row(chain, needs, limit, price.divisor, price.references)
-        total -= price.amount * limit
-        for weight, need in zip(weights, needs, strict=True):
-            for index, amount in enumerate(need):
-                weight[index] += price.amount * amount
-    for number, group in enumerate(chain.groups):
-        cheapest = _cheapest(weights[number], group.num_layers, number, box, kept[number])
-        if cheapest is None:
-            return None
-        total += cheapest
-    return total // SCALE if not node.infeasible else total
 
 
 def _cheapest(weights: Sequence[int], num_layers: int, group: int, box: Box, kept: Sequence[int]) -> int | None:
@@ -203,126 +274,3 @@ def _cheapest(weights: Sequence[int], num_layers: int, group: int, box: Box, kep
         total += more * weights[index]
         left -= more
     return None if left else total
-
-
-Needs = list[list[int]]
-
-
-def rounded_row(chain: Chain, needs: Needs, limit: int, divisor: int, references: Sequence[int]) -> tuple[Needs, int]:
-    """What follows from needs within a limit because counts are whole (mixed-integer rounding: Nemhauser and Wolsey).
-
-    What each group's reference needs is first taken off all its layers, whose number is known. Of ``sum a n <= b``
-    follows ``sum (floor(a / d) (d - r) + max(0, a mod d - r)) n <= floor(b / d) (d - r)`` where ``r = b mod d``.
-
-    Raises:
-        Unproven: a reference is no choice.
-    """
-    if len(references) != len(needs) or any(r >= len(need) for r, need in zip(references, needs, strict=True)):
-        raise Unproven("a limit is rounded by references that are not there")
-    base = [need[reference] for need, reference in zip(needs, references, strict=True)]
-    left = limit - sum(group.num_layers * low for group, low in zip(chain.groups, base, strict=True))
-    times, rest = divmod(left, divisor)
-    strong = [
-        [(n - low) // divisor * (divisor - rest) + max(0, (n - low) % divisor - rest) for n in need]
-        for need, low in zip(needs, base, strict=True)
-    ]
-    return strong, times * (divisor - rest)
-
-
-def _row(chain: Chain, limits: Limits, price: Price, box: Box, kept: Sequence[Sequence[int]]) -> tuple[Needs, int]:
-    """What each layer under each choice adds to a limited thing, and what is left for the layers."""
-    sums: Mapping[str, tuple[str, int | None]] = {
-        "harm": ("harm", None if limits.harm is None else limits.harm - chain.harm_beyond),
-        "host": ("host_bytes", limits.host_bytes),
-        "device time": ("device_picoseconds", _layer_picoseconds(chain, limits, chain.device_picoseconds)),
-        "host time": ("host_picoseconds", _layer_picoseconds(chain, limits, chain.host_picoseconds)),
-    }
-    if price.row in sums:
-        name, limit = sums[price.row]
-        if limit is None:
-            raise Unproven(f"{price.row} has a price, and no limit")
-        return [[getattr(choice, name) for choice in group.choices] for group in chain.groups], limit
-    room = limits.memory_bytes - chain.fixed_bytes
-    if price.row in ("forward", "backward"):
-        return _moment(chain, price, room, box, kept)
-    needs = [[_after_forward(choice) for choice in group.choices] for group in chain.groups]
-    if price.row == "head":
-        return needs, room - chain.head_high_bytes
-    for need, group in zip(needs, chain.groups, strict=True):
-        for index, choice in enumerate(group.choices):
-            need[index] += choice.backward_change_bytes
-    return needs, room - chain.head_change_bytes - chain.update_high_bytes
-
-
-def _layer_picoseconds(chain: Chain, limits: Limits, outside: int) -> int | None:
-    """What all layers of one micro-batch may take."""
-    if limits.step_picoseconds is None:
-        return None
-    return (limits.step_picoseconds - chain.update_picoseconds) // chain.gradient_accumulation_steps - outside
-
-
-def _after_forward(choice: Choice) -> int:
-    return choice.resident_bytes + choice.forward_change_bytes + choice.release_bytes
-
-
-def _moment(chain: Chain, price: Price, room: int, box: Box, kept: Sequence[Sequence[int]]) -> tuple[Needs, int]:
-    """The worst moment of one layer's pass: of the first that a group's pass comes to, or of one that is certain.
-
-    Whichever layer of several comes first, it raises the level by what the least of those that may be there does.
-    """
-    group = _priced_group(chain, price, box, kept)
-    number, forward = price.group, price.row == "forward"
-    assert number is not None
-    needs: Needs = []
-    for index, other in enumerate(chain.groups):
-        done = index < number if forward else index > number
-        starts = [choice.resident_bytes if forward else _after_forward(choice) for choice in other.choices]
-        needs.append([s + done * _pass(c, forward)[1] for s, c in zip(starts, other.choices, strict=True)])
-    room -= 0 if forward else chain.head_change_bytes
-    if price.choice is None and group.num_layers == 1:
-        needs[number] = [n + _pass(c, forward)[0] for n, c in zip(needs[number], group.choices, strict=True)]
-        return needs, room
-    if price.choice is None:
-        may_be = [i for i in kept[number] if box.get((number, i), (0, group.num_layers))[1] >= 1]
-        return needs, room - min((_pass(group.choices[i], forward)[0] for i in may_be), default=0)
-    for index in kept[number]:
-        first, second = (price.choice, index) if forward else (index, price.choice)
-        if _comes_before(group.choices, first, second):
-            needs[number][index] += _pass(group.choices[index], forward)[1]
-    high, change = _pass(group.choices[price.choice], forward)
-    needs[number][price.choice] += max(0, change)  # the worst moment is that of the last of them
-    return needs, room - high + max(0, change)
-
-
-def _pass(choice: Choice, forward: bool) -> tuple[int, int]:
-    """The height and the change of a layer's forward or backward pass."""
-    if forward:
-        return choice.forward_high_bytes, choice.forward_change_bytes
-    return choice.backward_high_bytes, choice.backward_change_bytes
-
-
-def _priced_group(chain: Chain, price: Price, box: Box, kept: Sequence[Sequence[int]]) -> Group:
-    """The group whose pass has a *price*; Unproven where there is no such moment."""
-    if price.group is None or not price.group < len(chain.groups):
-        raise Unproven(f"a {price.row} pass has a price, and no group")
-    if price.choice is not None and price.choice not in kept[price.group]:
-        raise Unproven(f"choice {price.choice} of group {price.group} is dominated or not there")
-    if price.choice is not None and box.get((price.group, price.choice), (0, 0))[0] < 1:
-        raise Unproven(f"choice {price.choice} of group {price.group} need not be made")
-    return chain.groups[price.group]
-
-
-def _comes_before(choices: Sequence[Choice], one: int, other: int) -> bool:
-    """Whether a group's backward pass, in its best order, comes to *one* before it comes to *other*.
-
-    The lowest peak of jobs that raise and lower one level has those that lower it first, by ascending height, and
-    then the others, by descending height over what they leave (Abdel-Wahab and Kameda, 1978). The forward pass comes
-    to them the other way round.
-    """
-    a, b = choices[one], choices[other]
-    if (a.backward_change_bytes <= 0) != (b.backward_change_bytes <= 0):
-        return a.backward_change_bytes <= 0
-    if a.backward_change_bytes <= 0:
-        return (a.backward_high_bytes, one) < (b.backward_high_bytes, other)
-    left = b.backward_high_bytes - b.backward_change_bytes, a.backward_high_bytes - a.backward_change_bytes
-    return left[0] < left[1] or (left[0] == left[1] and one < other)

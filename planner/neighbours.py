@@ -9,13 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from .chain import Chain, Counts, Limits, Taken, taken
-from .relaxation import Floats, Relaxation
+from .points import Floats
+from .relaxation import Relaxation
 
 MOST_MOVES = 40
 """Moves that are tried, the most promising first, before a choice is taken for the best near it."""
 
 MOST_PAIRED = 600
 """Moves of which two together are looked at."""
+
+NEARLY = 1e-8
+"""Share of a score, or of a second, within which it is known where it was rounded."""
 
 Moves = tuple[int, ...]
 Whole = npt.NDArray[np.int64]
@@ -54,6 +58,34 @@ class Neighbours:
             left = group.num_layers - int(whole[inside].sum())
             whole[inside[np.argsort(whole[inside] - counts[inside], kind="stable")][:left]] += 1
         return whole, self._judged(whole)
+
+    def best_of(self, ways: Whole, score_seconds: Floats) -> tuple[Chosen | None, int]:
+        """The best of *ways* that is within the limits, where they come in the order of scores known nearly.
+
+        The second of what is returned is how many were looked at.
+        """
+        best, enough = None, float("inf")
+        looked_at = 0
+        for counts, seconds in zip(ways, score_seconds.tolist(), strict=True):
+            if seconds > enough:
+                break
+            looked_at += 1
+            chosen = self._judged(counts)
+            better = best is None or chosen.taken.score_picoseconds < best.taken.score_picoseconds
+            if better and chosen.taken.within(self.limits):
+                best, enough = chosen, min(enough, seconds + NEARLY * max(1.0, seconds))
+        return best, looked_at
+
+    def around(self, start: Floats) -> Iterator[Chosen]:
+        """The choice nearest to *start*, repaired where it is not allowed, and better and better ones from there."""
+        counts, chosen = self.nearest(start)
+        if not chosen.taken.within(self.limits):
+            repaired = self.repaired(counts, chosen)
+            if repaired is None:
+                return
+            counts, chosen = repaired
+        yield chosen
+        yield from self.improved(counts, chosen)
 
     def repaired(self, counts: Whole, chosen: Chosen) -> tuple[Whole, Chosen] | None:
         """*counts* with layers moved, each time to where what is too much shrinks most per second, until all fits."""

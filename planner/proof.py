@@ -10,8 +10,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
 from .bounds import Meta
-from .certificate import Node, Price, Row, Tree, Unproven, Whole, lower_bound
+from .certificate import Node, Tree, lower_bound
 from .chain import Chain, Choice, Group, Limits
+from .needs import Price, Row, Unproven, Whole
+from .reckoning import Reckoned, reckoned
 from .strategies import Cell, Configuration, Strategy
 
 Status = Literal["optimal", "within", "feasible"]
@@ -45,7 +47,8 @@ class CellProof:
         outside: what the step takes outside the layers, as a Chain has it.
         memory_bytes: how much may be allocated by composition: the budget, less what traced steps were fragmented by.
         nodes: the tree, one row of numbers a node: ``0, group, choice, most, child, child`` divides;
-            ``1 or 2, device share`` and its prices prove, 2 that nothing is within the limits. A price is
+            ``1 or 2, device share`` and its prices prove, 2 that nothing is within the limits;
+            ``3, device share, picoseconds`` and its prices, that what they leave open scores no less. A price is
             ``row, group + 1, choice + 1, amount, divisor or 0``, and with a divisor one reference a group.
         dominated: for every group and choice the number of a choice that is no worse, or -1.
     """
@@ -132,6 +135,8 @@ def _node_row(node: Node) -> tuple[int, ...]:
     if node.split is not None and node.children is not None:
         return (0, *node.split, *node.children)
     row = [2 if node.infeasible else 1, node.device_share]
+    if node.at_least is not None:
+        row = [3, node.device_share, node.at_least]
     for price in node.prices:
         group, choice = (0 if number is None else number + 1 for number in (price.group, price.choice))
         row += [ROWS.index(price.row), group, choice, price.amount, price.divisor or 0, *price.references]
@@ -142,10 +147,11 @@ def _node(row: Sequence[int], num_groups: int) -> Node:
     """The inverse of ``_node_row``; Unproven where *row* is none."""
     if row and row[0] == 0 and len(row) == 6:
         return Node(split=(row[1], row[2], row[3]), children=(row[4], row[5]))
-    if len(row) < 2 or row[0] not in (1, 2) or row[1] < 0:
+    facts = {1: 2, 2: 2, 3: 3}.get(row[0], 0) if row else 0
+    if not facts or len(row) < facts or min(row[1:facts]) < 0:
         raise Unproven("a node is neither a division nor a leaf")
     prices: list[Price] = []
-    rest = list(row[2:])
+    rest = list(row[facts:])
     while rest:
         if len(rest) < 5 or not 0 <= rest[0] < len(ROWS) or min(rest[1:5]) < 0:
             raise Unproven("a price is none")
@@ -164,7 +170,8 @@ def _node(row: Sequence[int], num_groups: int) -> Node:
                 references=references,
             )
         )
-    return Node(device_share=row[1], prices=tuple(prices), infeasible=row[0] == 2)
+    at_least = row[2] if row[0] == 3 else None
+    return Node(device_share=row[1], prices=tuple(prices), infeasible=row[0] == 2, at_least=at_least)
 
 
 def chain_of(proof: Proof, cell: CellProof) -> Chain:
@@ -221,29 +228,21 @@ def bound(proof: Proof, cell: CellProof) -> int | None:
         Unproven: the proof shows less than that.
     """
     chain = chain_of(proof, cell)
-    limits = Limits(
+    nodes = tuple(_node(row, len(chain.groups)) for row in cell.nodes)
+    dominated = tuple(tuple(None if by < 0 else by for by in group) for group in cell.dominated)
+    return lower_bound(chain, _limits(proof, cell), Tree(nodes=nodes, dominated=dominated))
+
+
+def _limits(proof: Proof, cell: CellProof) -> Limits:
+    return Limits(
         memory_bytes=cell.memory_bytes,
         harm=proof.harm,
         host_bytes=proof.host_bytes,
         step_picoseconds=proof.step_picoseconds,
     )
-    nodes = tuple(_node(row, len(chain.groups)) for row in cell.nodes)
-    dominated = tuple(tuple(None if by < 0 else by for by in group) for group in cell.dominated)
-    return lower_bound(chain, limits, Tree(nodes=nodes, dominated=dominated))
 
 
-@dataclass(frozen=True, slots=True)
-class Weighed:
-    """What a plan takes by its proof's own tables, layer by layer."""
-
-    peak_bytes: int
-    step_picoseconds: int
-    score_picoseconds: int
-    harm: int
-    host_bytes: int
-
-
-def weigh(proof: Proof, configuration: Configuration) -> tuple[CellProof, Weighed]:
+def weigh(proof: Proof, configuration: Configuration) -> tuple[CellProof, Reckoned]:
     """The cell of *configuration*, and what it takes.
 
     Raises:
@@ -263,7 +262,9 @@ def weigh(proof: Proof, configuration: Configuration) -> tuple[CellProof, Weighe
             if found is None:
                 raise Unproven(f"the proof does not speak of {strategy}")
             layers.append(_own(proof, len(layers), found))
-    return cell, _weighed(chain, layers)
+    if proof.harms:  # the layers' own, beyond which there is nothing
+        chain = replace(chain, groups=tuple(replace(group, harm_beyond=0) for group in chain.groups))
+    return cell, reckoned(chain, layers)
 
 
 def _own(proof: Proof, layer: int, choice: Choice) -> Choice:
@@ -272,31 +273,6 @@ def _own(proof: Proof, layer: int, choice: Choice) -> Choice:
         return choice
     harm = proof.harms[layer][proof.strategies.index(choice.strategy)]
     return replace(choice, harm=harm, penalty_picoseconds=proof.harm_price * harm)
-
-
-def _weighed(chain: Chain, layers: Sequence[Choice]) -> Weighed:
-    level = chain.fixed_bytes + sum(layer.resident_bytes for layer in layers)
-    levels = [level]
-    for layer in layers:
-        levels.append(level + layer.forward_high_bytes)
-        level += layer.forward_change_bytes
-    level += sum(layer.release_bytes for layer in layers)
-    levels.append(level + chain.head_high_bytes)
-    level += chain.head_change_bytes
-    for layer in reversed(layers):
-        levels.append(level + layer.backward_high_bytes)
-        level += layer.backward_change_bytes
-    levels.append(level + chain.update_high_bytes)
-    device = chain.device_picoseconds + sum(layer.device_picoseconds for layer in layers)
-    host = chain.host_picoseconds + sum(layer.host_picoseconds for layer in layers)
-    step = chain.gradient_accumulation_steps * max(device, host) + chain.update_picoseconds
-    return Weighed(
-        peak_bytes=max(levels),
-        step_picoseconds=step,
-        score_picoseconds=step + sum(layer.penalty_picoseconds for layer in layers),
-        harm=sum(layer.harm for layer in layers),
-        host_bytes=sum(layer.host_bytes for layer in layers),
-    )
 
 
 def verify(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
@@ -312,22 +288,15 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     missing = set(expected) - {cell.cell for cell in proof.cells}
     if missing:
         found.append(f"{len(missing)} of {len(expected)} cells have no proof, such as {next(iter(missing))}")
-    own, weighed = weigh(proof, configuration)
-    if weighed.score_picoseconds < 1:
-        raise Unproven(f"the plan scores {weighed.score_picoseconds}, and every step takes time")
-    within = (
-        ("memory", weighed.peak_bytes, own.memory_bytes),
-        ("weight error", weighed.harm, proof.harm),
-        ("host memory", weighed.host_bytes, proof.host_bytes),
-        ("time", weighed.step_picoseconds, proof.step_picoseconds),
-    )
+    own, needs = weigh(proof, configuration)
+    if needs.score_picoseconds < 1:
+        raise Unproven(f"the plan scores {needs.score_picoseconds}, and every step takes time")
     found += [
         f"the plan's {name} is {value}, more than its limit of {limit}"
-        for name, value, limit in within
-        if limit is not None and value > limit
+        for name, value, limit in needs.excess(_limits(proof, own))
     ]
-    if weighed.score_picoseconds != proof.score_picoseconds:
-        found.append(f"the plan scores {weighed.score_picoseconds}, its proof says {proof.score_picoseconds}")
+    if needs.score_picoseconds != proof.score_picoseconds:
+        found.append(f"the plan scores {needs.score_picoseconds}, its proof says {proof.score_picoseconds}")
     cut = {cell.cell for cell in proof.unfragmented}
     whole = [cell for cell in proof.cells if cell.cell not in cut]
     for cell in (*whole, *proof.unfragmented):
@@ -336,8 +305,8 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     bounds = {cell.cell: bound(proof, cell) for cell in proof.cells}
     before = [bound(proof, cell) for cell in proof.unfragmented] + [bounds[cell.cell] for cell in whole]
     for name, claimed, shown in (
-        ("gap", proof.gap, gap(weighed.score_picoseconds, list(bounds.values()))),
-        ("unfragmented_gap", proof.unfragmented_gap, gap(weighed.score_picoseconds, before)),
+        ("gap", proof.gap, gap(needs.score_picoseconds, list(bounds.values()))),
+        ("unfragmented_gap", proof.unfragmented_gap, gap(needs.score_picoseconds, before)),
     ):
         if shown > claimed + OPTIMAL_GAP / 1000:
             found.append(f"{name} is said to be {claimed:.2g} and shown to be {shown:.2g}")

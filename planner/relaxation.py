@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import highspy
 import numpy as np
 import numpy.typing as npt
 
-from .certificate import SCALE, Node, Price, Row
-from .chain import Chain, Choice, Counts, Limits, backward_order
+from .certificate import SCALE, Node
+from .chain import Chain, Counts, Limits, backward_order
+from .needs import Price, Row
+from .points import SECOND, Bounds, Column, Floats, Point, Priced
 from .rounding import Rounded, rounded_limits
 
-Floats = npt.NDArray[np.float64]
 PASSES: tuple[Row, ...] = ("forward", "backward")
 MIB = float(2**20)
-SECOND = 1e12
-"""Picoseconds in one."""
 VIOLATED_MIB = 1e-8
 WHOLE = 1e-6
 """A count this near to a whole number is taken for it."""
@@ -34,33 +33,6 @@ LARGEST_PRICES = 2.0**60
 """The sum of those that show a part to be infeasible; readers of JSON know whole numbers of 64 bits."""
 MOST_ROUNDS = 50
 """Of adding the rows that a solution breaks."""
-Bounds = Mapping[int, tuple[int, int]]
-"""How often a column's choice is made, least and most, where that is bounded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One choice that a group may make."""
-
-    group: int
-    choice: int
-    value: Choice
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The best there is in a box if layers could be divided.
-
-    Attributes:
-        counts: of each column.
-        reduced_seconds: what one more of each column costs; less than nothing if there are as many as there may be.
-        node: the leaf that proves *score_seconds*, or that nothing here is within the limits.
-    """
-
-    score_seconds: float
-    counts: Floats
-    reduced_seconds: Floats
-    node: Node
 
 
 class _Silent(highspy.Highs):  # type: ignore[misc]
@@ -83,6 +55,8 @@ class Relaxation:
         self._place = {(column.group, column.choice): i for i, column in enumerate(self.columns)}
         self.group = np.array([column.group for column in self.columns])
         self.layers = np.array([chain.groups[column.group].num_layers for column in self.columns], dtype=np.float64)
+        self.device_seconds, self.host_seconds = self._seconds("device_picoseconds"), self._seconds("host_picoseconds")
+        self.penalty_seconds = self._seconds("penalty_picoseconds")
         self._resident = self._bytes("resident_bytes")
         self._forward = self._bytes("forward_change_bytes")
         self._through = self._resident + self._forward + self._bytes("release_bytes")
@@ -94,16 +68,15 @@ class Relaxation:
         self._rows: dict[tuple[Row, int | None, int | None], int] = {}
         self._strong: dict[int, tuple[Price, float]] = {}
         self._upper: dict[int, float] = {}
+        self._needs: dict[int, Floats] = {}
+        self._most: dict[int, float] = {}  # of what a row limits, in the present box
         self._idle: set[int] = set()  # rows of choices that the present box need not make
         self._model = self._program()
 
     def best(self, bounds: Bounds) -> Point | None:
         """The best point where every column is within *bounds*; None if HiGHS cannot say."""
-        count = len(self.columns)
-        lower, upper = np.zeros(count), self.layers.copy()
-        for column, (least, most) in bounds.items():
-            lower[column], upper[column] = least, most
-        model = self._model
+        count, model = len(self.columns), self._model
+        lower, upper = self.box(bounds)
         model.changeColsBounds(count, np.arange(count, dtype=np.int32), lower, upper)
         self._settle_rows(lower, upper)
         for _ in range(MOST_ROUNDS):
@@ -120,13 +93,28 @@ class Relaxation:
         outside = (self.chain.update_picoseconds + self.chain.penalty_beyond_picoseconds) / SECOND
         prices = -np.array(solution.row_dual)
         reduced = np.array(solution.col_dual[:count])
-        return Point(model.getObjectiveValue() + outside, counts, reduced, self._leaf(prices))
+        return Point(
+            model.getObjectiveValue() + outside, counts, reduced, self._leaf(prices), tuple(self._priced(prices))
+        )
+
+    def box(self, bounds: Bounds) -> tuple[Floats, Floats]:
+        """How often each column's choice is made within *bounds*, least and most."""
+        lower, upper = np.zeros(len(self.columns)), self.layers.copy()
+        for column, (least, most) in bounds.items():
+            lower[column], upper[column] = least, most
+        return lower, upper
+
+    def _priced(self, prices: Floats) -> Iterator[Priced]:
+        for index, needs in self._needs.items():
+            if index not in self._idle and prices[index] > 0:
+                yield Priced(needs, self._most[index], float(prices[index]))
 
     def _settle_rows(self, lower: Floats, upper: Floats) -> None:
         """The limits of moments that depend on which choices must or may be made."""
         for (row, group, choice), index in self._rows.items():
             if group is not None and choice is None and self.chain.groups[group].num_layers > 1:
-                self._model.changeRowBounds(index, -highspy.kHighsInf, self._alone(row, group, upper)[1])
+                self._most[index] = self._alone(row, group, upper)[1]
+                self._model.changeRowBounds(index, -highspy.kHighsInf, self._most[index])
             if group is not None and choice is not None:
                 there = lower[self._place[group, choice]] >= 1
                 self._model.changeRowBounds(
@@ -140,9 +128,7 @@ class Relaxation:
             return None
         count, model = len(self.columns), self._model
         numbers = np.arange(count, dtype=np.int32)
-        lower, upper = np.zeros(count), self.layers.copy()
-        for column, (least, most) in bounds.items():
-            lower[column], upper[column] = least, most
+        lower, upper = self.box(bounds)
         model.changeColsBounds(count, numbers, lower, upper)
         self._settle_rows(lower, upper)
         search = _Silent()
@@ -184,6 +170,7 @@ class Relaxation:
             where = np.flatnonzero(values).astype(np.int32)
             self._model.addRow(-highspy.kHighsInf, strong.limit / strong.unit, len(where), where, values[where])
             self._strong[index] = (strong.price, strong.unit)
+            self._needs[index], self._most[index] = values, strong.limit / strong.unit
         return bool(found)
 
     def broken_choice(self, counts: Floats, bounds: Bounds) -> int | None:
@@ -222,13 +209,13 @@ class Relaxation:
         model.setOptionValue("threads", 1)
         model.setOptionValue("primal_feasibility_tolerance", 1e-9)
         model.addVars(count + 1, np.zeros(count + 1), np.append(self.layers, highspy.kHighsInf))
-        costs = np.append(self._seconds("penalty_picoseconds"), chain.gradient_accumulation_steps)
+        costs = np.append(self.penalty_seconds, chain.gradient_accumulation_steps)
         model.changeColsCost(count + 1, np.arange(count + 1, dtype=np.int32), costs)
         for number, group in enumerate(chain.groups):
             inside = np.flatnonzero(self.group == number).astype(np.int32)
             model.addRow(group.num_layers, group.num_layers, len(inside), inside, np.ones(len(inside)))
         self._model = model
-        device, host = self._seconds("device_picoseconds"), self._seconds("host_picoseconds")
+        device, host = self.device_seconds, self.host_seconds
         self._first_time_row = len(chain.groups)
         for seconds, outside in ((device, chain.device_picoseconds), (host, chain.host_picoseconds)):
             values, where = np.append(seconds, -1.0), np.arange(count + 1, dtype=np.int32)
@@ -251,7 +238,8 @@ class Relaxation:
     def _add(self, key: tuple[Row, int | None, int | None], values: Floats, limit: float) -> None:
         where = np.flatnonzero(values).astype(np.int32)
         self._rows[key] = index = self._model.getNumRow()
-        self._upper[index] = limit
+        self._upper[index] = self._most[index] = limit
+        self._needs[index] = values
         self._model.addRow(-highspy.kHighsInf, limit, len(where), where, values[where])
 
     def _add_broken(self, counts: Floats, lower: Floats, upper: Floats) -> bool:

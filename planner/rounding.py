@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from .certificate import Needs, Price, Row, rounded_row
 from .chain import Chain, Choice, Limits
+from .needs import Needs, Price, Row, rounded_row
 
 TIMES: set[tuple[Row, int | None]] = {("device time", None), ("host time", None)}
 

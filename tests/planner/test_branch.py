@@ -8,9 +8,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import solver
+from shallowflow.planner import branch, open_ways
 from shallowflow.planner.branch import BranchAndBound, solve
-from shallowflow.planner.certificate import Node, Tree, Unproven, lower_bound
+from shallowflow.planner.certificate import Node, Tree, lower_bound
 from shallowflow.planner.chain import Chain, Choice, Limits, backward_order, dominated, no_worse, taken
+from shallowflow.planner.needs import Unproven
 from tests.planner.chains import MIB, best, chains, choices, limited, ways
 
 EXACT = 1e-9
@@ -36,6 +39,71 @@ def test_the_answer_is_the_enumerations(problem: tuple[Chain, Limits]) -> None:
     shown = lower_bound(chain, limits, found.tree)
     assert shown is not None
     assert expected.score_picoseconds * (1 - 2e-7) <= shown <= expected.score_picoseconds * (1 + EXACT) + 1
+
+
+@settings(max_examples=200)
+@given(limited(), st.sampled_from([0, 3, 30]), st.sampled_from([0, 3, 30]))
+def test_the_answer_is_the_same_however_few_ways_are_gone_through(
+    problem: tuple[Chain, Limits], at_the_root: int, inside: int
+) -> None:
+    """What is too much to go through is divided, and the proof then shows the same."""
+    chain, limits = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch, "MOST_PARTS", at_the_root)
+        patch.setattr(branch, "MOST_PARTS_INSIDE", inside)
+        found = solve(chain, limits)
+
+    expected = best(chain, limits)
+    assert (found.best and found.best.taken.score_picoseconds) == (expected and expected.score_picoseconds)
+    shown = lower_bound(chain, limits, found.tree)
+    if expected is None:
+        assert shown is None
+        return
+    assert shown is not None
+    assert expected.score_picoseconds * (1 - 2e-7) <= shown <= expected.score_picoseconds * (1 + EXACT) + 1
+
+
+@pytest.mark.parametrize("num_layers", [32, 126])
+def test_layers_alike_are_proved_to_the_picosecond_without_a_division(num_layers: int) -> None:
+    """Of 36 strategies the prices leave so few ways open that each is looked at."""
+    chain, limits = solver.alike(num_layers, seed=1, share=0.2)
+
+    found = solve(chain, limits)
+
+    assert found.best is not None
+    assert len(found.tree.nodes) == 1
+    assert lower_bound(chain, limits, found.tree) == found.best.taken.score_picoseconds
+
+
+@settings(max_examples=150)
+@given(limited(), st.data())
+def test_a_leaf_is_gone_through_whatever_its_prices(problem: tuple[Chain, Limits], data: st.DataObject) -> None:
+    """It shows the best score, and nothing above; anything, where nothing is within the limits."""
+    chain, limits = problem
+    found, expected = solve(chain, limits), best(chain, limits)
+    leaves = [node for node in found.tree.nodes if node.split is None and not node.infeasible]
+    leaf = data.draw(st.sampled_from([Node(), *leaves]))
+    leaf = replace(leaf, prices=tuple(p for p in leaf.prices if p.choice is None and p.divisor is None))
+
+    def shown(at_least: int) -> int | None:
+        return lower_bound(chain, limits, replace(found.tree, nodes=(replace(leaf, at_least=at_least),)))
+
+    if expected is None:
+        assert shown(10**16) == 10**16
+        return
+    assert shown(expected.score_picoseconds) == expected.score_picoseconds
+    with pytest.raises(Unproven, match="scores less than a leaf promises"):
+        shown(expected.score_picoseconds + 1)
+
+
+def test_a_leaf_that_leaves_too_much_open_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check ends, whatever a proof asks it to go through."""
+    monkeypatch.setattr(open_ways, "MOST_PARTS", 20_000)
+    chain, _ = solver.alike(32, seed=1, share=0.2)
+    everything = tuple(tuple(None for _ in group.choices) for group in chain.groups)
+
+    with pytest.raises(Unproven, match="leave more open"):
+        lower_bound(chain, Limits(memory_bytes=1), Tree(nodes=(Node(at_least=2**60),), dominated=everything))
 
 
 @settings(max_examples=150)

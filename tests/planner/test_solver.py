@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from shallowflow.planner import problem as posing
 from shallowflow.planner import proof as proving
-from shallowflow.planner.certificate import Unproven
 from shallowflow.planner.chain import taken
 from shallowflow.planner.memory_record import TracedPeak
+from shallowflow.planner.needs import Unproven
 from shallowflow.planner.plan import MemoryPart
 from shallowflow.planner.problem import Problem
 from shallowflow.planner.single import smallest
