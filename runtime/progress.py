@@ -27,8 +27,10 @@ class Progress:
         best: the adapter of the best evaluation, on the CPU; None where none is kept.
         alternative: the plan's alternative that is run; None for the plan's own configuration.
         saved: how many updates, evaluations and fallbacks the newest checkpoint holds.
+        peak, peaks: measured, the highest and each process's.
         clock: when this session began.
         failure: why the run cannot go on.
+        lost: whether that is another process's end.
     """
 
     started: str
@@ -42,8 +44,10 @@ class Progress:
     best: dict[str, torch.Tensor] | None = None
     alternative: int | None = None
     peak: MeasuredPeak | None = None
+    peaks: list[MeasuredPeak] = field(default_factory=list)
     outcome: Outcome = "completed"
     failure: str | None = None
+    lost: bool = False
     clock: float = field(default_factory=time.perf_counter)
     earlier_seconds: float = 0.0
     saved: tuple[int, int, int] = (0, 0, 0)

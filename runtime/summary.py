@@ -38,6 +38,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         started=progress.started,
         seconds=seconds,
         usd=None if request.usd_per_hour is None else seconds / 3600 * request.usd_per_hour,
+        peaks=tuple(progress.peaks),
         comparisons=compare.comparisons(prediction, progress.peak, under, on_cpu=plan.gpu == "cpu"),
         perplexity_before=before[0] if before else None,
         perplexity_after=after[0] if after and ended else None,
