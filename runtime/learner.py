@@ -147,7 +147,7 @@ class Learner:
             configuration.gradient_accumulation_steps * configuration.num_gpus,
             configuration.sequence_length,
             work.request.seed,
-            first_whole=progress.fallbacks[-1].went_on_at if progress.fallbacks else 0,
+            first_whole=progress.began_at,
         )
         made = training_steps(
             self.trainee,

@@ -63,13 +63,15 @@ def _begun(plan: Plan, request: RunRequest, watcher: Watcher, ranks: Ranks) -> W
 def _trained(work: Work) -> RunRecord:
     plan, request, ranks = work.plan, work.request, work.ranks
     progress = Progress(started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    _check_alike(work)
     with contextlib.ExitStack() as held:
+        moves = False
         if ranks.leads:
             held.enter_context(folder.claimed(request.output))
-            folder.check_same(plan, request)
+            moves = folder.check_same(plan, request)
         if work.device.type == "cpu":
             held.enter_context(keeping_freed_memory())
-        path = _go_on(request, progress, ranks) if request.resume else None
+        path = _go_on(work, progress, moves=ranks.led(moves)) if request.resume else None
         for note in progress.notes:
             work.watcher.note(note)
         learner, kept = learned(work, progress, path)
@@ -126,13 +128,34 @@ def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Win
     return found
 
 
-def _go_on(request: RunRequest, progress: Progress, ranks: Ranks) -> Path | None:
-    """Put the newest good checkpoint, if there is one, into *progress*."""
-    path, state = found(request, progress, ranks)
+def _check_alike(work: Work) -> None:
+    """Refuse to learn anything else than the first process does; where the weights lie is each one's own affair.
+
+    Raises:
+        RunError: which process differs, and in what.
+    """
+    if not work.ranks.talks:
+        return
+    mine = {**folder.fingerprint(work.plan, work.request), "weights": ""}
+    first, *others = work.ranks.gathered(mine)
+    for rank, other in enumerate(others, start=1):
+        differing = [name for name in first if first[name] != other[name]]
+        if differing:
+            joining.end_together()
+            raise RunError(f"rank {rank} was given another {differing[0]} than rank 0; give all the same")
+
+
+def _go_on(work: Work, progress: Progress, *, moves: bool) -> Path | None:
+    """Put the newest good checkpoint, if there is one, into *progress*; a run that *moves* began with another plan."""
+    path, state = found(work.request, progress, work.ranks)
     if state is not None:
         progress.go_back_to(state)
         progress.started, progress.earlier_seconds = state.started, state.seconds
-        progress.alternative = state.alternative
+        if moves:
+            progress.moved_at = len(state.steps)
+            progress.notes.append(f"on with {words.counted(work.plan.configuration.num_gpus, 'GPU')}, not as it began")
+        else:
+            progress.alternative = state.alternative
         progress.notes.append(f"resumed after step {len(state.steps)}")
     elif progress.notes:
         progress.notes.append("no checkpoint is left to go on from: the run starts again from step 0")
