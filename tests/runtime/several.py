@@ -26,7 +26,7 @@ import torch
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import joining
+from shallowflow.runtime import build, joining, quantized
 from shallowflow.runtime.batches import Group
 from shallowflow.runtime.learner import Learner
 from shallowflow.runtime.record import StepRecord
@@ -272,6 +272,8 @@ def main() -> None:
     """Answer each line on standard input."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    quantized.bitsandbytes()  # here, and not in every fork; peft likewise
+    build.add_adapters(tiny.base(), rank=1, alpha=1)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         print(json.dumps(globals()[name](*arguments)), flush=True)
