@@ -117,12 +117,13 @@ def train_command(
         track=track,
         data_format=data_format,
     )
+    leads = processes.leads()
     if dry_run:
-        _rehearse(loaded, request, as_json)
+        if leads:
+            _rehearse(loaded, request, as_json)
         return
     if loaded.configuration.num_gpus > 1 and not processes.are_started():
         processes.start(loaded, nodes, output)
-    leads = processes.leads()
     with processes.speaking(), watching(loaded) if leads else contextlib.nullcontext() as watcher:
         record = train(loaded, request, watcher)
     if as_json and leads:
