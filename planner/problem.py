@@ -314,14 +314,13 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
     first = problem.updated(profiles[0], cell.optimizer, problem.kinds[0])
     states = sum(costs.state_bytes(profile, rank) for profile in _of_layers(problem, cell.optimizer))
     gradients = costs.gradient_bytes(first, num_layers, rank)
-    buckets = gradients if problem.workload.num_gpus > 1 else 0
     update = max(device["update"], host["update"]) * num_layers / costs.PROFILED_LAYERS
     link = communication.pcie(problem.gpu.pcie_bytes_per_second)
     waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus, link)
     return Chain(
         groups=groups,
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
-        fixed_bytes=costs.outside_bytes(first, size, rank) + states + workspaces + buckets,
+        fixed_bytes=costs.outside_bytes(first, size, rank) + states + workspaces,
         head_high_bytes=curve["head"].high,
         head_change_bytes=curve["head"].change,
         update_high_bytes=curve["update"].high * num_layers // costs.PROFILED_LAYERS,
@@ -345,13 +344,12 @@ def predict(problem: Problem, configuration: Configuration) -> Prediction:
     num_gpus, accumulation = configuration.num_gpus, configuration.gradient_accumulation_steps
     footprint = costs.footprint(runs, micro_batch_size, rank, accumulates=accumulation > 1)
     gradient_bytes = sum(costs.gradient_bytes(profile, count, rank) for profile, count in runs)
-    buckets = gradient_bytes if num_gpus > 1 else 0
-    allocated = footprint.peak_allocated_bytes + buckets
+    allocated = footprint.peak_allocated_bytes
     compute = latency.step_seconds(runs, micro_batch_size, rank, gpu).step(accumulation)
     waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, communication.pcie(gpu.pcie_bytes_per_second))
     tokens = configuration.global_batch_size * configuration.sequence_length
     return Prediction(
-        resident_bytes=footprint.resident_bytes + buckets,
+        resident_bytes=footprint.resident_bytes,
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=allocated,
         peak_process_bytes=allocated + gpu.context_bytes,

@@ -11,11 +11,13 @@ import torch
 from shallowflow.planner.plan import Plan
 
 from . import checkpoint, fallback, folder, interrupts, promise, quantized
+from .joining import together
 from .learner import Diverged, Learner, Work
 from .progress import Progress
 from .promise import Promise
+from .ranks import SHORT, WELL, GivenUp, Ranks
 from .record import FallbackRecord
-from .request import RunError
+from .request import RunError, RunRequest
 from .trackers import Trackers
 from .watch import Watcher
 
@@ -27,9 +29,12 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
 
     Raises:
         RunError: the step is not the planned one.
+        Lost: another process ended before it began to learn.
     """
-    kept = promised(work.plan, progress.alternative, work.watcher)
-    trackers = Trackers(work.request.track, work.request.output, folder.settings(work.plan, work.request))
+    kept = together(work.ranks, lambda: promised(work.plan, progress.alternative, work.watcher))
+    trackers = Trackers(
+        work.request.track if work.ranks.leads else (), work.request.output, folder.settings(work.plan, work.request)
+    )
     try:
         while True:
             progress.notes += [note for note in kept.notes if note not in progress.notes]
@@ -74,20 +79,40 @@ def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
 def _attempt(
     work: Work, progress: Progress, kept: Promise, path: Path | None, trackers: Trackers
 ) -> tuple[Learner | None, str | None]:
-    """Learn under one configuration; returns the learner, if one could be made, and why another is needed."""
+    """Learn under one configuration; returns the learner, if one could be made, and why another is needed.
+
+    Each process ends it with one vote: the one in which it hears that another has given up, or one at the end. Then all
+    tell each other why.
+    """
     learner: Learner | None = None
+    trouble: str | None = None
     try:
         work.watcher.stage("loading weights")
         learner = Learner.begin(work, progress, kept, path, trackers)
-        folder.note_request(work.plan, work.request)
-        with interrupts.deferred() as check:
+        if work.ranks.leads:
+            folder.note_request(work.plan, work.request)
+        with interrupts.deferred(work.ranks) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
     except (torch.OutOfMemoryError, fallback.BeyondBudget) as error:
-        return learner, str(error).strip().split("\n")[0]
+        trouble = str(error).strip().split("\n")[0]
     except Diverged as error:
         progress.failure = str(error)
-    return learner, None
+    except GivenUp:
+        return learner, _trouble(work.ranks, None)
+    if progress.lost:
+        return learner, None
+    with contextlib.suppress(GivenUp):
+        work.ranks.vote(WELL if trouble is None else SHORT)
+    return learner, _trouble(work.ranks, trouble)
+
+
+def _trouble(ranks: Ranks, mine: str | None) -> str | None:
+    """Why another configuration is needed: this process's reason or another's."""
+    for rank, told in enumerate(ranks.gathered(mine)):
+        if told is not None:
+            return told if ranks.size == 1 else f"rank {rank}: {told}"
+    return None
 
 
 def _ended(progress: Progress, learner: Learner | None, trouble: str | None) -> Learner | None:
@@ -102,7 +127,8 @@ def _ended(progress: Progress, learner: Learner | None, trouble: str | None) -> 
     progress.outcome = "failed"
     if learner is None or learner.updating:
         return None
-    learner.save_state()
+    if not progress.lost:
+        learner.save_state()
     return learner
 
 
@@ -113,7 +139,7 @@ def _fall_back(work: Work, progress: Progress, learner: Learner | None, alternat
     checkpoint are made again.
     """
     chosen = work.plan.alternatives[alternative]
-    progress.alternative, progress.peak = alternative, None
+    progress.alternative, progress.peak, progress.peaks = alternative, None, []
     progress.fallbacks.append(
         FallbackRecord(
             step=len(progress.steps),
@@ -127,11 +153,20 @@ def _fall_back(work: Work, progress: Progress, learner: Learner | None, alternat
     work.watcher.note(fallback.told(progress.fallbacks[-1]))
     if learner is not None and not learner.updating:
         learner.save_state()
-    path, doubts = checkpoint.latest(work.request.output / folder.CHECKPOINTS)
-    progress.notes += doubts
-    if path is None:
+    path, state = found(work.request, progress, work.ranks)
+    if state is None:
         progress.start_again()
     else:
-        progress.go_back_to(checkpoint.read(path))
+        progress.go_back_to(state)
     progress.fallbacks[-1] = replace(progress.fallbacks[-1], went_on_at=len(progress.steps))
     return path
+
+
+def found(request: RunRequest, progress: Progress, ranks: Ranks) -> tuple[Path | None, checkpoint.State | None]:
+    """The newest good checkpoint, where this process reads them, and what the run had come to in it, which all hear.
+
+    Why newer ones are not believed goes into the notes.
+    """
+    path, doubts = checkpoint.latest(request.output / folder.CHECKPOINTS) if ranks.leads else (None, [])
+    progress.notes += doubts
+    return path, ranks.led(None if path is None else checkpoint.read(path))

@@ -57,6 +57,17 @@ class State:
     best_step: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that a checkpoint holds, by name; *best* is the best adapter, where one is kept."""
+
+    path: Path
+    state: State
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor] | None
+
+
 def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.Tensor] | None = None) -> Path:
     """Write the state after ``state.steps`` into a new folder inside *folder*, and remove those too many.
 
@@ -112,27 +123,32 @@ def read(path: Path) -> State:
     return msgspec.convert(json.loads((path / _STATE).read_text(encoding="utf-8")), type=State)
 
 
-def read_best(path: Path) -> dict[str, torch.Tensor] | None:
-    """The best adapter in the verified checkpoint *path*, if it holds one."""
-    found = path / _BEST
-    return load_file(found) if found.is_file() else None
+def load(path: Path) -> Snapshot:
+    """All that the verified checkpoint *path* holds."""
+    best = path / _BEST
+    return Snapshot(
+        path=path,
+        state=read(path),
+        adapter=load_file(path / _ADAPTER),
+        optimizer=load_file(path / _OPTIMIZER),
+        best=load_file(best) if best.is_file() else None,
+    )
 
 
-def restore(path: Path, trainee: Trainee) -> None:
-    """Put the state in the verified checkpoint *path* into *trainee*.
+def restore(kept: Snapshot, trainee: Trainee) -> None:
+    """Put the state *kept* into *trainee*.
 
     Raises:
         ValueError: it is another model's.
     """
-    progress = read(path)
-    saved = load_file(path / _ADAPTER)
-    if {name: t.shape for name, t in adapter(trainee).items()} != {name: t.shape for name, t in saved.items()}:
-        raise ValueError(f"checkpoint {path} holds another adapter than the plan's")
-    put_adapter(trainee, saved)
+    progress = kept.state
+    if {name: t.shape for name, t in adapter(trainee).items()} != {name: t.shape for name, t in kept.adapter.items()}:
+        raise ValueError(f"checkpoint {kept.path} holds another adapter than the plan's")
+    put_adapter(trainee, kept.adapter)
     try:
-        optimizers.restore(trainee.optimizer, load_file(path / _OPTIMIZER))
+        optimizers.restore(trainee.optimizer, kept.optimizer)
     except ValueError as error:
-        raise ValueError(f"checkpoint {path} is not the plan's: {error}") from None
+        raise ValueError(f"checkpoint {kept.path} is not the plan's: {error}") from None
     scale = trainee.loss_scale
     scale.value, scale.num_skipped, scale.num_calm = progress.loss_scale, progress.num_skipped, progress.num_calm
 

@@ -28,13 +28,20 @@ def mean_loss(
     device: torch.device,
     on_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """The mean cross-entropy per target token over all *windows*."""
-    total = 0.0
+    """The mean cross-entropy per target token over all *windows*, which the trainee's processes share.
+
+    *on_batch* is called as often in each of them.
+    """
+    ranks = trainee.ranks
+    starts = range(0, len(windows), micro_batch_size)
+    losses: list[float] = []
     with evaluating(trainee.model):
-        for first in range(0, len(windows), micro_batch_size):
-            total += float(trainee.loss(micro_batch(windows[first : first + micro_batch_size], device)))
+        mine = ranks.share(starts)
+        for turn in range(-(-len(starts) // ranks.size)):
+            chosen = [micro_batch(windows[first : first + micro_batch_size], device) for first in mine[turn : turn + 1]]
+            losses += [float(trainee.loss(batch)) for batch in chosen]
             on_batch()
-    return total / sum(w.num_targets for w in windows)
+    return sum(ranks.interleaved(losses)) / sum(w.num_targets for w in windows)
 
 
 def loss(trainee: Trainee, batch: MicroBatch) -> torch.Tensor:

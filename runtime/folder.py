@@ -28,6 +28,8 @@ REQUEST = "request.json"
 """What tells whether a folder holds the run that is to be resumed."""
 _HELD = ".running"
 """Held while a run writes; one that was killed leaves it behind."""
+_GPUS, _COURSE = "GPUs", "course"
+"""Of what tells a run from others, that which lets it go on with a plan for another number of GPUs."""
 BEST = "best"
 """The folder of the best adapter so far, for PEFT."""
 
@@ -93,36 +95,43 @@ def claimed(output: Path) -> Iterator[None]:
                 output.rmdir()
 
 
-def check_same(plan: Plan, request: RunRequest) -> None:
-    """Refuse to go on with another run.
+def check_same(plan: Plan, request: RunRequest) -> bool:
+    """Refuse to go on with another run; returns whether it goes on with another plan.
+
+    That may be one for another number of GPUs, if it makes of the same data the same steps.
 
     Raises:
         RunError: which of plan, data, held-out text, seed or learning rate is another.
     """
     path = request.output / REQUEST
     if not path.is_file():
-        return
+        return False
     try:
         other = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.DecodeError:
         raise RunError(f"{path} is not what a run writes; give a new folder with --output") from None
-    for name, value in _fingerprint(plan, request).items():
-        if other.get(name, "") != value:
+    mine = fingerprint(plan, request)
+    differing = {name for name in mine if other.get(name, "") != mine[name]}
+    moves = _GPUS in differing and _COURSE not in differing
+    for name in mine:
+        if name in differing and name not in ({_GPUS, _COURSE, "plan"} if moves else {_GPUS, _COURSE}):
             raise RunError(
                 f"{request.output} holds a run whose {name} differs; give the same {name} as it began with, "
                 "or a new folder with --output"
             )
+    return moves
 
 
 def note_request(plan: Plan, request: RunRequest) -> None:
     """Leave in the folder what run it holds."""
     path = request.output / REQUEST
     if not path.is_file():
-        text = msgspec.json.format(msgspec.json.encode(_fingerprint(plan, request)), indent=2).decode()
+        text = msgspec.json.format(msgspec.json.encode(fingerprint(plan, request)), indent=2).decode()
         write_text(path, text + "\n")
 
 
-def _fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
+def fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
+    """What tells this run from others, part by part."""
     parts: dict[str, bytes | str | float] = {
         "plan": serialize.to_json(plan).encode(),
         "data": _content(request.data, request),
@@ -131,8 +140,17 @@ def _fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
         "held-out text": _content(request.eval_data, request) if request.eval_data else "",
         "seed": request.seed,
         "learning rate": request.learning_rate,
+        _GPUS: plan.configuration.num_gpus,
+        _COURSE: msgspec.json.encode(_course(plan)),
     }
     return checkpoint.fingerprint(parts)
+
+
+def _course(plan: Plan) -> list[Any]:
+    """What of a plan its steps' data, and what they learn, depend on; how coarse the base's weights are is left out."""
+    c = plan.configuration
+    adapter = (c.adapter, c.rank, c.alpha)
+    return [plan.model_config, plan.compute_dtype, adapter, c.sequence_length, c.global_batch_size, c.packing]
 
 
 def _content(data: Path, request: RunRequest) -> bytes:

@@ -8,24 +8,28 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from .ranks import ALONE, STOP, WELL, Ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], None]]:
+def deferred(ranks: Ranks = ALONE) -> Iterator[Callable[[], None]]:
     """Within, a first SIGINT or SIGTERM is kept until the function given is called, which raises KeyboardInterrupt.
 
-    A second one raises it at once. In any thread but the main one, signals stay as they are.
+    A second one raises it at once. Of several processes, all raise it at the same call when one of them was asked, and
+    a second signal changes nothing: launchers pass on what a terminal may have sent already. In any thread but the main
+    one, signals stay as they are.
     """
     asked: list[int] = []
 
     def hear(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
-        if len(asked) > 1:
+        if len(asked) > 1 and not ranks.talks:
             raise KeyboardInterrupt
 
     def check() -> None:
-        if asked:
+        if ranks.vote(STOP if asked else WELL) == STOP:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

@@ -15,10 +15,11 @@ from shallowflow.planner.plan import Plan
 
 from . import batches, checkpoint, fallback, folder, sample
 from .evaluate import mean_loss, perplexity
-from .meter import MeasuredPeak
+from .meter import MeasuredPeak, highest
 from .precision import LEAST_SCALE
 from .progress import Progress, exhausted, improves
 from .promise import Promise
+from .ranks import ALONE, Lost, Ranks
 from .record import EvaluationRecord, StepRecord
 from .request import RunRequest
 from .step import Trainee, make_trainee
@@ -42,6 +43,7 @@ class Work:
     Attributes:
         prompts: tokens of the prompts to answer.
         total: updates to make.
+        ranks: the processes that share it; the first one alone writes and tells.
     """
 
     plan: Plan
@@ -54,6 +56,7 @@ class Work:
     eval_windows: list[batches.Window]
     prompts: list[list[int]]
     total: int
+    ranks: Ranks = ALONE
 
 
 @dataclass(slots=True)
@@ -73,22 +76,31 @@ class Learner:
 
     @classmethod
     def begin(cls, work: Work, progress: Progress, promise: Promise, path: Path | None, trackers: Trackers) -> Learner:
-        """Load the base, give it the configuration's formats and an adapter, and put the checkpoint *path* into it."""
+        """Load the base, give it the configuration's formats and an adapter, and put the checkpoint *path* into it.
+
+        Of several processes the first one alone is given the path, and tells the others what it holds.
+        """
         plan, request = work.plan, work.request
         model = load_weights(work.source, plan.model_config, plan.compute_dtype, plan.num_parameters)
         torch.manual_seed(request.seed)
         configuration = promise.candidate.configuration
         trainee = make_trainee(model, configuration, plan.compute_dtype, work.device, request.learning_rate)
+        trainee.ranks = work.ranks
         made = cls(work, progress, promise, trainee, trackers)
         trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
         trainee.optimizer.register_step_post_hook(lambda *_: made._update(begins=False))
-        if path is not None:
-            progress.best = checkpoint.read_best(path)
-            if progress.best is not None:
-                checkpoint.put_adapter(trainee, progress.best)
-                folder.save_best(request.output, plan, trainee)
-            checkpoint.restore(path, trainee)
+        kept = work.ranks.led(None if path is None else checkpoint.load(path))
+        if kept is not None:
+            progress.best = kept.best
+            if kept.best is not None:
+                checkpoint.put_adapter(trainee, kept.best)
+                made._save_best()
+            checkpoint.restore(kept, trainee)
         return made
+
+    def _save_best(self) -> None:
+        if self.work.ranks.leads:
+            folder.save_best(self.work.request.output, self.work.plan, self.trainee)
 
     def _update(self, *, begins: bool) -> None:
         self.updating = begins
@@ -97,8 +109,9 @@ class Learner:
         """Answer, evaluate, train, evaluate and answer again; Ctrl-C ends it early, with what was learned saved.
 
         Raises:
-            torch.OutOfMemoryError, BeyondBudget: another configuration is needed.
+            torch.OutOfMemoryError, BeyondBudget, GivenUp: another configuration is needed.
             Diverged: the loss is no number.
+            Lost: another process has ended; what was learned is saved.
         """
         progress = self.progress
         try:
@@ -118,6 +131,9 @@ class Learner:
                 progress.failure = "interrupted within an update, which is half made and not kept"
             else:
                 self.save_state()
+        except Lost as lost:
+            progress.lost, progress.failure = True, f"{lost} after step {len(progress.steps)}"
+            self.save_state()
         finally:
             self.trainee.optimizer.zero_grad(set_to_none=True)
 
@@ -128,10 +144,10 @@ class Learner:
         endless = batches.steps(
             work.windows,
             configuration.micro_batch_size,
-            configuration.gradient_accumulation_steps,
+            configuration.gradient_accumulation_steps * configuration.num_gpus,
             configuration.sequence_length,
             work.request.seed,
-            first_whole=progress.fallbacks[-1].went_on_at if progress.fallbacks else 0,
+            first_whole=progress.began_at,
         )
         made = training_steps(
             self.trainee,
@@ -165,7 +181,8 @@ class Learner:
         self.work.watcher.step(record, self.progress.peak)
 
     def _keep_peak(self, peak: MeasuredPeak) -> None:
-        self.progress.peak = peak
+        self.progress.peaks = self.work.ranks.gathered(peak)
+        self.progress.peak = highest(self.progress.peaks)
 
     def _stops(self) -> bool:
         progress = self.progress
@@ -181,7 +198,7 @@ class Learner:
             return
         size = self.promise.evaluation_micro_batch_size
         when = {0: "before training", work.total: "after training"}.get(step, f"after step {step}")
-        work.watcher.stage(f"perplexity {when}", -(-len(work.eval_windows) // size))
+        work.watcher.stage(f"perplexity {when}", -(-len(work.eval_windows) // (size * work.ranks.size)))
         began = time.perf_counter()
         loss = mean_loss(self.trainee, work.eval_windows, size, work.device, self._advance)
         record = EvaluationRecord(
@@ -197,7 +214,7 @@ class Learner:
         if work.request.patience is not None and improves(progress.evaluations, progress.best_step):
             progress.best_step = step
             progress.best = {n: t.to("cpu", copy=True) for n, t in checkpoint.adapter(self.trainee).items()}
-            folder.save_best(work.request.output, work.plan, self.trainee)
+            self._save_best()
 
     def _advance(self) -> None:
         self.trainee.before_micro_batch()
@@ -231,9 +248,9 @@ class Learner:
             self.save_state()
 
     def save_state(self) -> None:
-        """Write a checkpoint, unless the newest holds all there is."""
+        """Write a checkpoint, unless the newest holds all there is, or another process writes them."""
         progress = self.progress
-        if progress.mark == progress.saved:
+        if progress.mark == progress.saved or not self.work.ranks.leads:
             return
         path = self.work.request.output / folder.CHECKPOINTS
         checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +29,15 @@ class MeasuredPeak:
     resident_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+
+
+def highest(peaks: Sequence[MeasuredPeak]) -> MeasuredPeak:
+    """Of several devices the most that any of them said, quantity by quantity."""
+    return MeasuredPeak(
+        resident_bytes=max(peak.resident_bytes for peak in peaks),
+        peak_allocated_bytes=max(peak.peak_allocated_bytes for peak in peaks),
+        peak_reserved_bytes=max(peak.peak_reserved_bytes for peak in peaks),
+    )
 
 
 def measure_peak(

@@ -26,9 +26,12 @@ class Progress:
         before: answers to the prompts before training.
         best: the adapter of the best evaluation, on the CPU; None where none is kept.
         alternative: the plan's alternative that is run; None for the plan's own configuration.
+        moved_at: updates made under a plan for another number of GPUs.
         saved: how many updates, evaluations and fallbacks the newest checkpoint holds.
+        peak, peaks: measured, the highest and each process's.
         clock: when this session began.
         failure: why the run cannot go on.
+        lost: whether that is another process's end.
     """
 
     started: str
@@ -41,9 +44,12 @@ class Progress:
     best_step: int | None = None
     best: dict[str, torch.Tensor] | None = None
     alternative: int | None = None
+    moved_at: int = 0
     peak: MeasuredPeak | None = None
+    peaks: list[MeasuredPeak] = field(default_factory=list)
     outcome: Outcome = "completed"
     failure: str | None = None
+    lost: bool = False
     clock: float = field(default_factory=time.perf_counter)
     earlier_seconds: float = 0.0
     saved: tuple[int, int, int] = (0, 0, 0)
@@ -52,6 +58,11 @@ class Progress:
     def seconds(self) -> float:
         """On the wall so far, all sessions together."""
         return self.earlier_seconds + time.perf_counter() - self.clock
+
+    @property
+    def began_at(self) -> int:
+        """Updates made before the present configuration."""
+        return max(self.moved_at, self.fallbacks[-1].went_on_at if self.fallbacks else 0)
 
     @property
     def mark(self) -> tuple[int, int, int]:

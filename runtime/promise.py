@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import Candidate, Plan, Prediction
@@ -73,8 +73,7 @@ def trace(plan: Plan, configuration: Configuration, evaluation_micro_batch_size:
     """The step of *configuration* and an evaluation after it on ``meta``; nothing is read from a cache."""
     gpu = load_gpu(plan.gpu)
     num_micro_batches = min(TRACED_MICRO_BATCHES, configuration.gradient_accumulation_steps)
-    alone = replace(configuration, num_gpus=1)
-    step = make_meta_step(plan.model_config, alone, plan.compute_dtype, num_micro_batches)
+    step = make_meta_step(plan.model_config, configuration, plan.compute_dtype, num_micro_batches)
     step.evaluation_micro_batch_size = evaluation_micro_batch_size
     return traced_peak(step, Target.of(gpu), gpu.context_bytes)
 

@@ -11,6 +11,8 @@ import msgspec
 
 from shallowflow.planner.strategies import Configuration
 
+from .meter import MeasuredPeak
+
 RUN_FORMAT_VERSION = 1
 
 Outcome = Literal["completed", "stopped early", "interrupted", "failed"]
@@ -113,6 +115,7 @@ class RunRecord:
         configuration: what the run ended under; another than the plan's after a fallback.
         evaluation_micro_batch_size, evaluation_peak_bytes: how evaluations were run, and the most that one was traced
             to have allocated.
+        peaks: the measured memory of each process, in the order of ranks; comparisons have the highest.
         best_step: the updates behind the saved adapter, where it is the best of the evaluated ones.
     """
 
@@ -139,6 +142,7 @@ class RunRecord:
     evaluation_micro_batch_size: int | None = None
     evaluation_peak_bytes: int | None = None
     best_step: int | None = None
+    peaks: tuple[MeasuredPeak, ...] = ()
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 
 from .documents import Format
@@ -23,6 +24,10 @@ class RunError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run that had to end: one line that says why, and what of it was saved."""
+
+
+class RunLost(RunFailed):
+    """A run of which another process has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,18 +93,36 @@ def check_request(request: RunRequest) -> None:
             raise RunError(missing)
 
 
-def device_of(plan: Plan) -> torch.device:
-    """The device of this machine that *plan* is for.
+def device_of(plan: Plan, local_rank: int = 0) -> torch.device:
+    """The device of this machine that *plan* is for, for the process *local_rank* on it.
 
     Raises:
-        RunError: there is none, or the plan is for several.
+        RunError: there is none.
     """
-    if plan.configuration.num_gpus > 1:
-        raise RunError(
-            f"the plan is for {plan.configuration.num_gpus} GPUs, and training runs on one so far; plan with --gpus 1"
-        )
     if plan.gpu == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise RunError(f"the plan is for a {plan.gpu} and this machine has no CUDA device; plan with --gpu cpu")
-    return torch.device("cuda", 0)
+    if local_rank >= torch.cuda.device_count():
+        raise RunError(
+            f"there is no GPU for local rank {local_rank}: this machine has "
+            f"{words.counted(torch.cuda.device_count(), 'CUDA device')}; start as many processes on it"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def check_processes(plan: Plan, num_processes: int) -> None:
+    """Refuse to run *plan* in another number of processes than it has GPUs.
+
+    Raises:
+        RunError: how many there are, and how to start those that are wanted.
+    """
+    wanted = plan.configuration.num_gpus
+    if wanted == num_processes:
+        return
+    found = "this is one process" if num_processes == 1 else f"{num_processes} processes were started"
+    way = "sfplan train" if wanted == 1 else f"sfplan train or torchrun --nproc-per-node {wanted}"
+    raise RunError(
+        f"the plan is for {words.counted(wanted, 'GPU')} and {found}; start it with {way}, "
+        f"or plan with --gpus {num_processes}"
+    )

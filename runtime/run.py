@@ -11,15 +11,16 @@ import torch
 from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 
-from . import batches, checkpoint, folder, sample, summary
-from .attempts import learned
+from . import batches, checkpoint, folder, joining, sample, summary
+from .attempts import found, learned
 from .documents import read_documents
 from .folder import CHECKPOINTS
 from .heap import keeping_freed_memory
 from .learner import Work
 from .progress import Progress
+from .ranks import ALONE, Lost, Ranks
 from .record import RunRecord
-from .request import RunError, RunFailed, RunRequest, check_request, device_of
+from .request import RunError, RunFailed, RunLost, RunRequest, check_processes, check_request, device_of
 from .watch import Silent, Watcher
 from .weights import find_weights, load_tokenizer
 
@@ -33,40 +34,69 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     training before the next micro-batch; what was learned is saved and recorded as interrupted, without the step it cut
     short, and a request to resume goes on from there. Where memory runs out, the plan's alternatives are gone through.
 
+    A plan for several GPUs is run by as many processes that call this alike, as torchrun starts them. They share each
+    step; the first alone writes and is watched.
+
     Raises:
-        RunError: the step is not the planned one, the plan is for a GPU and this machine has none, the output folder
-            cannot be had, or what is to be resumed is another run.
+        RunError: the step is not the planned one, the plan is for a GPU and this machine has none, or for another
+            number of them than there are processes, the output folder cannot be had, or what is to be resumed is
+            another run.
         RunFailed: memory ran out with no alternative left, or the loss is no number; what was learned is saved.
+        RunLost: another process has ended; what was learned is saved.
         DataError, WeightsError: see there.
     """
-    watcher = watcher or Silent()
-    device = device_of(plan)
-    progress = Progress(started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    work = prepared(plan, request, watcher, device)
-    with folder.claimed(request.output), keeping_freed_memory() if device.type == "cpu" else contextlib.nullcontext():
-        folder.check_same(plan, request)
-        path = _go_on(request, progress) if request.resume else None
-        for note in progress.notes:
-            watcher.note(note)
-        learner, kept = learned(work, progress, path)
-        record = summary.record_of(work, progress, kept)
-        if learner is not None:
-            watcher.stage("saving")
-            folder.save(plan, request.output, learner.trainee, record)
-    if progress.failure is not None:
-        raise RunFailed(f"{progress.failure}; {_saved(request, progress, has_results=learner is not None)}")
+    ranks = joining.join()
+    told = watcher if watcher is not None and ranks.leads else Silent()
+    try:
+        work = joining.together(ranks, lambda: _begun(plan, request, told, ranks))
+        record = _trained(work)
+    except Lost as lost:
+        raise RunLost(f"{lost}; {_saved(request, 0, has_results=False)}") from lost
     return record
 
 
-def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.device) -> Work:
+def _begun(plan: Plan, request: RunRequest, watcher: Watcher, ranks: Ranks) -> Work:
+    check_processes(plan, ranks.size)
+    return prepared(plan, request, watcher, device_of(plan, ranks.local_rank), ranks)
+
+
+def _trained(work: Work) -> RunRecord:
+    plan, request, ranks = work.plan, work.request, work.ranks
+    progress = Progress(started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    _check_alike(work)
+    with contextlib.ExitStack() as held:
+        moves = False
+        if ranks.leads:
+            held.enter_context(folder.claimed(request.output))
+            moves = folder.check_same(plan, request)
+        if work.device.type == "cpu":
+            held.enter_context(keeping_freed_memory())
+        path = _go_on(work, progress, moves=ranks.led(moves)) if request.resume else None
+        for note in progress.notes:
+            work.watcher.note(note)
+        learner, kept = learned(work, progress, path)
+        record = summary.record_of(work, progress, kept)
+        if learner is not None and ranks.leads and not progress.lost:
+            work.watcher.stage("saving")
+            folder.save(plan, request.output, learner.trainee, record)
+    if progress.lost:
+        raise RunLost(f"{progress.failure}; {_saved(request, len(progress.steps), has_results=False)}")
+    joining.end_together()
+    if progress.failure is not None:
+        raise RunFailed(f"{progress.failure}; {_saved(request, len(progress.steps), has_results=learner is not None)}")
+    return record
+
+
+def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.device, ranks: Ranks = ALONE) -> Work:
     """Everything that *plan* and *request* ask for, checked and read, but for the weights.
 
     Raises:
         RunError, DataError, WeightsError: what is missing or wrong.
     """
     check_request(request)
-    folder.check_output(request.output, request.resume)
-    folder.check_writable(request.output)
+    if ranks.leads:
+        folder.check_output(request.output, request.resume)
+        folder.check_writable(request.output)
     documents = read_documents(request.data, request.data_format)
     held_out = read_documents(request.eval_data, request.data_format) if request.eval_data else []
     watcher.stage("reading data and tokenizer")
@@ -88,6 +118,7 @@ def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.de
         eval_windows=eval_windows,
         prompts=[sample.prompt_tokens(tokenizer, prompt, length) for prompt in request.samples],
         total=request.num_steps or -(-len(windows) // plan.configuration.global_batch_size),
+        ranks=ranks,
     )
 
 
@@ -97,22 +128,42 @@ def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Win
     return found
 
 
-def _go_on(request: RunRequest, progress: Progress) -> Path | None:
-    """Put the newest good checkpoint, if there is one, into *progress*."""
-    path, progress.notes = checkpoint.latest(request.output / CHECKPOINTS)
-    if path is not None:
-        state = checkpoint.read(path)
+def _check_alike(work: Work) -> None:
+    """Refuse to learn anything else than the first process does; where the weights lie is each one's own affair.
+
+    Raises:
+        RunError: which process differs, and in what.
+    """
+    if not work.ranks.talks:
+        return
+    mine = {**folder.fingerprint(work.plan, work.request), "weights": ""}
+    first, *others = work.ranks.gathered(mine)
+    for rank, other in enumerate(others, start=1):
+        differing = [name for name in first if first[name] != other[name]]
+        if differing:
+            joining.end_together()
+            raise RunError(f"rank {rank} was given another {differing[0]} than rank 0; give all the same")
+
+
+def _go_on(work: Work, progress: Progress, *, moves: bool) -> Path | None:
+    """Put the newest good checkpoint, if there is one, into *progress*; a run that *moves* began with another plan."""
+    path, state = found(work.request, progress, work.ranks)
+    if state is not None:
         progress.go_back_to(state)
         progress.started, progress.earlier_seconds = state.started, state.seconds
-        progress.alternative = state.alternative
+        if moves:
+            progress.moved_at = len(state.steps)
+            progress.notes.append(f"on with {words.counted(work.plan.configuration.num_gpus, 'GPU')}, not as it began")
+        else:
+            progress.alternative = state.alternative
         progress.notes.append(f"resumed after step {len(state.steps)}")
     elif progress.notes:
         progress.notes.append("no checkpoint is left to go on from: the run starts again from step 0")
     return path
 
 
-def _saved(request: RunRequest, progress: Progress, *, has_results: bool) -> str:
+def _saved(request: RunRequest, num_steps: int, *, has_results: bool) -> str:
     if has_results:
-        return f"{words.counted(len(progress.steps), 'step')} and the adapter are saved in {request.output}"
+        return f"{words.counted(num_steps, 'step')} and the adapter are saved in {request.output}"
     path, _ = checkpoint.latest(request.output / CHECKPOINTS)
     return "nothing was saved" if path is None else f"what was learned is saved in {path}"

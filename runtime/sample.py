@@ -39,19 +39,23 @@ def answer(trainee: Trainee, tokenizer: Any, tokens: list[int], sequence_length:
     """The most likely continuation of *tokens*, up to the end of the text or MOST_NEW_TOKENS.
 
     One sequence no longer than the plan's, without a cache and with the last position's logits alone: less memory than
-    an evaluation takes. Scaled or capped logits have the same order as the head's own.
+    an evaluation takes. Scaled or capped logits have the same order as the head's own. Of several processes the first
+    computes and the others keep step.
     """
     model: Any = trainee.model
-    base = model.get_base_model()
     found = list(tokens)
     with evaluating(model):
         for _ in range(min(MOST_NEW_TOKENS, sequence_length - len(tokens))):
             trainee.before_micro_batch()
-            input_ids = torch.tensor([found], device=device)
-            hidden = base.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-            chosen = int(base.get_output_embeddings()(hidden[0, -1:]).argmax())
+            chosen = trainee.ranks.led(_next(model.get_base_model(), found, device) if trainee.ranks.leads else 0)
             if chosen == tokenizer.eos_token_id:
                 break
             found.append(chosen)
     text: str = tokenizer.decode(found[len(tokens) :], skip_special_tokens=True)
     return text
+
+
+def _next(base: Any, tokens: list[int], device: torch.device) -> int:
+    """The most likely token after *tokens*."""
+    hidden = base.get_decoder()(input_ids=torch.tensor([tokens], device=device), use_cache=False).last_hidden_state
+    return int(base.get_output_embeddings()(hidden[0, -1:]).argmax())

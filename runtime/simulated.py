@@ -18,6 +18,7 @@ from shallowflow.planner.strategies import Configuration
 from shallowflow.profiles import load_gpu
 
 from . import attention, build, evaluate, quantized
+from .ranks import Ranks
 from .step import MicroBatch, Resident, StepOutcome, Trainee, make_trainee
 
 SHOWN_MICRO_BATCHES = 3
@@ -110,6 +111,7 @@ def make_meta_step(
     config = build.transformers_config(model_config, configuration.num_layers, like_layer)
     model = build.empty_model(config, compute_dtype, "meta")
     trainee = make_trainee(model, configuration, compute_dtype)
+    trainee.ranks = Ranks(size=configuration.num_gpus)
     shape = (configuration.micro_batch_size, configuration.sequence_length)
     batches = []
     for _ in range(num_micro_batches):

@@ -15,6 +15,7 @@ from shallowflow.planner.strategies import Configuration
 from . import activations, attention, build, optimizers, quantized
 from .loss import chunked, summed
 from .precision import LossScale
+from .ranks import ALONE, Ranks
 
 LEARNING_RATE = 2e-4
 """LoRA's usual one, as in the QLoRA paper for models up to 13B."""
@@ -29,12 +30,14 @@ class MicroBatch:
 
     Attributes:
         position_ids: of packed sequences, which begin at 0 with each document; None where each sequence is of one.
+        seed: of all that is drawn at random in its passes; None leaves that to chance.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     num_targets: int
     position_ids: torch.Tensor | None = None
+    seed: int | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor of it."""
@@ -66,6 +69,7 @@ class Trainee:
 
     Attributes:
         before_micro_batch: called where a step may still be given up, with nothing changed by it.
+        ranks: the processes that share a step, each with a trainee like this one.
     """
 
     model: torch.nn.Module
@@ -75,6 +79,7 @@ class Trainee:
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     loss_chunks: int = 1
     before_micro_batch: Callable[[], None] = lambda: None
+    ranks: Ranks = ALONE
 
     def resident_tensors(self) -> list[Resident]:
         """Everything held between steps, but the optimizer's state."""
@@ -101,16 +106,21 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self, micro_batches: Sequence[MicroBatch]) -> StepOutcome:
+    def step(self, micro_batches: Sequence[MicroBatch], num_targets: int | None = None) -> StepOutcome:
         """Forward and backward over every micro-batch, then one optimizer update.
 
-        The loss is the mean over all target tokens of the step, however they are spread over micro-batches.
+        The loss is the mean over all target tokens of the step, however they are spread over micro-batches and
+        processes: *num_targets*, or None for those of *micro_batches*. All processes make the same update, or none.
         """
-        num_targets = sum(batch.num_targets for batch in micro_batches)
+        num_targets = num_targets or sum(batch.num_targets for batch in micro_batches)
         losses = [self._micro_step(batch, num_targets) for batch in micro_batches]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        *told, norm = self._told(losses, gradients)
-        norm /= self.loss_scale.value
+        bucket = self.ranks.bucket(gradients)
+        self.before_micro_batch()
+        self.ranks.add_up(gradients, bucket)
+        del bucket
+        told = self.ranks.interleaved(self._told(losses, gradients))
+        norm = told[-self.ranks.size] / self.loss_scale.value  # the first process's, so that all clip alike
         finite = math.isfinite(norm)
         if finite:
             clip = MAX_GRADIENT_NORM / norm if norm > MAX_GRADIENT_NORM else 1.0
@@ -119,7 +129,7 @@ class Trainee:
         del gradients
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale.update(overflowed=not finite)
-        return StepOutcome(sum(told), norm, skipped=not finite)
+        return StepOutcome(sum(told[: -self.ranks.size]), norm, skipped=not finite)
 
     def _told(self, losses: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[float]:
         """The losses and the norm of all *gradients*, in the one read for which the host waits for the device."""
@@ -129,6 +139,8 @@ class Trainee:
 
     def _micro_step(self, batch: MicroBatch, num_targets: int) -> torch.Tensor:
         self.before_micro_batch()
+        if batch.seed is not None:
+            torch.manual_seed(batch.seed)
         with _not_asking_for_documents():
             loss = self.loss(batch) / num_targets
         (loss * self.loss_scale.value).backward()

@@ -25,7 +25,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
     seconds = progress.seconds()
     positions = len(work.windows) * plan.configuration.sequence_length
     padding_share = 1 - sum(len(window.input_ids) for window in work.windows) / positions
-    under = progress.steps[progress.fallbacks[-1].went_on_at :] if progress.fallbacks else progress.steps
+    under = progress.steps[progress.began_at :]
     before = [e.perplexity for e in progress.evaluations if e.step == 0]
     result = len(progress.steps) if request.patience is None else progress.best_step
     after = [e.perplexity for e in progress.evaluations if e.step == result]
@@ -38,6 +38,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         started=progress.started,
         seconds=seconds,
         usd=None if request.usd_per_hour is None else seconds / 3600 * request.usd_per_hour,
+        peaks=tuple(progress.peaks),
         comparisons=compare.comparisons(prediction, progress.peak, under, on_cpu=plan.gpu == "cpu"),
         perplexity_before=before[0] if before else None,
         perplexity_after=after[0] if after and ended else None,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -33,22 +35,30 @@ def train(
 ) -> Iterator[StepRecord]:
     """Run one optimizer update per item of *steps*, yielding what happened; *on_peak* hears the measured memory.
 
-    Numbers start at *first*. What a step draws at random depends on *seed* and its number alone.
+    Numbers start at *first*. What a micro-batch draws at random depends on *seed*, its step and its number in it, and
+    not on the process that runs it.
     """
     for index, chosen in enumerate(steps, start=first):
-        torch.manual_seed((seed << 32) + index)
         watch = Stopwatch(device)
-        batches = [micro_batch(group.windows, device, group.length) for group in chosen]
+        batches = [
+            replace(micro_batch(group.windows, device, group.length), seed=_mixed(seed, index, number))
+            for number, group in trainee.ranks.share(list(enumerate(chosen)))
+        ]
+        num_targets = sum(window.num_targets for group in chosen for window in group.windows)
         measured = index == max(MEASURED_STEP, first) and all(group.is_whole for group in chosen)
         if measured:
             tokens = [tensor for batch in batches for tensor in batch.tensors()]
-            run = functools.partial(trainee.step, batches)
+            run = functools.partial(trainee.step, batches, num_targets)
             outcome, peak = measure_peak(run, [*trainee.resident(), *tokens], device)
             on_peak(peak)
         else:
-            outcome = trainee.step(batches)
-        num_targets = sum(b.num_targets for b in batches)
+            outcome = trainee.step(batches, num_targets)
         yield _record(index, outcome, trainee, num_targets, watch.seconds(), usd_per_hour, measured)
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed for these *numbers*, which others do not share."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest())
 
 
 def _record(

@@ -171,7 +171,9 @@ for _command in (
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    joining = sys.modules.get("shallowflow.runtime.joining")
+    if joining is None or not joining.is_silent():
+        click.echo(f"Error: {message}", err=True)
     sys.exit(code)
 
 

@@ -189,7 +189,10 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
     if session.gpu.device_type == "cpu" and workload.optimizer == "adamw8bit":
         notes.append("On a CPU the update of an optimizer in 8 bits takes several times as long as is predicted here.")
     if workload.num_gpus > 1:
-        notes.append("Several GPUs are planned as data parallel; `sfplan train` runs on one so far.")
+        notes.append(
+            "Several GPUs are data parallel: each holds the model, and gradients are added up at the end of a step. "
+            "What NCCL holds beside PyTorch's memory is left out, and no such step was timed on GPUs."
+        )
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]
     cheapest = min(hosts, key=lambda i: i.ram_bytes, default=None)
     weights = session.num_parameters() * 2

@@ -10,7 +10,7 @@ from typing import Any
 from shallowflow.planner import problem, quality, solver
 from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
 from shallowflow.planner.memory_record import TracedPeak
-from shallowflow.planner.plan import MemoryPart, Workload
+from shallowflow.planner.plan import Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import (
@@ -142,8 +142,8 @@ class Session:
 
     def trace(self, configuration: Configuration) -> TracedPeak:
         """The whole step of *configuration* traced and replayed, or remembered."""
-        alone = replace(configuration, num_gpus=1)
-        name = cache.key("peak", {**self._facts(), "configuration": asdict(alone)})
+        alike = replace(configuration, num_gpus=min(configuration.num_gpus, 2))  # one sends nothing, any others as much
+        name = cache.key("peak", {**self._facts(), "configuration": asdict(alike)})
         known = cache.read_peak(name)
         if known is None:
             self.progress(f"tracing the whole step: micro-batch {configuration.micro_batch_size}")
@@ -151,9 +151,9 @@ class Session:
             from shallowflow.planner.profiler.simulate import traced_peak
 
             with self._tracing():
-                known = traced_peak(self._meta_step(alone), Target.of(self.gpu), self.gpu.context_bytes)
+                known = traced_peak(self._meta_step(alike), Target.of(self.gpu), self.gpu.context_bytes)
             cache.write_peak(name, known)
-        return known if configuration.num_gpus == 1 else _with_buckets(known)
+        return known
 
     def solve(
         self, posed: problem.Problem, considered: tuple[Cell, ...], num_alternatives: int = solver.NUM_ALTERNATIVES
@@ -280,15 +280,3 @@ class Session:
 
         micro_batches = min(2, configuration.gradient_accumulation_steps)
         return make_meta_step(self.model.config, configuration, self.gpu.compute_dtype, micro_batches, like_layer)
-
-
-def _with_buckets(peak: TracedPeak) -> TracedPeak:
-    """Data parallelism's buckets: each gradient once more, as many bytes as the fp32 adapter has."""
-    buckets = sum(part.num_bytes for part in peak.parts if part.category == "adapter")
-    return replace(
-        peak,
-        resident_bytes=peak.resident_bytes + buckets,
-        peak_allocated_bytes=peak.peak_allocated_bytes + buckets,
-        peak_reserved_bytes=peak.peak_reserved_bytes + buckets,
-        parts=(*peak.parts, MemoryPart(category="gradient buckets", num_bytes=buckets)),
-    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
+from shallowflow import processes
 from shallowflow.data_command import data_format_option
 from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
@@ -52,6 +53,13 @@ if TYPE_CHECKING:
 )
 @click.option("--sample", "samples", multiple=True, metavar="PROMPT", help="Answer it before and after training.")
 @click.option("--track", multiple=True, type=click.Choice(["tensorboard", "wandb"]), help="Tell it every step.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Machines that share the plan's GPUs; of several, say what to run on each.",
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record of the run as JSON.")
 def train_command(
@@ -71,13 +79,15 @@ def train_command(
     patience: int | None,
     samples: tuple[str, ...],
     track: tuple[str, ...],
+    nodes: int,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Run PLAN: fine-tune on real text, with predicted beside measured.
 
     Writes the adapter (safetensors, for PEFT), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C
-    saves; the same command with --resume goes on.
+    saves; the same command with --resume goes on. A plan for several GPUs starts a process for each, by torchrun's
+    launcher, and runs under torchrun or accelerate launch as well.
 
     \b
     sfplan train plan.json --data train.jsonl --output run
@@ -87,7 +97,7 @@ def train_command(
     """
     from shallowflow.terminal import results, show, watching
 
-    loaded = read_plan(plan)
+    loaded = processes.together(lambda: read_plan(plan))
     from shallowflow.runtime.run import RunRequest, train
 
     request = RunRequest(
@@ -107,15 +117,18 @@ def train_command(
         track=track,
         data_format=data_format,
     )
+    leads = processes.leads()
     if dry_run:
-        _rehearse(loaded, request, as_json)
+        if leads:
+            _rehearse(loaded, request, as_json)
         return
-    signal.signal(signal.SIGTERM, _interrupt)  # a spot instance's end, or a job limit's: save, as for Ctrl-C
-    with watching(loaded) as watcher:
+    if loaded.configuration.num_gpus > 1 and not processes.are_started():
+        processes.start(loaded, nodes, output)
+    with processes.speaking(), watching(loaded) if leads else contextlib.nullcontext() as watcher:
         record = train(loaded, request, watcher)
-    if as_json:
+    if as_json and leads:
         click.echo((output / "run.json").read_text(encoding="utf-8"), nl=False)
-    else:
+    elif leads:
         show(results(record, output))
     if record.outcome == "interrupted":
         sys.exit(130)
@@ -160,10 +173,6 @@ def merge_command(run: Path, output: Path, weights: Path | None, as_json: bool) 
     click.echo(f"{output}: the merged model and its tokenizer")
     if outcome in ("interrupted", "failed"):
         click.echo(f"{run} is of a run that was {outcome} after {words.counted(steps or 0, 'step')}")
-
-
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def read_plan(path: Path) -> Plan:

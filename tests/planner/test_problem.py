@@ -117,8 +117,8 @@ def test_predictions_add_up(problem: Problem, data: st.DataObject) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(problems(), st.integers(2, 4))
-def test_more_gpus_cost_memory_and_waiting(problem: Problem, num_gpus: int) -> None:
-    """A replica among several also holds its gradients' buckets and waits for the others."""
+def test_more_gpus_cost_waiting_alone(problem: Problem, num_gpus: int) -> None:
+    """A replica among several waits for the others, and needs no more memory."""
     batch = problem.workload.global_batch_size // problem.workload.num_gpus
     strategy = next(iter(problem.profiles))[0]
     found = []
@@ -131,8 +131,7 @@ def test_more_gpus_cost_memory_and_waiting(problem: Problem, num_gpus: int) -> N
     one, other = found
     assert one.communication_seconds == 0
     assert other.step_seconds >= one.step_seconds
-    assert other.peak_allocated_bytes >= one.peak_allocated_bytes
-    assert (other.resident_bytes > one.resident_bytes) == (other.communication_seconds > 0)
+    assert (other.peak_allocated_bytes, other.resident_bytes) == (one.peak_allocated_bytes, one.resident_bytes)
 
 
 @given(st.integers(1, 10**12), st.integers(1, 10**8), st.integers(1, 300), st.integers(0, 10**10))

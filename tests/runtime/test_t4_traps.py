@@ -112,7 +112,7 @@ def test_the_scale_survives_a_checkpoint(tmp_path: Path) -> None:
         num_calm=scale.num_calm,
     )
 
-    checkpoint.restore(checkpoint.save(tmp_path / "kept", trainee, state), other)
+    checkpoint.restore(checkpoint.load(checkpoint.save(tmp_path / "kept", trainee, state)), other)
 
     assert other.loss_scale == scale
 

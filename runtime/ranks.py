@@ -1,0 +1,147 @@
+"""The processes that train together, and what they say to each other: gradients by NCCL on GPUs, all else by gloo."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+BUCKET_BYTES = 25 * 2**20
+"""Of gradients that are sent at once, as DistributedDataParallel's: enough that a link's latency does not count."""
+
+WELL, STOP, SHORT = range(3)
+"""Votes: go on, end and save as for Ctrl-C, or give up for lack of memory."""
+
+
+class Lost(RuntimeError):
+    """Another of the processes has ended, or does not answer."""
+
+
+class GivenUp(Exception):
+    """Another of the processes has no memory left for this configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """One of *size* processes that train together.
+
+    Those that talk are joined by torch.distributed. Others are taken to be like this one in all they would say: a run
+    alone, and a step of several that is traced.
+
+    Attributes:
+        local_rank: its number among those on its machine, and so that of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    talks: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and tells."""
+        return self.rank == 0
+
+    def share(self, parts: Sequence[T]) -> Sequence[T]:
+        """Those of *parts* that are this process's: of parts in order of size, as much as any other's."""
+        return parts[self.rank :: self.size]
+
+    def gathered(self, value: T) -> list[T]:
+        """What each process gives, in the order of ranks; the same for all of them.
+
+        Raises:
+            Lost: a process has ended.
+        """
+        found: list[Any] = [value] * self.size
+        if self.talks:
+            with _noticing():
+                dist.all_gather_object(found, value)
+        return found
+
+    def interleaved(self, values: Sequence[T]) -> list[T]:
+        """What all have made of their shares of some parts, in the order of those parts."""
+        shares = self.gathered(list(values))
+        return [share[i] for i in range(len(shares[0])) for share in shares if i < len(share)]
+
+    def led(self, value: T) -> T:
+        """The *value* of the first process."""
+        found: list[Any] = [value if self.leads else None]
+        if self.talks:
+            with _noticing():
+                dist.broadcast_object_list(found, src=0)
+        result: T = found[0] if self.talks else value
+        return result
+
+    def vote(self, wish: int) -> int:
+        """The gravest wish of all; every process votes before each micro-batch, and before each update.
+
+        Raises:
+            GivenUp: another is short of memory.
+            Lost: a process has ended.
+        """
+        if not self.talks:
+            return wish
+        found = torch.tensor(wish)
+        with _noticing():
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        gravest = int(found)
+        if gravest == SHORT != wish:
+            raise GivenUp
+        return gravest
+
+    # Gradients
+
+    def bucket(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """What ``add_up`` needs besides *gradients*; None alone."""
+        if self.size == 1:
+            return None
+        most = max(BUCKET_BYTES // gradients[0].itemsize, *(gradient.numel() for gradient in gradients))
+        return gradients[0].new_empty(min(most, sum(gradient.numel() for gradient in gradients)))
+
+    def add_up(self, gradients: Sequence[torch.Tensor], bucket: torch.Tensor | None) -> None:
+        """Put the sum over all processes in the place of each of the *gradients*, one full *bucket* after the other.
+
+        Raises:
+            Lost: a process has ended.
+        """
+        if bucket is None:
+            return
+        for chosen in _filling(gradients, bucket.numel()):
+            counts = [gradient.numel() for gradient in chosen]
+            flat = bucket[: sum(counts)]
+            torch.cat([gradient.flatten() for gradient in chosen], out=flat)
+            if self.talks:
+                with _noticing():
+                    dist.all_reduce(flat)
+            torch._foreach_copy_([gradient.view(-1) for gradient in chosen], list(flat.split(counts)))
+
+
+ALONE = Ranks()
+
+
+def _filling(gradients: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """*gradients* in order, as many at once as have up to *most* elements."""
+    chosen: list[torch.Tensor] = []
+    for gradient in gradients:
+        if sum(one.numel() for one in chosen) + gradient.numel() > most:
+            yield chosen
+            chosen = []
+        chosen.append(gradient)
+    yield chosen
+
+
+@contextlib.contextmanager
+def _noticing() -> Iterator[None]:
+    """Tell a lost process from other errors: gloo and NCCL raise a RuntimeError of many words."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Lost("another process of the run was lost") from error

@@ -1,0 +1,155 @@
+"""Processes that share a run make of it what one process makes, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+LOST = "RunLost: another process of the run was lost after step 3; what was learned is saved in "
+NOISE = 2e-6
+"""Of a loss: gradients are summed in another order."""
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Ask the program of processes for something, and get what came of it."""
+    command = [sys.executable, "-m", "tests.runtime.several"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as program:
+
+        def asked(*words: Any) -> Any:
+            assert program.stdin is not None and program.stdout is not None
+            print(json.dumps(words), file=program.stdin, flush=True)
+            return json.loads(program.stdout.readline())
+
+        yield asked
+        program.kill()
+
+
+@pytest.fixture(scope="module")
+def whole(ask: Ask) -> Any:
+    """The run in one, two and four processes, undisturbed."""
+    return ask("alike", "fp16", None, 2, 4)
+
+
+def check_alike(runs: Any) -> None:
+    """Assert that every process of every number of them tells of the run that one process makes."""
+    (alone,) = runs["1"]
+    for size in (size for size in ("2", "4") if size in runs):
+        for told in runs[size]:
+            assert {**told, "peaks": []} == {**runs[size][0], "peaks": []}  # the adapter to the last bit
+            assert told["tokens"] == alone["tokens"]
+            assert told["losses"][0] == alone["losses"][0]  # from the same adapter
+            assert told["losses"] == pytest.approx(alone["losses"], rel=NOISE)
+            assert told["evaluations"] == pytest.approx(alone["evaluations"], rel=NOISE)
+            assert told["samples"] == alone["samples"]
+            assert len(told["peaks"]) == int(size)
+            assert told["peaks"] == pytest.approx([runs["predicted"]] * int(size), rel=0.02)
+
+
+def test_several_processes_make_the_run_of_one(whole: Any) -> None:
+    """Losses, evaluations, samples and tokens are those of one process; the adapter is one and the same in all."""
+    check_alike(whole)
+
+
+@pytest.mark.parametrize(("quantization", "activations"), [("nf4", "recompute"), ("int8", "save")])
+def test_quantized_and_recomputed_layers_are_no_exception(quantization: str, activations: str, ask: Ask) -> None:
+    """Nor do frozen weights in other formats, or layers that are computed again, change what processes share."""
+    check_alike(ask("alike", quantization, activations, 2))
+
+
+def test_what_is_dropped_does_not_depend_on_the_process(ask: Ask) -> None:
+    """A micro-batch draws the same random numbers wherever it is run."""
+    dropped, whole = (ask("with_dropout", rate) for rate in (0.9, 0.0))
+
+    assert dropped == pytest.approx([dropped[0]] * 3, rel=NOISE)
+    assert abs(dropped[0] / whole[0] - 1) > 1e-4
+
+
+def test_a_run_moves_to_other_numbers_of_processes(ask: Ask, whole: Any) -> None:
+    """Begun in two, gone on with in four and ended in one, it learns what it learns in one go."""
+    (told,) = ask("moved")
+
+    assert told["losses"] == pytest.approx(whole["1"][0]["losses"], rel=NOISE)
+    assert told["tokens"] == whole["1"][0]["tokens"]
+    assert told["notes"] == ["on with 1 GPU, not as it began", "resumed after step 4"]
+
+
+# Ends
+
+
+def test_a_killed_process_costs_no_step(ask: Ask, whole: Any) -> None:
+    """The first saves the last whole step when another is killed; resumed, the run ends as if nothing had happened."""
+    told = ask("struck", 1, signal.SIGKILL, 3)
+
+    assert told["first"][0].startswith(LOST) and told["first"][1] == f"signal {int(signal.SIGKILL)}"
+    assert told["saved"] == ["step-00000003"]
+    assert [one["adapter"] for one in told["again"]] == [whole["2"][0]["adapter"]] * 2
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
+def test_one_that_is_interrupted_stops_all(rank: int, number: int, ask: Ask, whole: Any) -> None:
+    """Whichever process hears of it, all stop after the same step, which is saved once; resumed, nothing differs."""
+    told = ask("struck", rank, number, 3)
+
+    assert [(one["outcome"], len(one["losses"])) for one in told["first"]] == [("interrupted", 3)] * 2
+    assert told["saved"] == ["step-00000003"]
+    assert [one["adapter"] for one in told["again"]] == [whole["2"][0]["adapter"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "where", "kept"), [(1, "passes", 3), (0, "passes", 3), (1, "update", 4), (0, "update", 2)]
+)
+def test_memory_that_one_lacks_is_all_processes_affair(rank: int, where: str, kept: int, ask: Ask, whole: Any) -> None:
+    """All fall back together, from the last update that the first process made whole, and learn the same."""
+    found = ask("short_of_memory", rank, where)
+
+    for told in found:
+        (_, went_on_at, reason), *others = told["fallbacks"]
+        assert (went_on_at, reason, others) == (kept, f"rank {rank}: CUDA out of memory.", [])
+        assert told["losses"] == pytest.approx(whole["1"][0]["losses"], rel=NOISE)
+    assert found[0]["adapter"] == found[1]["adapter"]
+
+
+def test_an_overflow_of_one_skips_the_update_of_all(ask: Ask) -> None:
+    """Loss scales and skipped updates are the same in every process, whoever overflowed."""
+    first, second = ask("overflowing")
+
+    assert first == second
+    (skipped, _, scale), (made, _, later) = first
+    assert skipped and not made
+    assert scale == later == 512
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("other", "rank 1 was given another data than rank 0; give all the same"),
+        ("number", "the plan is for 4 GPUs and 2 processes were started; start it with sfplan train or torchrun "),
+    ],
+)
+def test_processes_that_do_not_fit_are_told(what: str, told: str, ask: Ask) -> None:
+    """All are refused in the same words, before anything is loaded."""
+    first, second = ask("unlike", what)
+
+    assert first == second
+    assert first.startswith(f"RunError: {told}")
+
+
+def test_what_one_process_lacks_is_told_by_all(ask: Ask) -> None:
+    """The process that lacks its data says so, and the others say whose is missing."""
+    first, second = ask("unlike", "missing")
+
+    assert first.startswith("RunError: rank 1: ") and "missing.jsonl" in first
+    assert second.startswith("DataError: ") and "missing.jsonl" in second
