@@ -203,13 +203,13 @@ class BranchAndBound:
             best, looked_at = self._neighbours.best_of(listed.counts, listed.score_seconds)
             if best is not None or share == 1:
                 self._parts_left -= listed.num_parts + looked_at * self._num_layers
-                self._settle(node, point, best, cutoff_seconds)
+                self._settle(node, point, best, below)
                 return True
         return False
 
-    def _settle(self, node: _Open, point: Point, best: Chosen | None, cutoff_seconds: float) -> None:
-        """Keep *best* of *node*, in which nothing else scores less than the cutoff."""
-        at_least = round(cutoff_seconds * SECOND)
+    def _settle(self, node: _Open, point: Point, best: Chosen | None, below_seconds: float) -> None:
+        """Keep *best* of *node*, in which no other way scores less than it and *below_seconds*."""
+        at_least = round(below_seconds * SECOND)
         if best is not None:
             at_least = min(at_least, best.taken.score_picoseconds)
             self._keep(best)
