@@ -214,17 +214,20 @@ def add_adapters(
 def adapter_targets(model: torch.nn.Module, target_modules: TargetModules = "all-linear") -> list[str]:
     """The ends of the names of those linear modules of the decoder layers that are meant by *target_modules*.
 
-    As many parts of a name as tell it from every other module: ``attn.c_proj``, where ``mlp.c_proj`` is not meant.
+    As many parts of a name as tell it from what else is in the layers, or is not linear: ``attn.c_proj``, where
+    ``mlp.c_proj`` is not meant. Linear modules beside the layers that are called the same come along.
 
     Raises:
         BadFacts: a layer has no such module.
     """
-    meant = {id(module) for layer in decoder_layers(model) for module in _meant(model, layer, target_modules)}
+    layers = decoder_layers(model)
+    meant = {id(module) for layer in layers for module in _meant(model, layer, target_modules)}
     if not meant:
         raise ValueError(f"no linear layers to adapt in {type(model).__name__}")
-    named = list(model.named_modules())
-    others = {end for name, module in named if id(module) not in meant for end in _ends(name)}
-    names = [name for name, module in named if id(module) in meant]
+    beside = {id(m) for m in model.modules() if _is_adaptable(m)} - {id(m) for layer in layers for m in layer.modules()}
+    known = meant | beside
+    others = {end for name, module in model.named_modules() if id(module) not in known for end in _ends(name)}
+    names = [name for name, module in model.named_modules() if id(module) in meant]
     return sorted({next((end for end in _ends(name) if end not in others), name) for name in names})
 
 
