@@ -113,10 +113,10 @@ class BranchAndBound:
         while self._open and len(self._nodes) < most_nodes:
             node = heapq.heappop(self._open)
             least = min(cutoff_seconds, self._best_seconds())
-            if node.score_seconds < least * (1 - NEGLIGIBLE):
+            if node.score_seconds < _worthwhile(least):
                 self._look_near(node)
                 least = min(cutoff_seconds, self._best_seconds())
-            if node.score_seconds >= least * (1 - NEGLIGIBLE):
+            if node.score_seconds >= _worthwhile(least):
                 heapq.heappush(self._open, node)
                 break
             if node.seen:
@@ -280,6 +280,11 @@ class BranchAndBound:
             counts, chosen = repaired
         yield chosen
         yield from self._neighbours.improved(counts, chosen)
+
+
+def _worthwhile(score_seconds: float) -> float:
+    """What is less than this is better than a score by enough to tell; where harm has prices, one may be below zero."""
+    return score_seconds * (1 - NEGLIGIBLE if score_seconds > 0 else 1 + NEGLIGIBLE)
 
 
 def solve(chain: Chain, limits: Limits, most_nodes: int = MOST_NODES) -> Search:
