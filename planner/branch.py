@@ -136,13 +136,13 @@ class BranchAndBound:
         while self._open and len(self._nodes) < most_nodes:
             node = heapq.heappop(self._open)
             least = min(cutoff_seconds, self._best_seconds())
-            if node.score_seconds < least * (1 - NEGLIGIBLE):
+            if node.score_seconds < _worthwhile(least):
                 self._look_near(node)
                 if self._go_through(node, min(cutoff_seconds, self._best_seconds())):
                     heapq.heappush(self._open, node)
                     continue
                 least = min(cutoff_seconds, self._best_seconds())
-            if node.score_seconds >= least * (1 - NEGLIGIBLE):
+            if node.score_seconds >= _worthwhile(least):
                 heapq.heappush(self._open, node)
                 break
             if node.seen:
@@ -333,6 +333,11 @@ class BranchAndBound:
             self._asked = True
             whole = self._relaxation.whole_counts({})
             yield from () if whole is None else self._neighbours.around(whole.astype(np.float64))
+
+
+def _worthwhile(score_seconds: float) -> float:
+    """What is less than this is better than a score by enough to tell; where harm has prices, one may be below zero."""
+    return score_seconds * (1 - NEGLIGIBLE if score_seconds > 0 else 1 + NEGLIGIBLE)
 
 
 def solve(chain: Chain, limits: Limits, most_nodes: int = MOST_NODES) -> Search:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from . import problem as posing
 from . import quality, single
-from .arrangement import arranged, prices, repriced
+from .arrangement import arranged
 from .branch import BranchAndBound
+from .cell_search import FEW_NODES, MOST_NODES, CellSearch, best_of, priced, proving
 from .chain import Chain, Limits, Taken
 from .memory_record import TracedPeak
 from .neighbours import Chosen
@@ -23,10 +24,6 @@ MOST_TRACES_EACH = 4
 """The same for one alternative."""
 LEAST_CUT_BYTES = 4 * 2**20
 """By how much a cell's memory is cut at least when a step of it did not fit."""
-MOST_NODES = 1_500
-"""Parts that one cell is divided into at most."""
-FEW_NODES = 60
-"""The same, for alternatives, which are to be good and need no proof."""
 NUM_ALTERNATIVES = 4
 LEANER = 0.9
 """Of the plan's memory, for the alternative that needs less."""
@@ -34,8 +31,6 @@ MUCH_LEANER = (0.8, 0.7, 0.6)
 """The same, where other kinds of alternatives are too few."""
 FINER = 0.5
 """Of the plan's harm, for the alternative whose weights are finer."""
-MOST_PRICINGS = 4
-"""Times that the harms of layers that differ are priced anew, each time by what was best at the prices before."""
 
 Trace = Callable[[Configuration], TracedPeak]
 
@@ -62,41 +57,10 @@ class Solution:
 
 
 @dataclass(slots=True)
-class _CellSearch:
-    """One cell: its chain, and how much of its memory is left after what traced steps were fragmented by."""
-
-    cell: Cell
-    chain: Chain
-    limits: Limits
-    search: BranchAndBound = field(init=False)
-    first: BranchAndBound = field(init=False)
-    cuts: int = 0
-
-    def __post_init__(self) -> None:
-        self.search = self.first = BranchAndBound(self.chain, self.limits)
-
-    def cut(self, to_bytes: int) -> None:
-        self.cuts += 1
-        self.tighten(replace(self.limits, memory_bytes=to_bytes))
-
-    def too_harmful(self, found: Taken) -> bool:
-        """Whether what was *found* harms more than it may, though its prices promised less; then less is looked for."""
-        most, now = self.first.limits.harm, self.limits.harm
-        if most is None or now is None or found.harm <= most:
-            return False
-        self.tighten(replace(self.limits, harm=now - (found.harm - most)))
-        return True
-
-    def tighten(self, limits: Limits) -> None:
-        self.limits = limits
-        self.search = BranchAndBound(self.chain, self.limits)
-
-
-@dataclass(slots=True)
 class _Found:
     """What fits when traced whole."""
 
-    at: _CellSearch
+    at: CellSearch
     chosen: Chosen
     configuration: Configuration
     peak: TracedPeak
@@ -111,14 +75,14 @@ class _Solver:
         self.traced: dict[Configuration, TracedPeak] = {}
         self.num_rejected = 0
 
-    def cells(self, chains: dict[Cell, Chain], limits: Limits) -> list[_CellSearch]:
-        return [_CellSearch(cell, chain, limits) for cell, chain in chains.items()]
+    def cells(self, chains: dict[Cell, Chain], limits: Limits) -> list[CellSearch]:
+        return [CellSearch(cell, chain, limits) for cell, chain in chains.items()]
 
-    def found(self, cells: Sequence[_CellSearch], most_traces: int, most_nodes: int) -> _Found | None:
+    def found(self, cells: Sequence[CellSearch], most_traces: int, most_nodes: int) -> _Found | None:
         """The best that fits when it is traced whole; cells are cut by what a step of theirs did not fit by."""
         budget = self.problem.budget_bytes
         for _ in range(most_traces):
-            best = _best(cells, most_nodes)
+            best = best_of(cells, most_nodes)
             if best is None:
                 return None
             at, chosen = best
@@ -160,26 +124,13 @@ class _Solver:
         )
 
 
-def _best(cells: Sequence[_CellSearch], most_nodes: int) -> tuple[_CellSearch, Chosen] | None:
-    """The best over all cells; one whose bound is no better than what is known is not looked into."""
-    best: tuple[_CellSearch, Chosen] | None = None
-    least = float("inf")
-    for at in sorted(cells, key=lambda at: at.search.bound_seconds):
-        if at.search.bound_seconds >= least:
-            continue
-        chosen = at.search.search(least, most_nodes).best
-        if chosen is not None:
-            best, least = (at, chosen), chosen.taken.score_picoseconds / posing.SECOND
-    return best
-
-
 def solve(
     problem: Problem, considered: tuple[Cell, ...], trace: Trace, num_alternatives: int = NUM_ALTERNATIVES
 ) -> Solution | None:
     """The best configuration in the cells *considered* whose own traced step fits; None when none was found."""
     chains = posing.chains(problem, considered)
     if problem.weighed:
-        chains = _priced(chains, problem.limits)
+        chains = priced(chains, problem.limits)
     solver = _Solver(problem, trace)
     cells = solver.cells(chains, problem.limits)
     found = solver.found(cells, MOST_TRACES, MOST_NODES) if cells else None
@@ -188,7 +139,7 @@ def solve(
         return None
     alternatives = _alternatives(solver, chains, found, num_alternatives)
     if problem.weighed:
-        cells = _proving(cells, found, problem.limits)
+        cells = proving(cells, found.at, found.chosen, problem.limits)
     return Solution(
         best=solver.candidate(found),
         peak=found.peak,
@@ -203,39 +154,8 @@ def solve(
     )
 
 
-def _priced(chains: dict[Cell, Chain], limits: Limits) -> dict[Cell, Chain]:
-    """*chains* whose layers differ in harm, at prices that what is best at them supports; nothing is traced."""
-    found, looked_at = chains, chains
-    told: object = None
-    for _ in range(MOST_PRICINGS):
-        best = _best([_CellSearch(cell, chain, limits) for cell, chain in looked_at.items()], FEW_NODES)
-        if best is None:
-            break
-        at, chosen = best
-        new = prices(at.chain, chosen.counts)
-        if new == told:
-            break
-        told = new
-        found = {cell: repriced(chain, new) for cell, chain in chains.items()}
-        looked_at = {at.cell: found[at.cell]}
-    return found
-
-
-def _proving(cells: Sequence[_CellSearch], found: _Found, limits: Limits) -> list[_CellSearch]:
-    """*cells* searched again at prices of harm that what was *found* supports, where the bound on it is tightest."""
-    told = prices(found.at.chain, found.chosen.counts)
-    again: list[_CellSearch] = []
-    for at in cells:
-        one = _CellSearch(at.cell, repriced(at.chain, told), limits)
-        if at.cuts:
-            one.cut(at.limits.memory_bytes)
-        one.search.search(found.chosen.taken.score_picoseconds / posing.SECOND, MOST_NODES)
-        again.append(one)
-    return again
-
-
 def _less_fragmented(
-    solver: _Solver, cells: Sequence[_CellSearch], found: _Found | None, limits: Limits
+    solver: _Solver, cells: Sequence[CellSearch], found: _Found | None, limits: Limits
 ) -> _Found | None:
     """*found*, or a single strategy for all layers that scores less and fits, though its cell was cut by more.
 
@@ -245,7 +165,7 @@ def _less_fragmented(
     singles = [
         (needs.score_picoseconds, number, at, alone, needs)
         for number, at in enumerate(cells)
-        if at.cuts
+        if at.limits != limits
         for alone, needs in single.uniform(at.chain)
         if needs.within(limits) and needs.score_picoseconds < least
     ]
@@ -260,7 +180,7 @@ def _less_fragmented(
     return found
 
 
-def _traced_alone(solver: _Solver, at: _CellSearch, alone: Chain, needs: Taken) -> _Found | None:
+def _traced_alone(solver: _Solver, at: CellSearch, alone: Chain, needs: Taken) -> _Found | None:
     """The single strategy of *alone* in the cell *at*, proved there as far as may be; None if it does not fit."""
     layers = single.strategies(alone) * solver.problem.num_layers
     configuration = posing.configured(solver.problem.workload, at.cell, layers)
@@ -277,7 +197,7 @@ def _traced_alone(solver: _Solver, at: _CellSearch, alone: Chain, needs: Taken) 
     return _Found(at, Chosen(counts, needs), configuration, peak)
 
 
-def _proof(problem: Problem, cells: Sequence[_CellSearch], found: _Found) -> Proof:
+def _proof(problem: Problem, cells: Sequence[CellSearch], found: _Found) -> Proof:
     tables, limits = Tables(), problem.limits
     proved = tuple(tables.cell(at.cell, at.chain, at.limits.memory_bytes, at.search.proof) for at in cells)
     before = tuple(tables.cell(at.cell, at.chain, limits.memory_bytes, at.first.root) for at in cells if at.cuts)
@@ -308,7 +228,7 @@ def _proof(problem: Problem, cells: Sequence[_CellSearch], found: _Found) -> Pro
         status=status,
         gap=shown,
         unfragmented_gap=gap(proof.score_picoseconds, loose),
-        bound_picoseconds=min((b for b in bounds.values() if b is not None), default=proof.score_picoseconds),
+        bound_picoseconds=max(0, min((b for b in bounds.values() if b is not None), default=proof.score_picoseconds)),
     )
 
 
@@ -346,7 +266,7 @@ def _alternatives(solver: _Solver, chains: dict[Cell, Chain], found: _Found, wan
     return tuple(candidate for _, candidate in sorted(near, key=lambda item: item[0]))
 
 
-def _variants(solver: _Solver, chains: dict[Cell, Chain], found: _Found) -> Iterator[list[_CellSearch]]:
+def _variants(solver: _Solver, chains: dict[Cell, Chain], found: _Found) -> Iterator[list[CellSearch]]:
     """Kinds of configurations that are not the plan, each as the cells to look for it in."""
     cell, limits = found.at.cell, found.at.limits
     own = {cell: found.at.chain}

@@ -12,6 +12,8 @@ from tests.strategies import STRATEGIES
 
 MIB = 2**20
 GIGA = 10**9
+MOST_HARM = 10**8
+"""More than all layers of a chain lose together: no step of one scores less than nothing."""
 sizes = st.integers(0, 400).map(lambda n: n * MIB)
 times = st.integers(0, 1000).map(lambda n: n * GIGA)
 
@@ -52,6 +54,7 @@ def chains(draw: st.DrawFn) -> Chain:
     """Groups of one layer and of several."""
     layers = draw(st.sampled_from([(1,), (3,), (5,), (1, 3), (1, 4, 1), (1, 1, 1), (1, 2, 2, 1)]))
     number = draw(st.integers(1, 4 if max(layers) < 4 else 3))
+    harm_price = draw(st.sampled_from([0, 100, 10**5]))
     return Chain(
         groups=tuple(draw(groups(count, number)) for count in layers),
         gradient_accumulation_steps=draw(st.sampled_from([1, 4])),
@@ -61,8 +64,8 @@ def chains(draw: st.DrawFn) -> Chain:
         update_high_bytes=draw(sizes),
         device_picoseconds=draw(times),
         host_picoseconds=draw(times),
-        update_picoseconds=draw(times),
-        harm_price=draw(st.sampled_from([0, 100])),
+        update_picoseconds=draw(times) + harm_price * MOST_HARM,
+        harm_price=harm_price,
     )
 
 
