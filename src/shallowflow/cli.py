@@ -13,6 +13,7 @@ import msgspec
 
 from shallowflow import __version__
 from shallowflow.data_command import data_command
+from shallowflow.evaluation import evaluate_command
 from shallowflow.inspection import (
     calibrate_command,
     gpus_command,
@@ -65,6 +66,7 @@ def cli() -> None:
     sfplan train PLAN --data FILE       the run: exactly that plan
     sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
+    sfplan evaluate RUN --tasks NAMES   how well the adapter does on tasks of lm-evaluation-harness
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
@@ -221,6 +223,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
 for _command in (
     train_command,
     merge_command,
+    evaluate_command,
     data_command,
     profile_command,
     simulate_command,
