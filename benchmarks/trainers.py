@@ -2,6 +2,7 @@
 
 python -m benchmarks.trainers             # what was recorded
 python -m benchmarks.trainers --record    # measure again, about a quarter of an hour on two cores that do nothing else
+python -m benchmarks.trainers --record-memory    # the bytes alone, which do not mind what else runs
 
 All train one model of the same random weights, on the same tokens, with LoRA on every linear layer, AdamW, fp32 and
 threads of one number. Speed is paired: the trainers take turns in one process, and the order turns round each time.
@@ -35,7 +36,7 @@ from shallowflow.planner.problem import ALPHA
 from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat, uniform
 from shallowflow.profiles.load import load_model
 from shallowflow.runtime import build, others, quantized
-from shallowflow.runtime.heap import keeping_freed_memory
+from shallowflow.runtime.heap import give_back, keeping_freed_memory
 from shallowflow.runtime.meter import allocator_levels
 from shallowflow.runtime.step import LEARNING_RATE, MicroBatch, Trainee, make_trainee
 
@@ -213,8 +214,12 @@ def timed(work: Work) -> dict[str, list[float]]:
 
 
 def memory(name: str, work: Work) -> dict[str, int]:
-    """The allocator's highest total in two steps, and by how much the process grew beyond its imports."""
+    """The allocator's highest total in two steps, and by how much the process grew beyond its imports.
+
+    What the heap still holds of the step that does the imports is given back first, or growth into it would not count.
+    """
     TRAINERS[name](Work(name="imports", sequence_length=8))(1)
+    give_back()
     before = psutil.Process().memory_info().rss
     train: list[Train] = []
 
@@ -253,6 +258,15 @@ def measure() -> None:
             row["trainers"][name] = {"step_seconds": seconds[name], **_memory_elsewhere(name, work)}
         rows.append(row)
         RECORD.write_text(json.dumps({**_head(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_memory() -> None:
+    """Write the bytes of every row anew, and leave the seconds as they were recorded."""
+    record = load()
+    for row in record["rows"]:
+        for name, its in row["trainers"].items():
+            its.update(_memory_elsewhere(name, Work(**row["work"])))
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _head() -> dict[str, Any]:
@@ -302,15 +316,17 @@ def main() -> None:
         return
     if "--record" in sys.argv:
         measure()
+    if "--record-memory" in sys.argv:
+        measure_memory()
     table = Table(box=None, pad_edge=False)
-    for title in ("", "trainer", "tokens/s", "ours over it", "peak MiB", "ours over it", "resident MiB"):
+    titles = ("", "trainer", "tokens/s", "ours over it", "peak MiB", "ours over it", "resident MiB", "ours over it")
+    for title in titles:
         table.add_column(title, justify="left" if title in ("", "trainer") else "right")
     for row in load()["rows"]:
         for name, its in row["trainers"].items():
             rate = row["tokens_per_step"] / statistics.median(its["step_seconds"])
             ratios = speedups(row, name)
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            less = f"{memory_ratio(row, name):.2f}"
             mine = name == "shallowflow"
             table.add_row(
                 row["work"]["name"] if mine else "",
@@ -318,8 +334,9 @@ def main() -> None:
                 f"{rate:.0f}",
                 "" if mine else spread,
                 f"{its['peak_allocated_bytes'] / 2**20:.0f}",
-                "" if mine else less,
+                "" if mine else f"{memory_ratio(row, name):.2f}",
                 f"{its['peak_resident_bytes'] / 2**20:.0f}",
+                "" if mine else f"{memory_ratio(row, name, 'peak_resident_bytes'):.2f}",
             )
     Console(width=120).print(table)
 

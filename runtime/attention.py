@@ -1,4 +1,4 @@
-"""Attention as a T4 can run it: PyTorch's SDPA with the KV heads expanded first, also of packed documents."""
+"""Attention as each device runs it best: PyTorch's SDPA, on a GPU with the KV heads expanded first; packed, too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.masking_utils import sdpa_mask
+
+from shallowflow.planner.profiler.trace import device_type
 
 NAME = "shallowflow_sdpa"
 PACKED = "shallowflow_packed"
@@ -37,7 +39,8 @@ def expanded_attention(
     """Scaled dot-product attention over as many KV heads as query heads.
 
     The memory-efficient kernel, the only fused one below sm_80, refuses grouped KV heads; PyTorch then falls back
-    to the math kernel, which keeps the whole score matrix. Shapes: query (batch, heads, tokens, head size), key
+    to the math kernel, which keeps the whole score matrix. A CPU's kernel takes them as they are, and saves as much
+    less for the backward pass. Shapes: query (batch, heads, tokens, head size), key
     and value (batch, KV heads, tokens, head size); returns (batch, tokens, heads, head size).
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -75,10 +78,11 @@ def _attention(
     skips_later: bool,
 ) -> torch.Tensor:
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    grouped = groups > 1 and device_type(query) == "cpu"
+    if groups > 1 and not grouped:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=skips_later
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=skips_later, enable_gqa=grouped
     )
     return out.transpose(1, 2).contiguous()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
 from collections.abc import Iterator
 
@@ -31,6 +32,14 @@ def keeping_freed_memory() -> Iterator[None]:
     finally:
         for option, value in _DEFAULTS.items():
             libc.mallopt(option, value)
+        give_back()
+
+
+def give_back() -> None:
+    """Return to the system what is free in glibc's heap, where a process else holds what it once needed."""
+    libc = _glibc()
+    if libc is not None:
+        gc.collect()
         libc.malloc_trim(0)
 
 

@@ -35,22 +35,15 @@ def merge(
         RunError: *run* is no finished run's folder, *output* is not new, or merged weights exceed what fp16 holds.
         PlanError, WeightsError: see there.
     """
-    adapter = run / "adapter" / "adapter_model.safetensors"
-    if not (adapter.is_file() and (run / "plan.json").is_file()):
-        raise RunError(f"{run} holds no adapter and plan; give the folder that sfplan train wrote")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output} is not empty; give a new folder with --output")
-    plan = serialize.from_json((run / "plan.json").read_bytes(), str(run / "plan.json"))
-    record = record_of(run)
-    if record is not None and not record.steps:
-        raise RunError(f"{run} learned nothing: it ended before its first step; go on with sfplan train and --resume")
-    plan = replace(plan, configuration=configuration_of(record, plan))
+    plan = plan_of(run)
     progress("loading weights")
     source = find_weights(plan.model_name, weights)
     tokenizer = load_tokenizer(source)
     base = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
     progress("merging")
-    _merge(base, plan, load_file(adapter))
+    _merge(base, plan, adapter_of(run))
     saved = _plain(base, plan)
     for name, parameter in saved.named_parameters():
         if not bool(parameter.isfinite().all()):
@@ -60,6 +53,30 @@ def merge(
         saved.save_pretrained(str(partial), safe_serialization=True)
         tokenizer.save_pretrained(str(partial))
     return output
+
+
+def plan_of(run: Path) -> Plan:
+    """The plan of the folder *run*, under the configuration that it ended with.
+
+    Raises:
+        RunError: *run* is no folder of a run that learned something.
+        PlanError: see there.
+    """
+    if not ((run / _ADAPTER).is_file() and (run / "plan.json").is_file()):
+        raise RunError(f"{run} holds no adapter and plan; give the folder that sfplan train wrote")
+    plan = serialize.from_json((run / "plan.json").read_bytes(), str(run / "plan.json"))
+    record = record_of(run)
+    if record is not None and not record.steps:
+        raise RunError(f"{run} learned nothing: it ended before its first step; go on with sfplan train and --resume")
+    return replace(plan, configuration=configuration_of(record, plan))
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    """The adapter in the folder *run*, by PEFT's names."""
+    return load_file(run / _ADAPTER)
+
+
+_ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
 
 class Ran(msgspec.Struct):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from . import autocast, in_place, kernels, operators, shapes
 from .allocator import EMPTY_CACHE
@@ -255,6 +255,12 @@ class Recorder(TorchDispatchMode):
         elif isinstance(out, (tuple, list)):
             for item in out:
                 self._follow_all(item)
+
+
+def device_type(tensor: torch.Tensor) -> str:
+    """The kind of device that *tensor* is on, or would be on where what runs is recorded for a target."""
+    recorders = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Recorder)]
+    return recorders[-1].target.device_type if tensor.is_meta and recorders else tensor.device.type
 
 
 def _moves(original: torch.Tensor, copy: torch.Tensor) -> bool:

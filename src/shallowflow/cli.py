@@ -13,6 +13,7 @@ import msgspec
 
 from shallowflow import __version__
 from shallowflow.data_command import data_command
+from shallowflow.evaluation import evaluate_command
 from shallowflow.exporting import export_command
 from shallowflow.frontier_command import frontier_command
 from shallowflow.inspection import (
@@ -64,7 +65,9 @@ def cli() -> None:
     sfplan train PLAN --data FILE       the run: exactly that plan
     sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
+    sfplan evaluate RUN --tasks NAMES   how well the adapter does on tasks of lm-evaluation-harness
     sfplan verify PLAN                  whether a plan's proof holds
+    sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
@@ -157,6 +160,7 @@ for _command in (
     frontier_command,
     train_command,
     merge_command,
+    evaluate_command,
     export_command,
     data_command,
     weigh_command,

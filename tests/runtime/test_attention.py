@@ -13,6 +13,7 @@ from shallowflow.profiles import load_gpu, load_model
 from shallowflow.runtime import attention, build, cells
 from shallowflow.runtime.cells import Attention, Cell, Recompute
 from shallowflow.runtime.simulated import register_quantization
+from tests.planner.kernel_traces import empty, recorded
 from tests.runtime import tiny
 
 TOKENS, HEADS, SIZE = 7, 4, 8
@@ -35,13 +36,19 @@ def causal(num_queries: int) -> torch.Tensor:
     return torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[-num_queries:].expand(2, -1, -1)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["all heads", "grouped", "one head"])
 @pytest.mark.parametrize("mask", ["none", "boolean", "additive"])
 @pytest.mark.parametrize("scale", [None, 0.25])
 def test_expanded_attention_is_attention(
-    num_kv_heads: int, mask: Literal["none", "boolean", "additive"], scale: float | None
+    device: str,
+    num_kv_heads: int,
+    mask: Literal["none", "boolean", "additive"],
+    scale: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With any number of KV heads, causal by itself or by either kind of mask, the result is the formula's."""
+    """As either device computes it, with any KV heads, causal by itself or by a mask, the result is the formula's."""
+    monkeypatch.setattr(attention, "device_type", lambda _tensor: device)
     maker = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, TOKENS, SIZE, generator=maker) for heads in (HEADS, num_kv_heads, num_kv_heads))
     seen = causal(TOKENS).clone()
@@ -56,6 +63,22 @@ def test_expanded_attention_is_attention(
     torch.testing.assert_close(found, by_hand(q, k, v, seen, scale or SIZE**-0.5))
     assert weights is None
     assert found.is_contiguous()
+
+
+@pytest.mark.parametrize(("gpu", "num_more"), [("cpu", -4), ("t4", 4)])
+def test_a_cpu_saves_no_expanded_heads(gpu: str, num_more: int) -> None:
+    """With half as many keys and values, a CPU holds that much less until the backward pass, a T4 that much more."""
+
+    def held_bytes(num_kv_heads: int) -> int:
+        def attend() -> object:
+            q, k, v = (empty(2, heads, 512, SIZE) for heads in (HEADS, num_kv_heads, num_kv_heads))
+            return attention.expanded_attention(torch.nn.Identity(), q, k, v, None)
+
+        trace = recorded(gpu, attend)
+        end = next(position for position, label in trace.marks if label == "end")
+        return sum(trace.sizes[e - 1] if e > 0 else -trace.sizes[-e - 1] for e in trace.events[:end])
+
+    assert held_bytes(2) - held_bytes(4) == num_more * 2 * 512 * SIZE * 2
 
 
 def test_one_query_sees_every_key() -> None:

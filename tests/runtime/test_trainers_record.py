@@ -33,6 +33,13 @@ def test_none_is_faster(other: str) -> None:
 
 
 @pytest.mark.parametrize("other", OTHERS)
+def test_none_takes_less(other: str) -> None:
+    """With the whole loss, by the allocator's peak."""
+    for row in rows(whole=True):
+        assert trainers.memory_ratio(row, other) <= 1.0, row["work"]["name"]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_none_is_leaner(other: str) -> None:
     """With the loss in parts, by the allocator's peak; and then it is no more than a tenth slower."""
     for row in rows(whole=False):
