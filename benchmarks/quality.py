@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shallowflow.planner import quality
-from shallowflow.planner.problem import ALPHA
+from shallowflow.planner.allowed import ALPHA
 from shallowflow.planner.strategies import Configuration, Optimizer, Strategy, StrategyRun, WeightFormat, uniform
 from shallowflow.profiles.load import load_model
 from shallowflow.runtime import batches, build, quantized

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shallowflow.planner import latency
+from shallowflow.planner.allowed import ALPHA
 from shallowflow.planner.costs import OP_KINDS
-from shallowflow.planner.problem import ALPHA
 from shallowflow.planner.profiler import user_step
 from shallowflow.planner.profiler.kernels import Target
 from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat, uniform

@@ -32,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from shallowflow.planner.problem import ALPHA
+from shallowflow.planner.allowed import ALPHA
 from shallowflow.planner.strategies import Activations, Configuration, Strategy, WeightFormat, uniform
 from shallowflow.profiles.load import load_model
 from shallowflow.runtime import build, others, quantized

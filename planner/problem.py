@@ -1,45 +1,23 @@
-"""The search space: which configurations there are, and what each is predicted to take."""
+"""The search problem: what each way to train that may be chosen is predicted to take."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import get_args
 
 import numpy as np
 
 from shallowflow.profiles.specs import GpuSpec
 
-from . import communication, costs, latency, quality
+from . import allowed, communication, costs, latency, quality
 from .arrangement import own_groups
 from .chain import Chain, Choice, Group, Limits
 from .costs import LayerRuns, StepProfile
 from .layer_cost import sent_to_host
 from .plan import Prediction, Workload
-from .strategies import Activations, Adapter, Cell, Configuration, Optimizer, Strategy, StrategyRun, WeightFormat
+from .strategies import Cell, Configuration, Optimizer, Strategy
 from .weighed import LayerErrors
-
-LOSS_CHUNKS = (1, 4, 16)
-"""Parts that the loss may be computed in."""
-
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
-
-ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8, "dora": 32}
-"""The alpha at every rank; of rsLoRA one that scales an adapter of rank 16 as LoRA's does.
-
-With adapters scaled by alpha / rank, one alpha makes the best learning rate nearly the same for all ranks (LoRA Without
-Regret, Schulman et al., 2025), so that the rank decides capacity and nothing else.
-"""
-
-HEADROOM = 0.06
-"""Share of a GPU's memory left free.
-
-Recorded T4 steps with SDPA reserved up to 4.9 % more than is predicted today, and one of only 1.2 GiB 6.7 %: loading
-quantized weights leaves gaps between them that differ from run to run (`make accuracy`).
-"""
-
-BYTES_PER_WEIGHT: dict[WeightFormat, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "nf4": 0.5}
 
 SECOND = 10**12
 """Picoseconds in one."""
@@ -80,7 +58,7 @@ class Problem:
     @property
     def budget_bytes(self) -> int:
         """What the allocator may reserve."""
-        return budget_bytes(self.gpu, self.workload)
+        return allowed.budget_bytes(self.gpu, self.workload)
 
     @property
     def limits(self) -> Limits:
@@ -111,97 +89,6 @@ class Problem:
         if optimizer == "adamw":
             return profile
         return costs.with_update(profile, self.updates[optimizer, self.rank, kind])
-
-
-def budget_bytes(gpu: GpuSpec, workload: Workload | None = None) -> int:
-    """The device's memory less the headroom, or what the workload allows a process, less the CUDA context."""
-    headroom, most = HEADROOM, gpu.memory_bytes
-    if workload is not None:
-        headroom = HEADROOM if workload.headroom is None else workload.headroom
-        most = gpu.memory_bytes if workload.max_process_bytes is None else workload.max_process_bytes
-    return min(int(gpu.memory_bytes * (1 - headroom)), most) - gpu.context_bytes
-
-
-def unquantized_format(gpu: GpuSpec) -> WeightFormat:
-    """How *gpu* stores weights that are not quantized."""
-    formats: dict[str, WeightFormat] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-    return formats[gpu.compute_dtype]
-
-
-def strategies(workload: Workload, gpu: GpuSpec) -> tuple[Strategy, ...]:
-    """Those that *workload* allows; where host and device are one, nothing is offloaded."""
-    plain = unquantized_format(gpu)
-    formats: tuple[tuple[WeightFormat, bool], ...] = (
-        (plain, False),
-        ("int8", False),
-        ("nf4", False),
-        ("nf4", True),
-    )
-    wanted = plain if workload.quantization == "fp16" else workload.quantization
-    policies: tuple[Activations, ...] = ("save", "recompute attention", "recompute mlp", "recompute")
-    if gpu.device_type == "cuda":
-        policies = (*policies, "offload")
-    return tuple(
-        Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
-        for weight_format, twice in formats
-        if wanted in ("any", weight_format) and workload.double_quantization in (None, twice)
-        for policy in policies
-        if workload.activations in (None, policy)
-    )
-
-
-def cells(workload: Workload, gpu: GpuSpec, rank: int, *, divisible_loss: bool = True) -> tuple[Cell, ...]:
-    """Every way to cut each GPU's share of the global batch into micro-batches, to compute the loss, and to update."""
-    share = workload.global_batch_size // workload.num_gpus
-    chunks = [n for n in LOSS_CHUNKS if n == 1 or (divisible_loss and workload.sequence_length % n == 0)]
-    if workload.loss_chunks is not None:
-        chunks = [workload.loss_chunks]
-    return tuple(
-        Cell(
-            micro_batch_size=n,
-            gradient_accumulation_steps=share // n,
-            rank=rank,
-            loss_chunks=parts,
-            optimizer=optimizer,
-        )
-        for n in range(1, share + 1)
-        if share % n == 0 and workload.micro_batch_size in (None, n)
-        for parts in chunks
-        for optimizer in optimizers(workload, gpu)
-    )
-
-
-def optimizers(workload: Workload, gpu: GpuSpec) -> tuple[Optimizer, ...]:
-    """Those that *workload* allows.
-
-    On a CPU 8 bits come only if they are asked for: bitsandbytes' update there takes several times AdamW's, most of it
-    for rounding (97 ns a parameter against 13, one core of an AMD EPYC), which no rate of a CPU's profile describes.
-    """
-    if workload.optimizer is not None:
-        return (workload.optimizer,)
-    return OPTIMIZERS if gpu.device_type == "cuda" else ("adamw",)
-
-
-def configured(workload: Workload, cell: Cell, layers: Sequence[Strategy]) -> Configuration:
-    """*cell* with one strategy for each of the *layers*."""
-    runs: list[StrategyRun] = []
-    for strategy, alike in groupby(layers):
-        first = runs[-1].last + 1 if runs else 0
-        runs.append(StrategyRun(first=first, last=first + len(list(alike)) - 1, strategy=strategy))
-    return Configuration(
-        layers=tuple(runs),
-        rank=cell.rank,
-        alpha=ALPHA[workload.adapter],
-        sequence_length=workload.sequence_length,
-        micro_batch_size=cell.micro_batch_size,
-        gradient_accumulation_steps=cell.gradient_accumulation_steps,
-        num_gpus=workload.num_gpus,
-        loss_chunks=cell.loss_chunks,
-        packing=workload.packing is True,
-        adapter=workload.adapter,
-        optimizer=cell.optimizer,
-        target_modules=workload.target_modules,
-    )
 
 
 def chains(problem: Problem, considered: tuple[Cell, ...]) -> dict[Cell, Chain]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from . import allowed
 from . import problem as posing
 from .chain import Chain, Group, Limits, Taken, taken
 from .problem import Problem
@@ -13,8 +14,8 @@ from .strategies import Cell, Configuration, Strategy
 
 def best(chain: Chain, limits: Limits) -> Chain | None:
     """*chain* with the one strategy that is best for all layers; None if there is none within *limits*."""
-    allowed = [(needs.score_picoseconds, alone) for alone, needs in uniform(chain) if needs.within(limits)]
-    return min(allowed, key=lambda item: item[0])[1] if allowed else None
+    fitting = [(needs.score_picoseconds, alone) for alone, needs in uniform(chain) if needs.within(limits)]
+    return min(fitting, key=lambda item: item[0])[1] if fitting else None
 
 
 def strategies(chain: Chain) -> list[Strategy]:
@@ -60,7 +61,7 @@ def smallest(problem: Problem, considered: tuple[Cell, ...]) -> Configuration | 
     found = [
         (
             (needs.host_bytes > host, needs.peak_bytes),
-            posing.configured(problem.workload, cell, strategies(alone) * problem.num_layers),
+            allowed.configured(problem.workload, cell, strategies(alone) * problem.num_layers),
         )
         for cell, chain in posing.chains(problem, considered).items()
         for alone, needs in uniform(chain)

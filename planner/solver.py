@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from . import allowed, quality, single
 from . import problem as posing
-from . import quality, single
 from .arrangement import arranged
 from .branch import BranchAndBound
 from .cell_search import FEW_NODES, MOST_NODES, CellSearch, best_of, priced, proving
@@ -90,7 +90,7 @@ class _Solver:
             chosen = Chosen(chosen.counts, layers.taken)
             if at.too_harmful(chosen.taken):
                 continue
-            configuration = posing.configured(self.problem.workload, at.cell, layers.strategies)
+            configuration = allowed.configured(self.problem.workload, at.cell, layers.strategies)
             peak = self.tracing(configuration)
             if peak.peak_reserved_bytes <= budget:
                 return _Found(at, chosen, configuration, peak)
@@ -183,7 +183,7 @@ def _less_fragmented(
 def _traced_alone(solver: _Solver, at: CellSearch, alone: Chain, needs: Taken) -> _Found | None:
     """The single strategy of *alone* in the cell *at*, proved there as far as may be; None if it does not fit."""
     layers = single.strategies(alone) * solver.problem.num_layers
-    configuration = posing.configured(solver.problem.workload, at.cell, layers)
+    configuration = allowed.configured(solver.problem.workload, at.cell, layers)
     peak = solver.tracing(configuration)
     if peak.peak_reserved_bytes > solver.problem.budget_bytes:
         solver.num_rejected += 1

@@ -7,7 +7,7 @@ import math
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.specs import GpuSpec
 
-from . import problem, proof, quality
+from . import allowed, problem, proof, quality
 from .plan import Plan
 
 PARTIAL = ("recompute attention", "recompute mlp")
@@ -22,12 +22,12 @@ def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
     """
     found: list[str] = []
     divisible = not model_facts.changes_logits(plan.model_config)
-    expected = problem.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible)
+    expected = allowed.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible)
     spoken = set(plan.proof.strategies)
-    missing = [s for s in problem.strategies(plan.workload, gpu) if s not in spoken and s.activations not in PARTIAL]
+    missing = [s for s in allowed.strategies(plan.workload, gpu) if s not in spoken and s.activations not in PARTIAL]
     if missing:
         found.append(f"the proof does not speak of {missing[0]}")
-    budget = problem.budget_bytes(gpu, plan.workload)
+    budget = allowed.budget_bytes(gpu, plan.workload)
     if plan.proof.budget_bytes != budget or plan.budget_bytes != budget:
         found.append(f"the memory to spend is {budget} bytes, the proof speaks of {plan.proof.budget_bytes}")
     if plan.prediction.peak_reserved_bytes > budget:

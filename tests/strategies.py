@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from hypothesis import strategies as st
 
+from shallowflow.planner.allowed import HEADROOM, LOSS_CHUNKS, cells, configured
 from shallowflow.planner.costs import OP_KINDS, SEGMENTS, LayerRuns, StepProfile
 from shallowflow.planner.plan import (
     FORMAT_VERSION,
@@ -26,7 +27,7 @@ from shallowflow.planner.plan import (
     WallTime,
     Workload,
 )
-from shallowflow.planner.problem import HEADROOM, LOSS_CHUNKS, Problem, cells, configured, predict
+from shallowflow.planner.problem import Problem, predict
 from shallowflow.planner.proof import Proof
 from shallowflow.planner.quality import next_rank
 from shallowflow.planner.strategies import (

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import click
 
 from shallowflow.data_command import data_format_option
+from shallowflow.planner.allowed import HEADROOM
 from shallowflow.planner.plan import Objective, Quantization, Workload
-from shallowflow.planner.problem import HEADROOM
 from shallowflow.planner.strategies import (
     MODULE_NAME,
     Activations,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shallowflow import packing, refusals
-from shallowflow.planner import breakdown, costs, money, problem, solver, wall_time
+from shallowflow.planner import allowed, breakdown, costs, money, problem, solver, wall_time
 from shallowflow.planner.costs import LayerRuns
 from shallowflow.planner.packing import trimmed_seconds
 from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, WallTime, Workload
@@ -110,7 +110,7 @@ def _plan(
         compute_dtype=gpu.compute_dtype,
         attention=solution.peak.attention,
         memory_bytes=gpu.memory_bytes,
-        budget_bytes=problem.budget_bytes(gpu, workload),
+        budget_bytes=allowed.budget_bytes(gpu, workload),
         workload=workload,
         configuration=best.configuration,
         prediction=best.prediction,

@@ -7,9 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from shallowflow.planner.allowed import unquantized_format
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LENGTH_STRIDE, LayerKind, LengthProfile, ModelProfile, layer_cost
-from shallowflow.planner.problem import unquantized_format
 from shallowflow.planner.strategies import Activations, Adapter, Strategy, TargetModules, WeightFormat
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.profiles.specs import GpuSpec

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from shallowflow.planner import problem, single, words
+from shallowflow.planner import allowed, problem, single, words
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
 from shallowflow.planner.solver import Solution
@@ -55,7 +55,7 @@ def infeasible(
             f"the smallest needs {words.gib(peak)}."
         )
         return Infeasible(peak, gpu.memory_bytes, remedies, reason)
-    headroom = problem.HEADROOM if workload.headroom is None else workload.headroom
+    headroom = allowed.HEADROOM if workload.headroom is None else workload.headroom
     needed = math.ceil(peak / (1 - headroom))  # the memory of which headroom leaves the peak
     return Infeasible(needed, gpu.memory_bytes, remedies)
 
@@ -115,7 +115,7 @@ def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy
         if change.workload.activations == "offload" and not _can_be_planned(changed, change.workload):
             continue  # for the host's memory, of which the device's says nothing
         peak = smallest_process_bytes(changed, change.workload)
-        if peak <= problem.budget_bytes(change.gpu, change.workload) + change.gpu.context_bytes:
+        if peak <= allowed.budget_bytes(change.gpu, change.workload) + change.gpu.context_bytes:
             return [Remedy(option=change.option, peak_process_bytes=peak)]
     return []
 
@@ -132,10 +132,10 @@ def smallest_process_bytes(session: Session, workload: Workload) -> int:
     smallest_batch = min(cell.micro_batch_size for cell in considered)
     most_chunks = max(cell.loss_chunks for cell in considered)
     considered = tuple(c for c in considered if (c.micro_batch_size, c.loss_chunks) == (smallest_batch, most_chunks))
-    allowed = problem.strategies(least, session.gpu)
-    lean = [s for s in allowed if s.activations in ("recompute", "offload")] or list(allowed)
-    bits = min(problem.BYTES_PER_WEIGHT[s.weight_format] for s in lean)
-    lean = [s for s in lean if problem.BYTES_PER_WEIGHT[s.weight_format] == bits]
+    open_to_it = allowed.strategies(least, session.gpu)
+    lean = [s for s in open_to_it if s.activations in ("recompute", "offload")] or list(open_to_it)
+    bits = min(allowed.BYTES_PER_WEIGHT[s.weight_format] for s in lean)
+    lean = [s for s in lean if allowed.BYTES_PER_WEIGHT[s.weight_format] == bits]
     posed = session.problem(least, considered, rank, only=lambda strategy: strategy in lean)
     configuration = single.smallest(posed, considered)
     assert configuration is not None

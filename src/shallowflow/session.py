@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shallowflow.planner import problem, quality, solver
+from shallowflow.planner import allowed, problem, quality, solver
 from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import Workload
@@ -133,7 +133,7 @@ class Session:
         from shallowflow.planner.profiler.kernels import Target
         from shallowflow.planner.profiler.profile import profile_update
 
-        plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
+        plain = Strategy(weight_format=allowed.unquantized_format(self.gpu), activations="save")
         configuration = replace(self._cut(plain, UPDATED_LENGTH), rank=rank, optimizer=optimizer)
         with self._tracing():
             made = profile_update(self._meta_step(configuration, like_layer), Target.of(self.gpu))
@@ -172,7 +172,7 @@ class Session:
     ) -> problem.Problem:
         """The search problem of *workload* with an adapter of *rank*, in the cells *considered*, over *only* some."""
         kinds = self.layer_kinds()
-        wanted = list(filter(only, problem.strategies(workload, self.gpu)))
+        wanted = list(filter(only, allowed.strategies(workload, self.gpu)))
         length, packing = workload.sequence_length, workload.packing is True
         profiles = self._profiles(wanted, length, packing)
         last = next((strategy for strategy, kind in profiles if kind == kinds[-1]), None)
@@ -224,7 +224,7 @@ class Session:
 
     def adapter_parameters(self, sequence_length: int, *, packing: bool = False) -> tuple[int, int]:
         """How many parameters the adapter has at any rank, and how many more for each unit of its rank."""
-        plain = Strategy(weight_format=problem.unquantized_format(self.gpu), activations="save")
+        plain = Strategy(weight_format=allowed.unquantized_format(self.gpu), activations="save")
         per_layer = {
             kind: self.profile(plain, sequence_length, kind, packing=packing).gradients.sum(axis=0) // FP32_BYTES
             for kind in set(self.layer_kinds())

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from shallowflow.planner.allowed import budget_bytes
 from shallowflow.planner.frontier import FrontierPoint, frontier, point
 from shallowflow.planner.plan import Objective, Workload
-from shallowflow.planner.problem import budget_bytes
 from shallowflow.planner.remedies import SMALLEST_SEQUENCE, Infeasible, of_length
 from shallowflow.planning import make_plan
 from shallowflow.profiles import model_facts

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from shallowflow import packing
-from shallowflow.planner import problem, quality
+from shallowflow.planner import allowed, quality
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles import model_facts
@@ -70,7 +70,7 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
 
 
 def _check_strategies(workload: Workload, gpu: GpuSpec) -> None:
-    if problem.strategies(workload, gpu):
+    if allowed.strategies(workload, gpu):
         return
     if workload.activations == "offload" and gpu.device_type == "cpu":
         raise RequestError("a CPU has no other memory to offload to; try --fix activations=recompute")
@@ -109,7 +109,7 @@ def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
         rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank, at_any)
         widest = model_facts.size(session.model.config, "hidden_size") or rank
         rank = max(workload.min_rank, min(rank, widest))
-    return problem.cells(workload, session.gpu, rank, divisible_loss=divisible), rank
+    return allowed.cells(workload, session.gpu, rank, divisible_loss=divisible), rank
 
 
 def deadline_hours(workload: Workload, gpu: GpuSpec) -> float | None:

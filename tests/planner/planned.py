@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from shallowflow.planner.allowed import HEADROOM, budget_bytes
 from shallowflow.planner.plan import Plan, Workload
-from shallowflow.planner.problem import HEADROOM, budget_bytes
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planning import make_plan
 from shallowflow.profiles import GpuSpec, ModelSpec, load_gpu

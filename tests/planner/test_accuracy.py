@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 
 from benchmarks import accuracy, recorded, rivals
-from shallowflow.planner.problem import HEADROOM
+from shallowflow.planner.allowed import HEADROOM
 from shallowflow.profiles import load_gpu
 
 EVERY = 7

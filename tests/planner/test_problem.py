@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shallowflow.planner import problem as posing
-from shallowflow.planner import quality
+from shallowflow.planner import allowed, quality
+from shallowflow.planner.allowed import LOSS_CHUNKS, OPTIMIZERS, cells, configured
 from shallowflow.planner.arrangement import arranged
 from shallowflow.planner.chain import taken
 from shallowflow.planner.plan import Quantization, Workload
-from shallowflow.planner.problem import LOSS_CHUNKS, OPTIMIZERS, Problem, cells, chains, configured, predict
+from shallowflow.planner.problem import Problem, chains, predict
 from shallowflow.planner.strategies import Strategy
 from shallowflow.profiles import load_gpu
 from tests.strategies import STRATEGIES, T4, problems, workloads
@@ -47,14 +47,14 @@ def test_what_is_fixed_is_all_there_is(workload: Workload, data: st.DataObject) 
     )
     assert cells(pinned, T4, 16) == (one,)
 
-    strategy = data.draw(st.sampled_from(posing.strategies(workload, T4)))
+    strategy = data.draw(st.sampled_from(allowed.strategies(workload, T4)))
     wanted = replace(
         workload,
         quantization=FORMATS[strategy.weight_format],
         activations=strategy.activations,
         double_quantization=strategy.double_quantization,
     )
-    assert posing.strategies(wanted, T4) == (strategy,)
+    assert allowed.strategies(wanted, T4) == (strategy,)
 
 
 @given(workloads())
@@ -67,7 +67,7 @@ def test_8_bits_are_for_gpus(workload: Workload) -> None:
 @given(workloads())
 def test_strategies_are_those_of_the_format_and_the_device(workload: Workload) -> None:
     """Every format that is wanted comes with every policy; nothing is offloaded where host and device are one."""
-    found = {gpu.name: posing.strategies(workload, gpu) for gpu in (T4, CPU)}
+    found = {gpu.name: allowed.strategies(workload, gpu) for gpu in (T4, CPU)}
 
     wanted = {"any": {"fp16", "int8", "nf4"}}.get(workload.quantization, {workload.quantization})
     assert {strategy.weight_format for strategy in found["t4"]} == wanted
@@ -88,7 +88,7 @@ def test_a_chain_takes_what_composition_says(problem: Problem, data: st.DataObje
         counts.append(tuple(picks.count(index) for index in range(len(group.choices))))
 
     layers = arranged(chain, tuple(counts), problem.limits).strategies
-    configuration = posing.configured(problem.workload, cell, layers)
+    configuration = allowed.configured(problem.workload, cell, layers)
 
     found, composed = taken(chain, tuple(counts)), predict(problem, configuration)
     assert configuration.cell == cell

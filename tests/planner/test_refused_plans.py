@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from shallowflow import planning
+from shallowflow.planner.allowed import budget_bytes
 from shallowflow.planner.plan import Workload
-from shallowflow.planner.problem import budget_bytes
 from shallowflow.planning import make_plan
 from shallowflow.profiles import GpuSpec, load_gpu
 from shallowflow.session import RequestError, Session

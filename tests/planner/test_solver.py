@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from shallowflow.planner import allowed
 from shallowflow.planner import problem as posing
 from shallowflow.planner import proof as proving
 from shallowflow.planner.chain import taken
@@ -56,7 +57,7 @@ SLACKS = st.fixed_dictionaries({chunks: st.sampled_from([1.0, 1.05, 1.3]) for ch
 
 def considered(problem: Problem) -> tuple[Cell, ...]:
     """All cells of *problem*, at most six."""
-    return posing.cells(problem.workload, problem.gpu, problem.rank)[:6]
+    return allowed.cells(problem.workload, problem.gpu, problem.rank)[:6]
 
 
 @settings(max_examples=60, deadline=None)
@@ -186,5 +187,5 @@ def test_the_smallest_needs_no_more_than_any_single_strategy(problem: Problem) -
     needs = posing.predict(problem, least).peak_allocated_bytes
     for cell in considered(problem):
         for strategy in {strategy for strategy, _ in problem.profiles}:
-            other = posing.configured(problem.workload, cell, [strategy] * problem.num_layers)
+            other = allowed.configured(problem.workload, cell, [strategy] * problem.num_layers)
             assert needs <= posing.predict(problem, other).peak_allocated_bytes
