@@ -22,7 +22,7 @@ SMALL = ("--gpu", "cpu", "--sequence-length", 32)
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a command came to."""
+    """What a command came to, but for what a slow machine says meanwhile."""
 
     code: int
     output: str
@@ -31,7 +31,7 @@ class Done:
     def error(self) -> str:
         """The one line on standard error of a command that was refused, without its first word."""
         assert self.output == ""
-        (line,) = PROGRESS.sub("", self.errors).splitlines()
+        (line,) = self.errors.splitlines()
         assert line.startswith("Error: ")
         return line.removeprefix("Error: ")
 
@@ -44,4 +44,4 @@ def sfplan(*words: object) -> Done:
             main([str(word) for word in words])
         except SystemExit as ended:
             code = int(ended.code or 0)
-    return Done(code, output.getvalue(), errors.getvalue())
+    return Done(code, output.getvalue(), PROGRESS.sub("", errors.getvalue()))
