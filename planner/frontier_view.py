@@ -1,4 +1,4 @@
-"""What is shown of plans along memory or sequence length: a table, and charts whose letters stand beside its rows."""
+"""What is shown of plans along memory, length or GPUs: a table, and charts whose letters stand beside its rows."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ DOLLARS = Axis("dollars", "${:,.2f}")
 LENGTH = Axis("sequence length", "{:,.0f}")
 SPEED = Axis("tokens/s", "{:,.0f}")
 HOURS = Axis("hours", "{:.2f} h")
+GPUS = Axis("GPUs", "{:,.0f}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,67 @@ def over_lengths(model: str, gpu: str, points: Sequence[FrontierPoint], length: 
         charts=tuple(charts),
         notes=tuple(f"No plan fits with sequences of {tokens:,} tokens." for tokens in unfit),
     )
+
+
+def over_gpus(model: str, gpu: str, points: Sequence[FrontierPoint], million_tokens: float) -> View:
+    """By the number of GPUs: speed against the fewest, and what the same *million_tokens* of work take and cost.
+
+    What an hour costs that more GPUs save is where more of them stop to pay.
+    """
+    heads = (
+        "",
+        "GPUs",
+        "memory each",
+        "s/step",
+        "tokens/s",
+        "faster",
+        "hours",
+        "dollars",
+        "per M tokens",
+        "an hour saved",
+    )
+    rows = [
+        (
+            letter,
+            f"{point.configuration.num_gpus}",
+            gib(point.peak_process_bytes),
+            f"{point.step_seconds:.2f}",
+            f"{point.tokens_per_second:,.0f}",
+            f"{point.tokens_per_second / points[0].tokens_per_second:.2f} x",
+            f"{point.hours:.2f}",
+            usd(point.usd),
+            usd(None if point.usd is None else point.usd / million_tokens),
+            "" if before is None else _saved(before, point),
+        )
+        for letter, point, before in zip(LETTERS, points, (None, *points), strict=False)
+    ]
+    up = {SPEED: [point.tokens_per_second for point in points], HOURS: [point.hours for point in points]}
+    prices = [point.usd for point in points if point.usd is not None]
+    if len(prices) == len(points):
+        up[DOLLARS] = prices
+    counts = [point.configuration.num_gpus for point in points]
+    charts = [
+        Chart(across=GPUS, up=axis, points=tuple(zip(counts, values, strict=True)), falls=False)
+        for axis, values in up.items()
+    ]
+    return View(
+        title=f"{model} on {gpu.upper()}, by the number of them",
+        heads=heads,
+        rows=tuple(rows),
+        charts=tuple(charts),
+        notes=("Data parallel, on the cheapest machine that has so many: some have more than are used.",),
+    )
+
+
+def _saved(before: FrontierPoint, point: FrontierPoint) -> str:
+    """What each hour costs that *point* takes less than *before*."""
+    hours = before.hours - point.hours
+    if hours <= 0:
+        return "none is"
+    if before.usd is None or point.usd is None:
+        return usd(None)
+    more = point.usd - before.usd
+    return usd(more / hours) if more > 0 else "nothing"
 
 
 def shown(view: View) -> RenderableType:

@@ -1,4 +1,4 @@
-"""``sfplan frontier``: what memory and finer weights buy, or what other sequence lengths cost."""
+"""``sfplan frontier``: what memory and finer weights buy, what other sequence lengths cost, or what more GPUs give."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shallowflow.planner import frontier_view
 from shallowflow.planner.frontier_view import View
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
-from shallowflow.tradeoffs import Over, find_over_lengths, find_trade_offs, lengths
+from shallowflow.tradeoffs import Over, find_over_gpus, find_over_lengths, find_trade_offs, lengths
 
 
 @click.command("frontier")
@@ -28,11 +28,13 @@ def frontier_command(model: str, over: Over, chart: Path | None, as_json: bool, 
     """Show what memory and finer weights buy: plans that no other beats in memory, time and weight error at once.
 
     Each is a plan for a part of the GPU's memory, traced whole. With --over sequence_length it shows what longer and
-    shorter sequences cost: the best plan at a quarter, half, once and twice the length, for the same work.
+    shorter sequences cost: the best plan at a quarter, half, once and twice the length, for the same work. With --over
+    gpus it shows what more of them give, and where they stop to pay: 1, 2, 4 and so on, as far as one machine has them.
 
     \b
     sfplan frontier Llama-3.2-1B --gpu t4 --sequence-length 1024
     sfplan frontier Llama-3.2-1B --gpu t4 --sequence-length 1024 --over sequence_length
+    sfplan frontier Llama-3.2-1B --gpu t4 --sequence-length 1024 --over gpus
     sfplan frontier Llama-3.2-1B --gpu t4 --sequence-length 1024 --chart frontier.html
     """
     from shallowflow.hub import find_model
@@ -46,6 +48,9 @@ def frontier_command(model: str, over: Over, chart: Path | None, as_json: bool, 
         if over == "memory":
             points = find_trade_offs(spec, device, workload, progress=tell)
             view = frontier_view.over_memory(spec.name, device.name, points)
+        elif over == "gpus":
+            points = find_over_gpus(spec, device, workload, progress=tell)
+            view = frontier_view.over_gpus(spec.name, device.name, points, workload.total_tokens / 1e6)
         else:
             length = workload.sequence_length
             works = {n: request(names, **{**options, "sequence_length": n})[1] for n in lengths(spec, length)}

@@ -1,4 +1,4 @@
-"""The frontier of a request: plans for less and less memory, for finer weights, or for other sequence lengths."""
+"""The frontier of a request: plans for less memory, for finer weights, for other sequence lengths, or for more GPUs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shallowflow.planner.plan import Objective, Workload
 from shallowflow.planner.remedies import SMALLEST_SEQUENCE, Infeasible, of_length
 from shallowflow.planning import make_plan
 from shallowflow.profiles import model_facts
-from shallowflow.profiles.load import load_gpu, load_model
+from shallowflow.profiles.load import load_gpu, load_instances, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.refusals import smallest_process_bytes
 from shallowflow.session import Progress, RequestError, Session
 from shallowflow.workloads import check, workload_of
 
-Over = Literal["memory", "sequence_length"]
+Over = Literal["memory", "sequence_length", "gpus"]
 NUM_MEMORIES = 6
 SHARES = (0.25, 0.5, 1.0, 2.0)
 """Of the sequence length asked for, the lengths that are planned."""
@@ -34,11 +34,12 @@ def trade_offs(
     progress: Progress = lambda _message: None,
     **workload: Any,
 ) -> tuple[FrontierPoint, ...]:
-    """The frontier for fine-tuning *model* on *gpu*, or the best plan at several lengths of sequences.
+    """The frontier for fine-tuning *model* on *gpu*, or the best plans at several lengths or for several GPUs.
 
     Args:
         over: ``memory`` for plans of which none beats another in memory, time and weight error; ``sequence_length``
-            for one plan each of sequences of a quarter, half, once and twice the length asked for, as far as they fit.
+            for one plan each of sequences of a quarter, half, once and twice the length asked for, as far as they fit;
+            ``gpus`` for one plan each of 1, 2, 4 and so on of them, as far as one machine has them.
 
     Other arguments, and errors, are those of ``plan``.
     """
@@ -46,6 +47,8 @@ def trade_offs(
     if over == "sequence_length":
         works = {length: of_length(asked, length) for length in lengths(spec, asked.sequence_length)}
         return find_over_lengths(spec, device, works, progress=progress)
+    if over == "gpus":
+        return find_over_gpus(spec, device, asked, progress=progress)
     if over != "memory":
         raise RequestError(f"over is {over!r}; give one of {', '.join(get_args(Over))}")
     return find_trade_offs(spec, device, asked, progress=progress)
@@ -107,3 +110,37 @@ def find_over_lengths(
             if length == min(works) and not found:
                 raise
     return tuple(reversed(found))
+
+
+def gpu_counts(gpu: GpuSpec, global_batch_size: int) -> tuple[int, ...]:
+    """Powers of two that divide a batch, up to as many GPUs as a shipped machine has; one where there is none."""
+    most = max((instance.num_gpus for instance in load_instances(gpu.name)), default=1)
+    return tuple(
+        n for n in (2**power for power in range(most.bit_length())) if n <= most and global_batch_size % n == 0
+    )
+
+
+def find_over_gpus(
+    model: ModelSpec, gpu: GpuSpec, workload: Workload, *, progress: Progress = lambda _message: None
+) -> tuple[FrontierPoint, ...]:
+    """The best plan for each of *gpu_counts*; those for which nothing fits have none.
+
+    Raises:
+        Infeasible: nothing fits on any number of them.
+        RequestError: the workload asks for several already.
+    """
+    if workload.num_gpus > 1:
+        raise RequestError(
+            f"{workload.num_gpus} GPUs are asked for, and a plan over several numbers of them; ask for one"
+        )
+    found: list[FrontierPoint] = []
+    counts = gpu_counts(gpu, workload.global_batch_size)
+    for count in counts:
+        progress(f"{count} GPUs")
+        try:
+            work = replace(workload, num_gpus=count)
+            found.append(point(make_plan(model, gpu, work, progress=progress, num_alternatives=0)))
+        except Infeasible:
+            if count == counts[-1] and not found:
+                raise
+    return tuple(found)

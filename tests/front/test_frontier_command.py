@@ -133,3 +133,30 @@ def test_a_chart_that_cannot_be_written_is_told_at_once(name: str, tiny_folder: 
     assert done.code == 2
     assert name.rpartition("/")[0] in done.error()
     assert "--chart" in done.error()
+
+
+def test_more_gpus_take_what_their_own_plans_say(tiny_folder: Path) -> None:
+    """Every number that divides the batch, up to a machine's, takes and costs what planning it alone says."""
+    words = ("frontier", tiny_folder, *SAVED, "--over", "gpus")
+
+    as_json, said = sfplan(*words, "--json"), sfplan(*words)
+
+    assert as_json.code == said.code == 0, as_json.errors
+    made = shallowflow.trade_offs(str(tiny_folder), "t4", over="gpus", sequence_length=64, **ASKED_SAVED)
+    found = json.loads(as_json.output)
+    assert [point["configuration"]["num_gpus"] for point in found] == [1, 2, 4]  # a batch of 4 on up to 8
+    for point, row, same in zip(found, rows(said.output), made, strict=True):
+        count = point["configuration"]["num_gpus"]
+        alone = shallowflow.plan(str(tiny_folder), "t4", sequence_length=64, num_gpus=count, **ASKED_SAVED)
+        assert point["step_seconds"] == same.step_seconds == alone.prediction.step_seconds
+        assert point["usd"] == alone.offers[0].on_demand_usd
+        assert row[1] == f"{count}"
+    assert "hours over GPUs" in said.output and "dollars over GPUs" in said.output
+
+
+def test_the_number_of_gpus_is_asked_for_once(tiny_folder: Path) -> None:
+    """Several GPUs and a plan over their number contradict each other."""
+    done = sfplan("frontier", tiny_folder, *SAVED, "--over", "gpus", "--gpus", 2)
+
+    assert done.code == 2
+    assert "2 GPUs are asked for" in done.error()
