@@ -24,13 +24,9 @@ ACCELERATORS = {
     "a10g": "A10G",
     "h100": "H100",
     "l4": "L4",
-    "rtx3060": "RTX3060",
-    "rtx3090": "RTX3090",
-    "rtx4090": "RTX4090",
     "t4": "T4",
-    "v100": "V100",
 }
-"""SkyPilot's names of the shipped GPUs (its catalog's AcceleratorName)."""
+"""SkyPilot's names of the GPUs in shipped instances (its catalog's AcceleratorName)."""
 
 SYSTEM_BYTES = 60 * 10**9
 """Of the disk, for the system, CUDA and Python's packages."""
@@ -38,6 +34,7 @@ MOST_RESTARTS = 2
 """After an error that is no interruption."""
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 """What S3 takes as a name."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ExportError(ValueError):
@@ -53,6 +50,7 @@ class Job:
         bucket: of S3, for checkpoints and results; made if there is none of that name.
         package: what pip installs.
         spot: on spot instances, or on demand.
+        data_format: of rows of data; None is told from their columns.
     """
 
     plan_path: Path
@@ -61,6 +59,7 @@ class Job:
     package: str
     eval_data_path: Path | None = None
     spot: bool = True
+    data_format: str | None = None
 
     def files(self) -> dict[str, Path]:
         """What is uploaded, by the name that it gets."""
@@ -74,9 +73,10 @@ def task(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ...]
     """The task file, as YAML: ``sky jobs launch FILE`` runs it.
 
     Raises:
-        ExportError: no cloud has the plan's GPUs in one machine, a file is missing, or the bucket's name is none.
+        ExportError: no machine has the plan's GPUs, the model is on this machine alone, a file is missing, or the
+            bucket's name is none.
     """
-    _check(plan, job, gpu, instances)
+    num_gpus = _check(plan, job, gpu, instances)
     remarks = [
         f"{plan.model_name} on {words.counted(plan.configuration.num_gpus, gpu.title)}, as planned:",
         f"{words.gib(plan.prediction.peak_process_bytes)} per GPU, {plan.prediction.step_seconds:.1f} s a step, "
@@ -85,18 +85,25 @@ def task(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ...]
         "Start it with: sky jobs launch FILE; a gated model takes: --secret HF_TOKEN",
     ]
     head = "".join(f"# {' '.join(line.split())}\n" for line in remarks)  # a plan is data: no line of its own
-    body: str = yaml.safe_dump(_fields(plan, job), sort_keys=False, allow_unicode=True, width=math.inf)
+    body: str = yaml.safe_dump(_fields(plan, job, num_gpus), sort_keys=False, allow_unicode=True, width=math.inf)
     return head + body
 
 
-def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ...]) -> None:
-    if gpu.name not in ACCELERATORS:
-        raise ExportError(f"the plan is for {gpu.title}, which is no GPU that a cloud rents; plan for one, such as t4")
+def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ...]) -> int:
+    """How many GPUs the machine has: SkyPilot looks for one with exactly so many, of which the run takes its own."""
+    if gpu.name not in ACCELERATORS or not instances:
+        raise ExportError(f"the plan is for {gpu.title}, which no shipped instance has; plan for one, such as t4")
     wanted = plan.configuration.num_gpus
-    most = max((instance.num_gpus for instance in instances), default=wanted)
-    if wanted > most:
+    enough = [instance.num_gpus for instance in instances if instance.num_gpus >= wanted]
+    if not enough:
+        most = max(instance.num_gpus for instance in instances)
         raise ExportError(
             f"the plan is for {wanted} x {gpu.title}, and no machine has more than {most}; plan with --gpus {most}"
+        )
+    if not HUB_NAME.fullmatch(plan.model_name):
+        raise ExportError(
+            f"the plan is of {plan.model_name!r}, whose weights another machine would not find; plan a model by its "
+            "name on the Hub, such as meta-llama/Llama-3.1-8B"
         )
     for path in job.files().values():
         if not path.is_file():
@@ -105,13 +112,14 @@ def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ..
         raise ExportError(
             f"{job.bucket!r} is no name of a bucket; give 3 to 63 small letters, digits, dots and hyphens"
         )
+    return min(enough)
 
 
-def _fields(plan: Plan, job: Job) -> dict[str, Any]:
+def _fields(plan: Plan, job: Job, num_gpus: int) -> dict[str, Any]:
     weights_bytes = 2 * plan.num_parameters
     resources: dict[str, Any] = {
         "infra": "aws",
-        "accelerators": {ACCELERATORS[plan.gpu]: plan.configuration.num_gpus},
+        "accelerators": {ACCELERATORS[plan.gpu]: num_gpus},
         "disk_size": math.ceil((SYSTEM_BYTES + 2 * weights_bytes) / 1e9),
         "use_spot": job.spot,
         "job_recovery": {"max_restarts_on_errors": MOST_RESTARTS},
@@ -131,5 +139,9 @@ def _fields(plan: Plan, job: Job) -> dict[str, Any]:
 def _command(job: Job) -> str:
     """What runs on the machine, the first time and after every interruption."""
     data, *held = list(job.files())[1:]
-    parts = ["sfplan train plan.json", f"--data {data}", f"--output {RESULTS}/run", "--resume"]
-    return " ".join(parts + [f"--eval-data {name}" for name in held])
+    words = ["sfplan", "train", "plan.json", "--data", data, "--output", f"{RESULTS}/run", "--resume"]
+    for name in held:
+        words += ["--eval-data", name]
+    if job.data_format is not None:
+        words += ["--data-format", job.data_format]
+    return shlex.join(words)

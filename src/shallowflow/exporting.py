@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
+from shallowflow.data_command import data_format_option
 from shallowflow.profiles.load import load_gpu, load_instances
+
+if TYPE_CHECKING:
+    from shallowflow.runtime.documents import Format
 
 Target = Literal["skypilot"]
 
@@ -18,6 +22,7 @@ Target = Literal["skypilot"]
 @click.option("--to", "target", type=click.Choice(["skypilot"]), required=True, help="Whose file to write.")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="The file to learn; it is uploaded.")
 @click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity.")
+@data_format_option
 @click.option("--bucket", required=True, help="Of S3, for checkpoints and results; it is made if need be.")
 @click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on.")
 @click.option("--package", help="What pip installs there.  [default: this version of shallowflow]")
@@ -27,6 +32,7 @@ def export_command(
     target: Target,
     data: Path,
     eval_data: Path | None,
+    data_format: Format | None,
     bucket: str,
     spot: bool,
     package: str | None,
@@ -52,6 +58,7 @@ def export_command(
         eval_data_path=eval_data,
         bucket=bucket,
         spot=spot,
+        data_format=data_format,
         package=package or f"shallowflow=={version('shallowflow')}",
     )
     text = skypilot.task(loaded, job, load_gpu(loaded.gpu), tuple(load_instances(loaded.gpu)))

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from shallowflow.profiles import gpu_names
+from shallowflow.profiles.load import load_instances
 from shallowflow.runtime.skypilot import ACCELERATORS
 from tests.front.shell import sfplan
 
@@ -29,14 +30,18 @@ task = sky.Task.from_yaml(sys.argv[1])
 facts = [task.name, task.num_nodes, str(wanted.cloud), wanted.accelerators, wanted.use_spot, wanted.disk_size]
 print(json.dumps([*facts, task.setup, task.run, task.file_mounts, bucket.name, bucket.mode.value]))
 """
+PINNED = (
+    *("--gpu", "t4", "--sequence-length", 32),
+    *("--quantization", "nf4", "--fix", "activations=save", "--optimizer", "adamw"),
+)
+"""So that little need be traced."""
 TO = ("--to", "skypilot", "--bucket", "my-checkpoints")
 
 
 @pytest.fixture(scope="session")
 def t4_plan(tiny_folder: Path) -> str:
     """A plan for the tiny model on a T4, in JSON."""
-    pinned = ("--quantization", "nf4", "--fix", "activations=save", "--optimizer", "adamw", "--sequence-length", 32)
-    done = sfplan(tiny_folder, "--gpu", "t4", *pinned, "--json")
+    done = sfplan(tiny_folder, *PINNED, "--json")
     assert done.code == 0, done.errors
     return done.output
 
@@ -48,7 +53,8 @@ def plan(t4_plan: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
 
     def write(**changes: Any) -> Path:
-        Path("plan.json").write_text(json.dumps({**json.loads(t4_plan), **changes}), encoding="utf-8")
+        made = {**json.loads(t4_plan), "model_name": "org/Tiny-1.1", **changes}
+        Path("plan.json").write_text(json.dumps(made), encoding="utf-8")
         return Path("plan.json")
 
     return write
@@ -71,7 +77,7 @@ def test_skypilot_reads_what_is_meant(plan: Callable[..., Path], tmp_path: Path,
     """Its own parser finds the GPUs, the kind of instance, the files, the bucket, and a command that resumes."""
     held = tmp_path / "other.csv"
     held.write_text("text\nheld out\n", encoding="utf-8")
-    words = ("--eval-data", held, "--spot" if spot else "--on-demand", "--output", "task.yaml")
+    words = ("--eval-data", held, "--spot" if spot else "--on-demand", "--output", "task.yaml", "--data-format", "text")
 
     done = sfplan("export", plan(), *TO, "--data", "train.jsonl", *words)
 
@@ -79,12 +85,12 @@ def test_skypilot_reads_what_is_meant(plan: Callable[..., Path], tmp_path: Path,
     name, nodes, cloud, accelerators, use_spot, disk, setup, run, mounts, bucket, mode = read_by_skypilot(
         tmp_path / "task.yaml", tmp_path
     )
-    assert (name, nodes, cloud, accelerators, use_spot) == ("shallowflow-tiny", 1, "AWS", {"T4": 1}, spot)
+    assert (name, nodes, cloud, accelerators, use_spot) == ("shallowflow-tiny-1-1", 1, "AWS", {"T4": 1}, spot)
     assert disk >= 60
     assert setup == "pip install shallowflow==0.1.0"
     assert run == (
         "cd ~/shallowflow && sfplan train plan.json --data train.jsonl --output /shallowflow/run --resume "
-        "--eval-data heldout.csv"
+        "--eval-data heldout.csv --data-format text"
     )
     assert mounts == {
         "~/shallowflow/plan.json": "plan.json",
@@ -107,20 +113,33 @@ def test_every_command_of_the_help_runs(plan: Callable[..., Path]) -> None:
 
 
 def test_a_plan_file_is_data(plan: Callable[..., Path]) -> None:
-    """A model's name with line breaks and a command in it stays within a remark and a name."""
-    hostile = "org/a\nrun: rm -rf /\n# $(reboot)"
+    """A model's name with commands in it is refused, and commands in other names stay names."""
+    hostile = sfplan("export", plan(model_name="org/a\nrun: rm -rf /"), *TO, "--data", "train.jsonl")
+    Path("x.j;reboot").write_text("text", encoding="utf-8")
 
-    done = sfplan("export", plan(model_name=hostile), *TO, "--data", "train.jsonl", "--package", "x; reboot")
+    done = sfplan("export", plan(), *TO, "--data", "x.j;reboot", "--package", "x; reboot")
 
+    assert hostile.code == 2 and "whose weights another machine would not find" in hostile.error()
     task = yaml.safe_load(done.output)
-    assert task["run"].startswith("cd ~/shallowflow && sfplan train plan.json ")
+    assert task["run"].startswith("cd ~/shallowflow && sfplan train plan.json --data 'train.j;reboot' ")
     assert task["setup"] == "pip install 'x; reboot'"
-    assert re.fullmatch(r"shallowflow-[a-z0-9-]*", task["name"])
 
 
-def test_every_gpu_has_a_name_in_the_cloud() -> None:
-    """All shipped GPUs but this machine's processor can be asked for."""
-    assert set(ACCELERATORS) == set(gpu_names()) - {"cpu"}
+@pytest.mark.parametrize(("wanted", "asked"), [(1, 1), (2, 4), (4, 4), (8, 8)])
+def test_machines_are_asked_for_as_there_are(
+    plan: Callable[..., Path], tiny_folder: Path, wanted: int, asked: int
+) -> None:
+    """SkyPilot wants a machine with exactly so many GPUs, and no g4dn has two."""
+    made = sfplan(tiny_folder, *PINNED, "--gpus", wanted, "--json")
+
+    done = sfplan("export", plan(**{**json.loads(made.output), "model_name": "org/tiny"}), *TO, "--data", "train.jsonl")
+
+    assert yaml.safe_load(done.output)["resources"]["accelerators"] == {"T4": asked}
+
+
+def test_every_gpu_that_is_rented_has_a_name() -> None:
+    """All GPUs that a shipped instance has can be asked for."""
+    assert set(ACCELERATORS) == {name for name in gpu_names() if load_instances(name)}
 
 
 @pytest.mark.parametrize(
@@ -147,4 +166,4 @@ def test_a_processor_is_not_rented(tiny_plan: str, data: Path, tmp_path: Path) -
     done = sfplan("export", tmp_path / "plan.json", *TO, "--data", data)
 
     assert done.code == 2
-    assert "no GPU that a cloud rents; plan for one, such as t4" in done.error()
+    assert "which no shipped instance has; plan for one, such as t4" in done.error()
