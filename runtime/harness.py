@@ -107,18 +107,27 @@ def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
 def _put_adapter(model: torch.nn.Module, saved: dict[str, torch.Tensor]) -> None:
     from peft import set_peft_model_state_dict
 
-    unknown = set_peft_model_state_dict(model, saved).unexpected_keys
-    if unknown:
-        raise RunError(f"the adapter holds {unknown[0]}, which the plan's model does not have")
+    found = set_peft_model_state_dict(model, saved)
+    if found.unexpected_keys:
+        raise RunError(f"the adapter holds {found.unexpected_keys[0]}, which the plan's model does not have")
+    learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name in found.missing_keys:
+        if name in learned:
+            raise RunError(f"the adapter lacks {name}, which the plan's model has")
 
 
 def _results(wrapped: Any, model: torch.nn.Module, manager: Any, asked: Examination) -> Mapping[str, Mapping[str, Any]]:
     from lm_eval.evaluator import simple_evaluate
 
-    with evaluating(model):
-        found: dict[str, Any] = simple_evaluate(
-            model=wrapped, tasks=list(asked.tasks), task_manager=manager, limit=asked.limit, log_samples=False
-        )
+    try:
+        with evaluating(model):
+            found: dict[str, Any] = simple_evaluate(
+                model=wrapped, tasks=list(asked.tasks), task_manager=manager, limit=asked.limit, log_samples=False
+            )
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{asked.batch_size} examples at a time do not fit into memory; give a smaller --batch-size"
+        ) from error
     results: Mapping[str, Mapping[str, Any]] = found["results"]
     return results
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shallowflow.planner.plan import Plan
@@ -83,7 +84,7 @@ def test_the_harness_measures_what_plain_peft_computes(
 def test_what_cannot_be_measured_is_told(
     plans: dict[str, Plan], request_for: Requests, tiny_folder: Path, task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No run, no such task, data out of reach, no harness: one line and exit code 2, before weights are read."""
+    """No run, no such task, data out of reach, half an adapter, no harness: one line and exit code 2."""
     train(plans["fp16"], request_for(num_steps=1))
     run = request_for().output
 
@@ -96,6 +97,12 @@ def test_what_cannot_be_measured_is_told(
     assert "has no task 'topicz'" in refusal(run, "--tasks", f"{task}, topicz")
     assert "the data of task 'arc_easy' cannot be had" in refusal(run, "--tasks", "arc_easy")
     assert "names no task" in refusal(run, "--tasks", " , ")
+    path = run / "adapter" / "adapter_model.safetensors"
+    kept = load_file(path)
+    lost = next(name for name in kept if "lora_B" in name)
+    save_file({name: tensor for name, tensor in kept.items() if name != lost}, path)
+    halved = sfplan("evaluate", run, "--tasks", task, "--weights", tiny_folder)
+    assert halved.code == 2 and halved.errors.splitlines()[-1].startswith("Error: the adapter lacks base_model.")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     assert "pip install 'shallowflow[eval]'" in refusal(run, "--tasks", task)
