@@ -72,17 +72,18 @@ def test_half_a_profile_counts_as_none(kept: float, folder: Path) -> None:
     assert cache.read_profile("a") is None
 
 
-@pytest.mark.parametrize("position", [0.2, 0.5, 0.8])
-def test_a_flipped_byte_counts_as_none_or_changes_nothing(position: float, folder: Path) -> None:
-    """A damaged array is noticed by its checksum, and no exception leaves the cache."""
+def test_a_flipped_byte_counts_as_none_or_changes_nothing(folder: Path) -> None:
+    """A damaged array is noticed by its checksum, a damaged header by what reads it; nothing is raised."""
     cache.write_profile("a", profile())
-    content = bytearray((folder / "a.npz").read_bytes())
-    content[int(position * len(content))] ^= 0xFF
-    (folder / "a.npz").write_bytes(content)
+    whole = (folder / "a.npz").read_bytes()
+    for position in range(0, len(whole), 7):
+        content = bytearray(whole)
+        content[position] ^= 0xFF
+        (folder / "a.npz").write_bytes(content)
 
-    found = cache.read_profile("a")
+        found = cache.read_profile("a")
 
-    assert found is None or found.to_arrays().keys() == profile().to_arrays().keys()
+        assert found is None or found.to_arrays().keys() == profile().to_arrays().keys()
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
