@@ -82,16 +82,17 @@ def _attempt(
     """Learn under one configuration; returns the learner, if one could be made, and why another is needed.
 
     Each process ends it with one vote: the one in which it hears that another has given up, or one at the end. Then all
-    tell each other why.
+    tell each other why, and whether they were asked to stop meanwhile.
     """
     learner: Learner | None = None
     trouble: str | None = None
+    asked: list[int] = []
     try:
         work.watcher.stage("loading weights")
         learner = Learner.begin(work, progress, kept, path, trackers)
         if work.ranks.leads:
             folder.note_request(work.plan, work.request)
-        with interrupts.deferred(work.ranks) as check:
+        with interrupts.deferred(work.ranks, asked) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
     except (torch.OutOfMemoryError, fallback.BeyondBudget) as error:
@@ -99,12 +100,24 @@ def _attempt(
     except Diverged as error:
         progress.failure = str(error)
     except GivenUp:
-        return learner, _trouble(work.ranks, None)
+        return learner, _unless_asked(work.ranks, progress, learner, asked, _trouble(work.ranks, None))
     if progress.lost:
         return learner, None
     with contextlib.suppress(GivenUp):
         work.ranks.vote(WELL if trouble is None else SHORT)
-    return learner, _trouble(work.ranks, trouble)
+    return learner, _unless_asked(work.ranks, progress, learner, asked, _trouble(work.ranks, trouble))
+
+
+def _unless_asked(
+    ranks: Ranks, progress: Progress, learner: Learner | None, asked: list[int], trouble: str | None
+) -> str | None:
+    """The *trouble*; None where a process was *asked* to stop as well, which ends the run with what is saved."""
+    if trouble is None or not any(ranks.gathered(bool(asked))):
+        return trouble
+    progress.outcome = "interrupted"
+    if ranks.led(learner is not None and learner.updating):
+        progress.failure = "interrupted within an update, which is half made and not kept"
+    return None
 
 
 def _trouble(ranks: Ranks, mine: str | None) -> str | None:

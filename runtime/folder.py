@@ -149,7 +149,7 @@ def fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
 def _course(plan: Plan) -> list[Any]:
     """What of a plan its steps' data, and what they learn, depend on; how coarse the base's weights are is left out."""
     c = plan.configuration
-    adapter = (c.adapter, c.rank, c.alpha)
+    adapter = (c.adapter, c.target_modules, c.rank, c.alpha)
     return [plan.model_config, plan.compute_dtype, adapter, c.sequence_length, c.global_batch_size, c.packing]
 
 

@@ -6,12 +6,14 @@ Reads a line of JSON for each thing to do, the name of a function here and its a
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
 import math
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -26,7 +28,8 @@ import torch
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import build, joining, quantized
+from shallowflow.runtime import build, joining, quantized, sample
+from shallowflow.runtime import learner as learning
 from shallowflow.runtime.batches import Group
 from shallowflow.runtime.learner import Learner
 from shallowflow.runtime.record import StepRecord
@@ -198,11 +201,11 @@ def struck(rank: int, number: int, after: int) -> dict[str, Any]:
     return {"first": first, "saved": saved, "again": again}
 
 
-def short_of_memory(rank: int, where: str) -> list[Any]:
-    """A run of two processes, one of which finds no memory in its fourth step: in its passes, or in its update."""
+def short_of_memory(rank: int, where: str, after: int = 3) -> list[Any]:
+    """A run of two processes, one of which finds no memory after some steps: in its passes, or in its update."""
 
     def strike(learner: Learner) -> None:
-        if len(learner.progress.steps) != 3 or learner.work.ranks.rank != rank or learner.progress.fallbacks:
+        if len(learner.progress.steps) != after or learner.work.ranks.rank != rank or learner.progress.fallbacks:
             return
         if where == "passes":
             learner.trainee.loss_chunks = 0  # which nothing divides
@@ -215,7 +218,45 @@ def short_of_memory(rank: int, where: str) -> list[Any]:
         return loss(self, batch) if self.loss_chunks else _no_memory()
 
     Trainee.loss = lossy  # type: ignore[method-assign]
-    return in_processes(2, lambda _rank: trained(planned(2), request(f"short{rank}{where}", save_every=2), strike))
+    return in_processes(
+        2, lambda _rank: trained(planned(2), request(f"short{rank}{where}{after}", save_every=2), strike)
+    )
+
+
+def short_before_training(rank: int, where: str) -> list[Any]:
+    """A run of two processes, one of which finds no memory at first: for the model, or for an answer to a prompt."""
+    left = [True]
+
+    def once(real: Callable[..., Any], *args: Any) -> Any:
+        if os.environ["RANK"] == str(rank) and left and left.pop():
+            _no_memory()
+        return real(*args)
+
+    def work(_rank: int) -> Any:
+        if where == "model":
+            learning.make_trainee = functools.partial(once, make_trainee)
+        else:
+            sample._next = functools.partial(once, sample._next)
+        return trained(planned(2), request(f"before{rank}{where}", samples=("the cat",)))
+
+    return in_processes(2, work)
+
+
+def asked_and_short(asked: int, short: int) -> dict[str, Any]:
+    """A run of two processes, one of which is told to end in the step for which another has no memory; and resumed."""
+    wanted = request(f"asked{asked}short{short}")
+
+    def strike(learner: Learner) -> None:
+        if len(learner.progress.steps) != 3:
+            return
+        if learner.work.ranks.rank == asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if learner.work.ranks.rank == short:
+            _no_memory()
+
+    first = in_processes(2, lambda _rank: trained(planned(2), wanted, strike))
+    again = in_processes(2, lambda _rank: trained(planned(2), replace(wanted, resume=True)))
+    return {"first": first, "again": again}
 
 
 def _no_memory(*_args: Any) -> NoReturn:
@@ -272,6 +313,7 @@ def main() -> None:
     """Answer each line on standard input."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    joining.PATIENCE = datetime.timedelta(seconds=60)  # after which a test that waits for ever fails
     quantized.bitsandbytes()  # here, and not in every fork; peft likewise
     build.add_adapters(tiny.base(), rank=1, alpha=1)
     for line in sys.stdin:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,13 +14,15 @@ import pytest
 import torch
 
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import merge
+from shallowflow.runtime import attempts, merge
 from shallowflow.runtime.checkpoint import latest, read
 from shallowflow.runtime.fallback import candidate, following
 from shallowflow.runtime.meter import MeasuredPeak, measure_peak
+from shallowflow.runtime.promise import Promise
 from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.run import CHECKPOINTS, RunFailed, RunRequest, Silent, train
 from shallowflow.runtime.step import MicroBatch, Trainee
+from shallowflow.runtime.watch import Watcher
 
 Requests = Callable[..., RunRequest]
 OUT = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -162,6 +166,47 @@ def test_resuming_goes_on_under_the_alternative(plan: Plan, request_for: Request
     assert losses(record) == losses(whole)
     assert record.configuration == whole.configuration != plan.configuration
     assert len(record.fallbacks) == 1
+
+
+def test_steps_are_saved_before_another_configuration_is_traced(
+    plan: Plan, request_for: Requests, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the alternative is being traced, the run has lost no step."""
+    real = attempts.promised
+
+    def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+        if alternative is not None:
+            raise KeyboardInterrupt
+        return real(plan, alternative, watcher)
+
+    monkeypatch.setattr(attempts, "promised", promised)
+    seen.fails = failing_once(3)
+    request = request_for(num_steps=NUM_STEPS)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(plan, request)
+
+    path, _ = latest(request.output / CHECKPOINTS)
+    assert path is not None and len(read(path).steps) == 2
+
+
+def test_a_signal_is_obeyed_though_memory_runs_out(plan: Plan, request_for: Requests, seen: Seen) -> None:
+    """Asked to stop in the very micro-batch for which memory does not suffice, the run stops, and can go on."""
+    fails = failing_once(3)
+
+    def struck(now: Seen) -> bool:
+        short = fails(now)
+        if short:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return short
+
+    seen.fails = struck
+    request = request_for(num_steps=NUM_STEPS)
+
+    record = train(plan, request)
+
+    assert (record.outcome, len(record.steps), record.fallbacks) == ("interrupted", 2, ())
+    assert len(train(plan, replace(request, resume=True)).steps) == NUM_STEPS
 
 
 def test_half_an_update_is_made_again(

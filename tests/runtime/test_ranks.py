@@ -109,17 +109,46 @@ def test_one_that_is_interrupted_stops_all(rank: int, number: int, ask: Ask, who
 
 
 @pytest.mark.parametrize(
-    ("rank", "where", "kept"), [(1, "passes", 3), (0, "passes", 3), (1, "update", 4), (0, "update", 2)]
+    ("rank", "where", "after", "kept"),
+    [
+        (1, "passes", 3, 3),
+        (0, "passes", 3, 3),
+        (1, "update", 3, 4),
+        (0, "update", 3, 2),
+        (1, "update", 1, 2),  # whose memory is measured
+        (0, "update", 1, 0),
+    ],
 )
-def test_memory_that_one_lacks_is_all_processes_affair(rank: int, where: str, kept: int, ask: Ask, whole: Any) -> None:
+def test_memory_that_one_lacks_is_all_processes_affair(
+    rank: int, where: str, after: int, kept: int, ask: Ask, whole: Any
+) -> None:
     """All fall back together, from the last update that the first process made whole, and learn the same."""
-    found = ask("short_of_memory", rank, where)
+    found = ask("short_of_memory", rank, where, after)
 
     for told in found:
         (_, went_on_at, reason), *others = told["fallbacks"]
         assert (went_on_at, reason, others) == (kept, f"rank {rank}: CUDA out of memory.", [])
         assert told["losses"] == pytest.approx(whole["1"][0]["losses"], rel=NOISE)
     assert found[0]["adapter"] == found[1]["adapter"]
+
+
+@pytest.mark.parametrize(("rank", "where"), [(1, "model"), (0, "model"), (0, "answer")])
+def test_memory_may_be_short_before_training(rank: int, where: str, ask: Ask, whole: Any) -> None:
+    """No process waits for what one without memory for the model, or for an answer, does not send."""
+    found = ask("short_before_training", rank, where)
+
+    assert [told["fallbacks"] for told in found] == [[[0, 0, f"rank {rank}: CUDA out of memory."]]] * 2
+    assert found[0]["losses"] == pytest.approx(whole["1"][0]["losses"], rel=NOISE)
+
+
+@pytest.mark.parametrize(("asked", "short"), [(0, 1), (1, 0)])
+def test_a_signal_to_one_outweighs_the_memory_that_another_lacks(asked: int, short: int, ask: Ask, whole: Any) -> None:
+    """Where one is asked to stop as another gives up, all stop, none falls back, and no step is lost."""
+    told = ask("asked_and_short", asked, short)
+
+    assert [(one["outcome"], len(one["losses"])) for one in told["first"]] == [("interrupted", 3)] * 2
+    assert [one["fallbacks"] for one in told["first"]] == [[]] * 2
+    assert [one["adapter"] for one in told["again"]] == [whole["2"][0]["adapter"]] * 2
 
 
 def test_an_overflow_of_one_skips_the_update_of_all(ask: Ask) -> None:
