@@ -180,6 +180,9 @@ def found(request: RunRequest, progress: Progress, ranks: Ranks) -> tuple[Path |
 
     Why newer ones are not believed goes into the notes.
     """
-    path, doubts = checkpoint.latest(request.output / folder.CHECKPOINTS) if ranks.leads else (None, [])
-    progress.notes += doubts
+    path: Path | None = None
+    if ranks.leads:
+        checkpoint.finish(request.output / folder.CHECKPOINTS)
+        path, doubts = checkpoint.latest(request.output / folder.CHECKPOINTS)
+        progress.notes += doubts
     return path, ranks.led(None if path is None else checkpoint.read(path))

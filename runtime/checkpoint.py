@@ -43,7 +43,7 @@ class State:
         seconds: on the wall, all sessions together.
         loss_scale, num_skipped, num_calm: see LossScale.
         before: answers to the prompts before training.
-        alternative, best_step: see Progress.
+        alternative, best_step, moved_at, plan: see Progress.
     """
 
     steps: tuple[StepRecord, ...]
@@ -57,6 +57,8 @@ class State:
     fallbacks: tuple[FallbackRecord, ...] = ()
     alternative: int | None = None
     best_step: int | None = None
+    moved_at: int = 0
+    plan: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +107,17 @@ def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.
     return final
 
 
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in *folder* that is what its manifest says; and why newer ones are not believed."""
-    doubts: list[str] = []
-    for left in folder.glob(".step-????????.partial"):  # whole, if only its name was still to be given
+def finish(folder: Path) -> None:
+    """Give a checkpoint in *folder* its name that lacks nothing else, its process killed; only for who writes there."""
+    for left in folder.glob(".step-????????.partial"):
         final = folder / left.name.removeprefix(".").removesuffix(".partial")
         if not final.exists() and _doubt(left) is None:
             left.rename(final)
+
+
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in *folder* that is what its manifest says; and why newer ones are not believed."""
+    doubts: list[str] = []
     for path in _found(folder):
         doubt = _doubt(path)
         if doubt is None:

@@ -146,6 +146,11 @@ def fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
     return checkpoint.fingerprint(parts)
 
 
+def plan_digest(plan: Plan) -> str:
+    """What tells *plan* from others."""
+    return checkpoint.fingerprint({"plan": serialize.to_json(plan).encode()})["plan"]
+
+
 def _course(plan: Plan) -> list[Any]:
     """What of a plan its steps' data, and what they learn, depend on; how coarse the base's weights are is left out."""
     c = plan.configuration

@@ -62,7 +62,9 @@ def _begun(plan: Plan, request: RunRequest, watcher: Watcher, ranks: Ranks) -> W
 
 def _trained(work: Work) -> RunRecord:
     plan, request, ranks = work.plan, work.request, work.ranks
-    progress = Progress(started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    progress = Progress(
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), plan=folder.plan_digest(plan)
+    )
     _check_alike(work)
     with contextlib.ExitStack() as held:
         moves = False
@@ -152,10 +154,11 @@ def _go_on(work: Work, progress: Progress, *, moves: bool) -> Path | None:
         progress.go_back_to(state)
         progress.started, progress.earlier_seconds = state.started, state.seconds
         if moves:
-            progress.moved_at = len(state.steps)
             progress.notes.append(f"on with {words.counted(work.plan.configuration.num_gpus, 'GPU')}, not as it began")
+        if state.plan == progress.plan or not (state.plan or moves):  # without its digest, it is the one it began with
+            progress.alternative, progress.moved_at = state.alternative, state.moved_at
         else:
-            progress.alternative = state.alternative
+            progress.moved_at = len(state.steps)
         progress.notes.append(f"resumed after step {len(state.steps)}")
     elif progress.notes:
         progress.notes.append("no checkpoint is left to go on from: the run starts again from step 0")

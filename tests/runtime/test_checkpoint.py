@@ -299,6 +299,8 @@ def test_a_checkpoint_is_replaced_without_a_gap(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, trainee, replace(state, seconds=2.0))
 
+    assert checkpoint.latest(tmp_path) == (None, [])  # by no reader, whose writer may be at it
+    checkpoint.finish(tmp_path)
     path, _ = checkpoint.latest(tmp_path)
     assert path == saved and checkpoint.read(saved).seconds == 2.0
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import attempts, merge
+from shallowflow.runtime import attempts, folder, merge
 from shallowflow.runtime.checkpoint import latest, read
 from shallowflow.runtime.fallback import candidate, following
 from shallowflow.runtime.meter import MeasuredPeak, measure_peak
@@ -166,6 +166,26 @@ def test_resuming_goes_on_under_the_alternative(plan: Plan, request_for: Request
     assert losses(record) == losses(whole)
     assert record.configuration == whole.configuration != plan.configuration
     assert len(record.fallbacks) == 1
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_an_alternative_is_of_the_plan_that_it_was_run_under(
+    moves: bool, plan: Plan, request_for: Requests, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another plan, and then under the one it began with, a run takes over no other plan's alternative."""
+    seen.fails = failing_once(2)
+    request = request_for(num_steps=3)
+    began = train(plan, request)
+    monkeypatch.setattr(folder, "check_same", lambda *_: moves)
+    other = replace(plan, alternatives=())
+
+    moved = train(other, replace(request, num_steps=4, resume=True))
+    back = train(plan, replace(request, num_steps=5, resume=True))
+
+    assert began.configuration == plan.alternatives[began.fallbacks[0].alternative].configuration
+    assert moved.configuration == back.configuration == plan.configuration
+    path, _ = latest(request.output / CHECKPOINTS)
+    assert path is not None and (read(path).alternative, read(path).moved_at) == (None, 4)
 
 
 def test_steps_are_saved_before_another_configuration_is_traced(
