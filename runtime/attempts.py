@@ -51,17 +51,22 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
 
 
 def _following(work: Work, progress: Progress, failed: Promise) -> tuple[int, Promise] | None:
-    """The next alternative with what tracing says of it; one that is no longer what it was is passed over."""
+    """The next alternative with what tracing says of it; one that a process finds to be another is passed over."""
     passed_over: set[int] = set()
     while True:
         alternative = fallback.following(work.plan, failed.candidate, passed_over)
         if alternative is None:
             return None
+        doubt = kept = None
         try:
-            return alternative, promised(work.plan, alternative, work.watcher)
+            kept = promised(work.plan, alternative, work.watcher)
         except RunError as error:
-            passed_over.add(alternative)
-            progress.notes.append(f"alternative {alternative + 1} is passed over: {error}")
+            doubt = str(error)
+        doubt = _trouble(work.ranks, doubt)
+        if kept is not None and doubt is None:
+            return alternative, kept
+        passed_over.add(alternative)
+        progress.notes.append(f"alternative {alternative + 1} is passed over: {doubt}")
 
 
 def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
@@ -121,7 +126,7 @@ def _unless_asked(
 
 
 def _trouble(ranks: Ranks, mine: str | None) -> str | None:
-    """Why another configuration is needed: this process's reason or another's."""
+    """Why another configuration is needed: the first reason that any process has."""
     for rank, told in enumerate(ranks.gathered(mine)):
         if told is not None:
             return told if ranks.size == 1 else f"rank {rank}: {told}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
+from shallowflow.planner.profiler import cache
 
 from . import batches, checkpoint, folder, joining, sample, summary
 from .attempts import found, learned
@@ -131,14 +133,20 @@ def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Win
 
 
 def _check_alike(work: Work) -> None:
-    """Refuse to learn anything else than the first process does; where the weights lie is each one's own affair.
+    """Refuse what would let a process learn anything else than the first does, or talk to it more or less often.
+
+    Where the weights lie is each one's own affair.
 
     Raises:
         RunError: which process differs, and in what.
     """
     if not work.ranks.talks:
         return
-    mine = {**folder.fingerprint(work.plan, work.request), "weights": ""}
+    request = work.request
+    mine: dict[str, Any] = {**folder.fingerprint(work.plan, request), "weights": ""}
+    mine |= {f"version of {package}": number for package, number in cache.versions().items()}
+    mine |= {"--steps": request.num_steps, "--eval-every": request.eval_every, "--patience": request.patience}
+    mine |= {"--sample": request.samples, "--resume": request.resume}
     first, *others = work.ranks.gathered(mine)
     for rank, other in enumerate(others, start=1):
         differing = [name for name in first if first[name] != other[name]]

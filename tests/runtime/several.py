@@ -28,14 +28,18 @@ import torch
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import build, joining, quantized, sample
+from shallowflow.planner.profiler import cache
+from shallowflow.runtime import attempts, build, fallback, joining, quantized, sample
 from shallowflow.runtime import learner as learning
 from shallowflow.runtime.batches import Group
 from shallowflow.runtime.learner import Learner
+from shallowflow.runtime.promise import Promise
 from shallowflow.runtime.record import StepRecord
+from shallowflow.runtime.request import RunError
 from shallowflow.runtime.run import RunRequest, train
 from shallowflow.runtime.step import MicroBatch, Trainee, make_trainee
 from shallowflow.runtime.train import train as training_steps
+from shallowflow.runtime.watch import Watcher
 from tests.runtime import tiny
 
 GLOBAL_BATCH_SIZE = 8
@@ -234,10 +238,31 @@ def short_before_training(rank: int, where: str) -> list[Any]:
 
     def work(_rank: int) -> Any:
         if where == "model":
-            learning.make_trainee = functools.partial(once, make_trainee)
+            learning.make_trainee = functools.partial(once, make_trainee)  # type: ignore[attr-defined]
         else:
             sample._next = functools.partial(once, sample._next)
         return trained(planned(2), request(f"before{rank}{where}", samples=("the cat",)))
+
+    return in_processes(2, work)
+
+
+def short_and_doubtful() -> list[Any]:
+    """A run of two processes short of memory, the second of which doubts the first alternative."""
+    plan, real = planned(2), attempts.promised
+    first = fallback.following(plan, fallback.candidate(plan, None))
+
+    def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+        if alternative is not None and alternative == first and os.environ["RANK"] == "1":
+            raise RunError("it is another")
+        return real(plan, alternative, watcher)
+
+    def strike(learner: Learner) -> None:
+        if len(learner.progress.steps) == 3 and not learner.progress.fallbacks:
+            _no_memory()
+
+    def work(_rank: int) -> Any:
+        attempts.promised = promised
+        return trained(plan, request("doubtful"), strike)
 
     return in_processes(2, work)
 
@@ -264,15 +289,24 @@ def _no_memory(*_args: Any) -> NoReturn:
 
 
 def unlike(what: str) -> list[Any]:
-    """Two processes of which the second was given other data, or has none; or that the plan wants more of."""
-    plan = planned(4 if what == "number" else 2)
+    """Two processes of which the second was given other data, has none, or other options or libraries.
+
+    Or that the plan wants more of.
+    """
+    plan, versions = planned(4 if what == "number" else 2), cache.versions()
     other = place() / f"{what}.jsonl"
     if what == "other":
         other.write_text((place() / "data.jsonl").read_text() * 2)
 
     def work(rank: int) -> Any:
-        data = place() / "data.jsonl" if rank == 0 or what == "number" else other
-        return trained(plan, request(f"unlike {what}", data=data))
+        changes: dict[str, Any] = {}
+        if rank == 1 and what in ("other", "missing"):
+            changes["data"] = other
+        elif rank == 1 and what in ("num_steps", "resume"):
+            changes[what] = {"num_steps": 7, "resume": True}[what]
+        elif rank == 1 and what == "version":
+            cache.versions = lambda: {**versions, "torch": "0"}  # type: ignore[assignment]
+        return trained(plan, request(f"unlike {what}", **changes))
 
     return in_processes(2, work)
 

@@ -132,6 +132,16 @@ def test_memory_that_one_lacks_is_all_processes_affair(
     assert found[0]["adapter"] == found[1]["adapter"]
 
 
+def test_an_alternative_that_one_doubts_is_passed_over_by_all(ask: Ask, whole: Any) -> None:
+    """All fall back to the same alternative, which is in each of them what it was planned to be."""
+    first, second = ask("short_and_doubtful")
+
+    assert first["notes"] == second["notes"]
+    assert first["notes"][0].startswith("alternative ") and "is passed over: rank 1: it is another" in first["notes"][0]
+    assert first["adapter"] == second["adapter"]
+    assert first["losses"] == pytest.approx(whole["1"][0]["losses"], rel=NOISE)
+
+
 @pytest.mark.parametrize(("rank", "where"), [(1, "model"), (0, "model"), (0, "answer")])
 def test_memory_may_be_short_before_training(rank: int, where: str, ask: Ask, whole: Any) -> None:
     """No process waits for what one without memory for the model, or for an answer, does not send."""
@@ -165,6 +175,9 @@ def test_an_overflow_of_one_skips_the_update_of_all(ask: Ask) -> None:
     ("what", "told"),
     [
         ("other", "rank 1 was given another data than rank 0; give all the same"),
+        ("num_steps", "rank 1 was given another --steps than rank 0; give all the same"),
+        ("resume", "rank 1 was given another --resume than rank 0; give all the same"),
+        ("version", "rank 1 was given another version of torch than rank 0; give all the same"),
         ("number", "the plan is for 4 GPUs and 2 processes were started; start it with sfplan train or torchrun "),
     ],
 )
