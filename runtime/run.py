@@ -51,6 +51,7 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     told = watcher if watcher is not None and ranks.leads else Silent()
     try:
         work = joining.together(ranks, lambda: _begun(plan, request, told, ranks))
+        ranks.connect(work.device)
         record = _trained(work)
     except Lost as lost:
         raise RunLost(f"{lost}; {_saved(request, 0, has_results=False)}") from lost

@@ -11,6 +11,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+
+from shallowflow.runtime.ranks import Lost, Ranks
+from shallowflow.runtime.step import Trainee
+from tests.runtime import tiny
 
 LOST = "RunLost: another process of the run was lost after step 3; what was learned is saved in "
 NOISE = 2e-6
@@ -87,6 +93,55 @@ def test_a_run_moves_to_other_numbers_of_processes(ask: Ask, whole: Any) -> None
 
 
 # Ends
+
+
+def test_a_process_votes_for_a_sum_once_its_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever adds gradients up on a device knows that no other process was lost before it had its own."""
+    happened: list[str] = []
+    told = Trainee._told
+
+    def read(self: Trainee, *args: Any) -> list[float]:
+        happened.append("wait")
+        return told(self, *args)
+
+    def gather(found: list[Any], value: Any) -> None:
+        found[:] = [value] * len(found)
+
+    monkeypatch.setattr(Trainee, "_told", read)
+    monkeypatch.setattr(dist, "all_reduce", lambda _sum: happened.append("sum"))
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    trainee = tiny.trainee()
+    trainee.ranks = Ranks(size=2, talks=True)
+    trainee.before_micro_batch = lambda: happened.append("vote")
+
+    trainee.step([tiny.random_batch([16, 16])])
+
+    assert happened == ["vote", "wait", "vote", "sum", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("error", "meant"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError),
+        (dist.DistBackendError("NCCL error\nLast error:\nCuda failure 2 'out of memory'"), torch.OutOfMemoryError),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), torch.AcceleratorError),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:29500"), Lost),
+    ],
+)
+def test_what_fails_here_is_no_other_processes_end(
+    error: RuntimeError, meant: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory and devices that fail under a sum are this process's own; only what else fails tells of another's end."""
+
+    def fail(_sum: torch.Tensor) -> None:
+        raise error
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+
+    with pytest.raises(meant) as caught:
+        Ranks(size=2, talks=True).connect(tiny.CPU)
+
+    assert caught.type is meant
 
 
 def test_a_killed_process_costs_no_step(ask: Ask, whole: Any) -> None:
