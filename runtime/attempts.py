@@ -51,17 +51,22 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
 
 
 def _following(work: Work, progress: Progress, failed: Promise) -> tuple[int, Promise] | None:
-    """The next alternative with what tracing says of it; one that is no longer what it was is passed over."""
+    """The next alternative with what tracing says of it; one that a process finds to be another is passed over."""
     passed_over: set[int] = set()
     while True:
         alternative = fallback.following(work.plan, failed.candidate, passed_over)
         if alternative is None:
             return None
+        doubt = kept = None
         try:
-            return alternative, promised(work.plan, alternative, work.watcher)
+            kept = promised(work.plan, alternative, work.watcher)
         except RunError as error:
-            passed_over.add(alternative)
-            progress.notes.append(f"alternative {alternative + 1} is passed over: {error}")
+            doubt = str(error)
+        doubt = _trouble(work.ranks, doubt)
+        if kept is not None and doubt is None:
+            return alternative, kept
+        passed_over.add(alternative)
+        progress.notes.append(f"alternative {alternative + 1} is passed over: {doubt}")
 
 
 def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
@@ -82,16 +87,17 @@ def _attempt(
     """Learn under one configuration; returns the learner, if one could be made, and why another is needed.
 
     Each process ends it with one vote: the one in which it hears that another has given up, or one at the end. Then all
-    tell each other why.
+    tell each other why, and whether they were asked to stop meanwhile.
     """
     learner: Learner | None = None
     trouble: str | None = None
+    asked: list[int] = []
     try:
         work.watcher.stage("loading weights")
         learner = Learner.begin(work, progress, kept, path, trackers)
         if work.ranks.leads:
             folder.note_request(work.plan, work.request)
-        with interrupts.deferred(work.ranks) as check:
+        with interrupts.deferred(work.ranks, asked) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
     except (torch.OutOfMemoryError, fallback.BeyondBudget) as error:
@@ -99,16 +105,28 @@ def _attempt(
     except Diverged as error:
         progress.failure = str(error)
     except GivenUp:
-        return learner, _trouble(work.ranks, None)
+        return learner, _unless_asked(work.ranks, progress, learner, asked, _trouble(work.ranks, None))
     if progress.lost:
         return learner, None
     with contextlib.suppress(GivenUp):
         work.ranks.vote(WELL if trouble is None else SHORT)
-    return learner, _trouble(work.ranks, trouble)
+    return learner, _unless_asked(work.ranks, progress, learner, asked, _trouble(work.ranks, trouble))
+
+
+def _unless_asked(
+    ranks: Ranks, progress: Progress, learner: Learner | None, asked: list[int], trouble: str | None
+) -> str | None:
+    """The *trouble*; None where a process was *asked* to stop as well, which ends the run with what is saved."""
+    if trouble is None or not any(ranks.gathered(bool(asked))):
+        return trouble
+    progress.outcome = "interrupted"
+    if ranks.led(learner is not None and learner.updating):
+        progress.failure = "interrupted within an update, which is half made and not kept"
+    return None
 
 
 def _trouble(ranks: Ranks, mine: str | None) -> str | None:
-    """Why another configuration is needed: this process's reason or another's."""
+    """Why another configuration is needed: the first reason that any process has."""
     for rank, told in enumerate(ranks.gathered(mine)):
         if told is not None:
             return told if ranks.size == 1 else f"rank {rank}: {told}"
@@ -167,6 +185,9 @@ def found(request: RunRequest, progress: Progress, ranks: Ranks) -> tuple[Path |
 
     Why newer ones are not believed goes into the notes.
     """
-    path, doubts = checkpoint.latest(request.output / folder.CHECKPOINTS) if ranks.leads else (None, [])
-    progress.notes += doubts
+    path: Path | None = None
+    if ranks.leads:
+        checkpoint.finish(request.output / folder.CHECKPOINTS)
+        path, doubts = checkpoint.latest(request.output / folder.CHECKPOINTS)
+        progress.notes += doubts
     return path, ranks.led(None if path is None else checkpoint.read(path))

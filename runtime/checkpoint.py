@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from . import optimizers
 from .record import EvaluationRecord, FallbackRecord, StepRecord
+from .request import RunError
 from .step import Trainee
 
 NUM_KEPT = 2
@@ -30,6 +31,7 @@ _NAME = re.compile(r"step-(\d{8})")
 _ADAPTER, _OPTIMIZER, _STATE, _MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _BEST = "best.safetensors"
 """Only where the best of the evaluated adapters is kept."""
+_ELSE = "go on with the plan it was made under, or give a new folder with --output"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,7 @@ class State:
         seconds: on the wall, all sessions together.
         loss_scale, num_skipped, num_calm: see LossScale.
         before: answers to the prompts before training.
-        alternative, best_step: see Progress.
+        alternative, best_step, moved_at, plan: see Progress.
     """
 
     steps: tuple[StepRecord, ...]
@@ -55,6 +57,8 @@ class State:
     fallbacks: tuple[FallbackRecord, ...] = ()
     alternative: int | None = None
     best_step: int | None = None
+    moved_at: int = 0
+    plan: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +107,17 @@ def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.
     return final
 
 
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint in *folder* that is what its manifest says; and why newer ones are not believed."""
-    doubts: list[str] = []
-    for left in folder.glob(".step-????????.partial"):  # whole, if only its name was still to be given
+def finish(folder: Path) -> None:
+    """Give a checkpoint in *folder* its name that lacks nothing else, its process killed; only for who writes there."""
+    for left in folder.glob(".step-????????.partial"):
         final = folder / left.name.removeprefix(".").removesuffix(".partial")
         if not final.exists() and _doubt(left) is None:
             left.rename(final)
+
+
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in *folder* that is what its manifest says; and why newer ones are not believed."""
+    doubts: list[str] = []
     for path in _found(folder):
         doubt = _doubt(path)
         if doubt is None:
@@ -139,16 +147,18 @@ def restore(kept: Snapshot, trainee: Trainee) -> None:
     """Put the state *kept* into *trainee*.
 
     Raises:
-        ValueError: it is another model's.
+        RunError: it is another model's.
     """
     progress = kept.state
-    if {name: t.shape for name, t in adapter(trainee).items()} != {name: t.shape for name, t in kept.adapter.items()}:
-        raise ValueError(f"checkpoint {kept.path} holds another adapter than the plan's")
+    wanted = {name: tensor.shape for name, tensor in adapter(trainee).items()}
+    for held in (kept.adapter, kept.adapter if kept.best is None else kept.best):
+        if {name: tensor.shape for name, tensor in held.items()} != wanted:
+            raise RunError(f"checkpoint {kept.path} holds another adapter than the plan's; {_ELSE}")
     put_adapter(trainee, kept.adapter)
     try:
         optimizers.restore(trainee.optimizer, kept.optimizer)
     except ValueError as error:
-        raise ValueError(f"checkpoint {kept.path} is not the plan's: {error}") from None
+        raise RunError(f"checkpoint {kept.path} is not the plan's: {error}; {_ELSE}") from None
     scale = trainee.loss_scale
     scale.value, scale.num_skipped, scale.num_calm = progress.loss_scale, progress.num_skipped, progress.num_calm
 

@@ -146,10 +146,15 @@ def fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
     return checkpoint.fingerprint(parts)
 
 
+def plan_digest(plan: Plan) -> str:
+    """What tells *plan* from others."""
+    return checkpoint.fingerprint({"plan": serialize.to_json(plan).encode()})["plan"]
+
+
 def _course(plan: Plan) -> list[Any]:
     """What of a plan its steps' data, and what they learn, depend on; how coarse the base's weights are is left out."""
     c = plan.configuration
-    adapter = (c.adapter, c.rank, c.alpha)
+    adapter = (c.adapter, c.target_modules, c.rank, c.alpha)
     return [plan.model_config, plan.compute_dtype, adapter, c.sequence_length, c.global_batch_size, c.packing]
 
 

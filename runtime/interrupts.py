@@ -14,14 +14,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def deferred(ranks: Ranks = ALONE) -> Iterator[Callable[[], None]]:
+def deferred(ranks: Ranks = ALONE, asked: list[int] | None = None) -> Iterator[Callable[[], None]]:
     """Within, a first SIGINT or SIGTERM is kept until the function given is called, which raises KeyboardInterrupt.
 
     A second one raises it at once. Of several processes, all raise it at the same call when one of them was asked, and
-    a second signal changes nothing: launchers pass on what a terminal may have sent already. In any thread but the main
-    one, signals stay as they are.
+    a second signal changes nothing: launchers pass on what a terminal may have sent already. *asked* gets every signal,
+    for who leaves before it was obeyed. In any thread but the main one, signals stay as they are.
     """
-    asked: list[int] = []
+    asked = [] if asked is None else asked
 
     def hear(number: int, _frame: FrameType | None) -> None:
         asked.append(number)

@@ -15,13 +15,14 @@ from shallowflow.planner.plan import Plan
 
 from . import batches, checkpoint, fallback, folder, sample
 from .evaluate import mean_loss, perplexity
+from .joining import end_together
 from .meter import MeasuredPeak, highest
 from .precision import LEAST_SCALE
 from .progress import Progress, exhausted, improves
 from .promise import Promise
-from .ranks import ALONE, Lost, Ranks
+from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
 from .record import EvaluationRecord, StepRecord
-from .request import RunRequest
+from .request import RunError, RunRequest
 from .step import Trainee, make_trainee
 from .trackers import Trackers
 from .train import train as training_steps
@@ -79,6 +80,9 @@ class Learner:
         """Load the base, give it the configuration's formats and an adapter, and put the checkpoint *path* into it.
 
         Of several processes the first one alone is given the path, and tells the others what it holds.
+
+        Raises:
+            RunError: the checkpoint is another model's.
         """
         plan, request = work.plan, work.request
         model = load_weights(work.source, plan.model_config, plan.compute_dtype, plan.num_parameters)
@@ -89,14 +93,23 @@ class Learner:
         made = cls(work, progress, promise, trainee, trackers)
         trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
         trainee.optimizer.register_step_post_hook(lambda *_: made._update(begins=False))
+        work.ranks.vote(WELL)  # or those with memory for the model would wait for what one without it never sends
         kept = work.ranks.led(None if path is None else checkpoint.load(path))
         if kept is not None:
-            progress.best = kept.best
-            if kept.best is not None:
-                checkpoint.put_adapter(trainee, kept.best)
-                made._save_best()
-            checkpoint.restore(kept, trainee)
+            made._take_over(kept)
         return made
+
+    def _take_over(self, kept: checkpoint.Snapshot) -> None:
+        try:
+            checkpoint.restore(kept, self.trainee)
+        except RunError:
+            end_together()  # all were given the same
+            raise
+        self.progress.best = kept.best
+        if kept.best is not None:
+            checkpoint.put_adapter(self.trainee, kept.best)
+            self._save_best()
+            checkpoint.put_adapter(self.trainee, kept.adapter)
 
     def _save_best(self) -> None:
         if self.work.ranks.leads:
@@ -131,6 +144,10 @@ class Learner:
                 progress.failure = "interrupted within an update, which is half made and not kept"
             else:
                 self.save_state()
+        except (torch.OutOfMemoryError, fallback.BeyondBudget, GivenUp):
+            if not self.updating:  # now: tracing another configuration takes a while, and no signal waits for it
+                self.save_state()
+            raise
         except Lost as lost:
             progress.lost, progress.failure = True, f"{lost} after step {len(progress.steps)}"
             self.save_state()
@@ -177,11 +194,18 @@ class Learner:
                 "--learning-rate in a new --output"
             )
         self.progress.steps.append(record)
+        if record.memory_measured:
+            self._share_peak()
         self.trackers.step(record)
         self.work.watcher.step(record, self.progress.peak)
 
     def _keep_peak(self, peak: MeasuredPeak) -> None:
-        self.progress.peaks = self.work.ranks.gathered(peak)
+        self.progress.peaks = [peak]
+
+    def _share_peak(self) -> None:
+        """Hear all processes' peaks; only once the step counts, for another may have run out in its update."""
+        self.work.ranks.vote(WELL)
+        self.progress.peaks = self.work.ranks.gathered(self.progress.peaks[0])
         self.progress.peak = highest(self.progress.peaks)
 
     def _stops(self) -> bool:

@@ -26,6 +26,7 @@ class Progress:
         before: answers to the prompts before training.
         best: the adapter of the best evaluation, on the CPU; None where none is kept.
         alternative: the plan's alternative that is run; None for the plan's own configuration.
+        plan: the digest of the plan that is run, in whose alternatives *alternative* is a number.
         moved_at: updates made under a plan for another number of GPUs.
         saved: how many updates, evaluations and fallbacks the newest checkpoint holds.
         peak, peaks: measured, the highest and each process's.
@@ -35,6 +36,7 @@ class Progress:
     """
 
     started: str
+    plan: str = ""
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
@@ -84,6 +86,8 @@ class Progress:
             fallbacks=tuple(self.fallbacks),
             alternative=self.alternative,
             best_step=self.best_step,
+            moved_at=self.moved_at,
+            plan=self.plan,
         )
 
     def go_back_to(self, state: checkpoint.State) -> None:

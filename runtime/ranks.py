@@ -97,6 +97,16 @@ class Ranks:
 
     # Gradients
 
+    def connect(self, device: torch.device) -> None:
+        """Open the way that gradients take from *device*, which costs time and memory that no step is to pay.
+
+        Raises:
+            Lost: a process has ended.
+        """
+        if self.talks:
+            with _noticing():
+                dist.all_reduce(torch.zeros(1, device=device))
+
     def bucket(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """What ``add_up`` needs besides *gradients*; None alone."""
         if self.size == 1:
@@ -138,10 +148,12 @@ def _filling(gradients: Sequence[torch.Tensor], most: int) -> Iterator[list[torc
 
 @contextlib.contextmanager
 def _noticing() -> Iterator[None]:
-    """Tell a lost process from other errors: gloo and NCCL raise a RuntimeError of many words."""
+    """Tell a lost process from this one's own errors: gloo and NCCL raise a RuntimeError of many words."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:
+        if "out of memory" in str(error):  # as NCCL says it
+            raise torch.OutOfMemoryError(str(error).strip().split("\n")[-1]) from error
         raise Lost("another process of the run was lost") from error

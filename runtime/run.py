@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
+from shallowflow.planner.profiler import cache
 
 from . import batches, checkpoint, folder, joining, sample, summary
 from .attempts import found, learned
@@ -49,6 +51,7 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     told = watcher if watcher is not None and ranks.leads else Silent()
     try:
         work = joining.together(ranks, lambda: _begun(plan, request, told, ranks))
+        ranks.connect(work.device)
         record = _trained(work)
     except Lost as lost:
         raise RunLost(f"{lost}; {_saved(request, 0, has_results=False)}") from lost
@@ -62,7 +65,9 @@ def _begun(plan: Plan, request: RunRequest, watcher: Watcher, ranks: Ranks) -> W
 
 def _trained(work: Work) -> RunRecord:
     plan, request, ranks = work.plan, work.request, work.ranks
-    progress = Progress(started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    progress = Progress(
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), plan=folder.plan_digest(plan)
+    )
     _check_alike(work)
     with contextlib.ExitStack() as held:
         moves = False
@@ -129,14 +134,20 @@ def _windows(found: list[batches.Window], path: Path | None) -> list[batches.Win
 
 
 def _check_alike(work: Work) -> None:
-    """Refuse to learn anything else than the first process does; where the weights lie is each one's own affair.
+    """Refuse what would let a process learn anything else than the first does, or talk to it more or less often.
+
+    Where the weights lie is each one's own affair.
 
     Raises:
         RunError: which process differs, and in what.
     """
     if not work.ranks.talks:
         return
-    mine = {**folder.fingerprint(work.plan, work.request), "weights": ""}
+    request = work.request
+    mine: dict[str, Any] = {**folder.fingerprint(work.plan, request), "weights": ""}
+    mine |= {f"version of {package}": number for package, number in cache.versions().items()}
+    mine |= {"--steps": request.num_steps, "--eval-every": request.eval_every, "--patience": request.patience}
+    mine |= {"--sample": request.samples, "--resume": request.resume}
     first, *others = work.ranks.gathered(mine)
     for rank, other in enumerate(others, start=1):
         differing = [name for name in first if first[name] != other[name]]
@@ -152,10 +163,11 @@ def _go_on(work: Work, progress: Progress, *, moves: bool) -> Path | None:
         progress.go_back_to(state)
         progress.started, progress.earlier_seconds = state.started, state.seconds
         if moves:
-            progress.moved_at = len(state.steps)
             progress.notes.append(f"on with {words.counted(work.plan.configuration.num_gpus, 'GPU')}, not as it began")
+        if state.plan == progress.plan or not (state.plan or moves):  # without its digest, it is the one it began with
+            progress.alternative, progress.moved_at = state.alternative, state.moved_at
         else:
-            progress.alternative = state.alternative
+            progress.moved_at = len(state.steps)
         progress.notes.append(f"resumed after step {len(state.steps)}")
     elif progress.notes:
         progress.notes.append("no checkpoint is left to go on from: the run starts again from step 0")

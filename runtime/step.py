@@ -116,6 +116,10 @@ class Trainee:
         losses = [self._micro_step(batch, num_targets) for batch in micro_batches]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         bucket = self.ranks.bucket(gradients)
+        if (
+            self.ranks.talks
+        ):  # a sum on devices waits for ever for a process that is lost: vote once all have their part
+            self._told(losses, gradients)
         self.before_micro_batch()
         self.ranks.add_up(gradients, bucket)
         del bucket
@@ -132,7 +136,7 @@ class Trainee:
         return StepOutcome(sum(told[: -self.ranks.size]), norm, skipped=not finite)
 
     def _told(self, losses: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[float]:
-        """The losses and the norm of all *gradients*, in the one read for which the host waits for the device."""
+        """The losses and the norm of all *gradients*, in one read, for which the host waits for the device."""
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         told: list[float] = torch.stack([*losses, norm]).cpu().tolist()
         return told

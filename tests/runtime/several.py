@@ -6,12 +6,14 @@ Reads a line of JSON for each thing to do, the name of a function here and its a
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
 import math
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -26,13 +28,18 @@ import torch
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import build, joining, quantized
+from shallowflow.planner.profiler import cache
+from shallowflow.runtime import attempts, build, fallback, joining, quantized, sample
+from shallowflow.runtime import learner as learning
 from shallowflow.runtime.batches import Group
 from shallowflow.runtime.learner import Learner
+from shallowflow.runtime.promise import Promise
 from shallowflow.runtime.record import StepRecord
+from shallowflow.runtime.request import RunError
 from shallowflow.runtime.run import RunRequest, train
 from shallowflow.runtime.step import MicroBatch, Trainee, make_trainee
 from shallowflow.runtime.train import train as training_steps
+from shallowflow.runtime.watch import Watcher
 from tests.runtime import tiny
 
 GLOBAL_BATCH_SIZE = 8
@@ -198,11 +205,11 @@ def struck(rank: int, number: int, after: int) -> dict[str, Any]:
     return {"first": first, "saved": saved, "again": again}
 
 
-def short_of_memory(rank: int, where: str) -> list[Any]:
-    """A run of two processes, one of which finds no memory in its fourth step: in its passes, or in its update."""
+def short_of_memory(rank: int, where: str, after: int = 3) -> list[Any]:
+    """A run of two processes, one of which finds no memory after some steps: in its passes, or in its update."""
 
     def strike(learner: Learner) -> None:
-        if len(learner.progress.steps) != 3 or learner.work.ranks.rank != rank or learner.progress.fallbacks:
+        if len(learner.progress.steps) != after or learner.work.ranks.rank != rank or learner.progress.fallbacks:
             return
         if where == "passes":
             learner.trainee.loss_chunks = 0  # which nothing divides
@@ -215,7 +222,66 @@ def short_of_memory(rank: int, where: str) -> list[Any]:
         return loss(self, batch) if self.loss_chunks else _no_memory()
 
     Trainee.loss = lossy  # type: ignore[method-assign]
-    return in_processes(2, lambda _rank: trained(planned(2), request(f"short{rank}{where}", save_every=2), strike))
+    return in_processes(
+        2, lambda _rank: trained(planned(2), request(f"short{rank}{where}{after}", save_every=2), strike)
+    )
+
+
+def short_before_training(rank: int, where: str) -> list[Any]:
+    """A run of two processes, one of which finds no memory at first: for the model, or for an answer to a prompt."""
+    left = [True]
+
+    def once(real: Callable[..., Any], *args: Any) -> Any:
+        if os.environ["RANK"] == str(rank) and left and left.pop():
+            _no_memory()
+        return real(*args)
+
+    def work(_rank: int) -> Any:
+        if where == "model":
+            learning.make_trainee = functools.partial(once, make_trainee)  # type: ignore[attr-defined]
+        else:
+            sample._next = functools.partial(once, sample._next)
+        return trained(planned(2), request(f"before{rank}{where}", samples=("the cat",)))
+
+    return in_processes(2, work)
+
+
+def short_and_doubtful() -> list[Any]:
+    """A run of two processes short of memory, the second of which doubts the first alternative."""
+    plan, real = planned(2), attempts.promised
+    first = fallback.following(plan, fallback.candidate(plan, None))
+
+    def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+        if alternative is not None and alternative == first and os.environ["RANK"] == "1":
+            raise RunError("it is another")
+        return real(plan, alternative, watcher)
+
+    def strike(learner: Learner) -> None:
+        if len(learner.progress.steps) == 3 and not learner.progress.fallbacks:
+            _no_memory()
+
+    def work(_rank: int) -> Any:
+        attempts.promised = promised
+        return trained(plan, request("doubtful"), strike)
+
+    return in_processes(2, work)
+
+
+def asked_and_short(asked: int, short: int) -> dict[str, Any]:
+    """A run of two processes, one of which is told to end in the step for which another has no memory; and resumed."""
+    wanted = request(f"asked{asked}short{short}")
+
+    def strike(learner: Learner) -> None:
+        if len(learner.progress.steps) != 3:
+            return
+        if learner.work.ranks.rank == asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if learner.work.ranks.rank == short:
+            _no_memory()
+
+    first = in_processes(2, lambda _rank: trained(planned(2), wanted, strike))
+    again = in_processes(2, lambda _rank: trained(planned(2), replace(wanted, resume=True)))
+    return {"first": first, "again": again}
 
 
 def _no_memory(*_args: Any) -> NoReturn:
@@ -223,15 +289,24 @@ def _no_memory(*_args: Any) -> NoReturn:
 
 
 def unlike(what: str) -> list[Any]:
-    """Two processes of which the second was given other data, or has none; or that the plan wants more of."""
-    plan = planned(4 if what == "number" else 2)
+    """Two processes of which the second was given other data, has none, or other options or libraries.
+
+    Or that the plan wants more of.
+    """
+    plan, versions = planned(4 if what == "number" else 2), cache.versions()
     other = place() / f"{what}.jsonl"
     if what == "other":
         other.write_text((place() / "data.jsonl").read_text() * 2)
 
     def work(rank: int) -> Any:
-        data = place() / "data.jsonl" if rank == 0 or what == "number" else other
-        return trained(plan, request(f"unlike {what}", data=data))
+        changes: dict[str, Any] = {}
+        if rank == 1 and what in ("other", "missing"):
+            changes["data"] = other
+        elif rank == 1 and what in ("num_steps", "resume"):
+            changes[what] = {"num_steps": 7, "resume": True}[what]
+        elif rank == 1 and what == "version":
+            cache.versions = lambda: {**versions, "torch": "0"}  # type: ignore[assignment]
+        return trained(plan, request(f"unlike {what}", **changes))
 
     return in_processes(2, work)
 
@@ -272,6 +347,7 @@ def main() -> None:
     """Answer each line on standard input."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    joining.PATIENCE = datetime.timedelta(seconds=60)  # after which a test that waits for ever fails
     quantized.bitsandbytes()  # here, and not in every fork; peft likewise
     build.add_adapters(tiny.base(), rank=1, alpha=1)
     for line in sys.stdin:

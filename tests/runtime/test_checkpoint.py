@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import checkpoint, interrupts
+from shallowflow.runtime import checkpoint, folder, interrupts
 from shallowflow.runtime.run import CHECKPOINTS, RunError, RunRequest, Silent, train
 from tests.front.tree import ROOT
 from tests.runtime import killed, tiny
@@ -214,6 +214,36 @@ def test_another_plan_is_not_resumed(plans: dict[str, Plan], request_for: Reques
         train(plans["nf4"], request_for(resume=True))
 
 
+def test_a_move_keeps_the_modules_that_are_adapted(plans: dict[str, Plan], request_for: Requests) -> None:
+    """Another number of GPUs is leave for another split of the batch, and none for another adapter."""
+    plan, request = plans["fp16"], request_for(num_steps=1)
+    train(plan, request)
+    halves = replace(plan.configuration, num_gpus=2, micro_batch_size=1, gradient_accumulation_steps=2)
+    moved = replace(plan, configuration=halves)
+    narrowed = replace(moved, configuration=replace(halves, target_modules=("q_proj",)))
+
+    assert folder.check_same(moved, request)
+    with pytest.raises(RunError, match="whose plan differs"):
+        folder.check_same(narrowed, request)
+
+
+def test_another_adapter_is_refused_before_the_best_one_is_touched(
+    plans: dict[str, Plan], request_for: Requests, held_out: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that does not fit the plan ends the run in one line, and all that was kept stays as it is."""
+    request = request_for(num_steps=2, eval_data=held_out, eval_every=1, patience=2)
+    train(plans["fp16"], request)
+    held = {path: path.read_bytes() for path in request.output.rglob("*") if path.is_file()}
+    fixed: dict[str, Any] = {"quantization": "fp16", "sequence_length": 32, "global_batch_size": 4, "rank": 8}
+    narrow = shallowflow.plan(str(tiny_folder), "cpu", target_modules="attention", **fixed)
+    monkeypatch.setattr(folder, "check_same", lambda *_: True)
+
+    with pytest.raises(RunError, match=r"holds another adapter than the plan's; .*--output"):
+        train(narrow, replace(request, num_steps=3, resume=True))
+
+    assert {path: path.read_bytes() for path in request.output.rglob("*") if path.is_file()} == held
+
+
 def test_only_whole_folders_have_a_name(tmp_path: Path) -> None:
     """Nothing there, or nothing that is named as a checkpoint, is no checkpoint."""
     (tmp_path / "step-1").mkdir()
@@ -269,6 +299,8 @@ def test_a_checkpoint_is_replaced_without_a_gap(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, trainee, replace(state, seconds=2.0))
 
+    assert checkpoint.latest(tmp_path) == (None, [])  # by no reader, whose writer may be at it
+    checkpoint.finish(tmp_path)
     path, _ = checkpoint.latest(tmp_path)
     assert path == saved and checkpoint.read(saved).seconds == 2.0
 

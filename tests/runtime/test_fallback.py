@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,13 +14,15 @@ import pytest
 import torch
 
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import merge
+from shallowflow.runtime import attempts, folder, merge
 from shallowflow.runtime.checkpoint import latest, read
 from shallowflow.runtime.fallback import candidate, following
 from shallowflow.runtime.meter import MeasuredPeak, measure_peak
+from shallowflow.runtime.promise import Promise
 from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.run import CHECKPOINTS, RunFailed, RunRequest, Silent, train
 from shallowflow.runtime.step import MicroBatch, Trainee
+from shallowflow.runtime.watch import Watcher
 
 Requests = Callable[..., RunRequest]
 OUT = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -162,6 +166,67 @@ def test_resuming_goes_on_under_the_alternative(plan: Plan, request_for: Request
     assert losses(record) == losses(whole)
     assert record.configuration == whole.configuration != plan.configuration
     assert len(record.fallbacks) == 1
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_an_alternative_is_of_the_plan_that_it_was_run_under(
+    moves: bool, plan: Plan, request_for: Requests, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another plan, and then under the one it began with, a run takes over no other plan's alternative."""
+    seen.fails = failing_once(2)
+    request = request_for(num_steps=3)
+    began = train(plan, request)
+    monkeypatch.setattr(folder, "check_same", lambda *_: moves)
+    other = replace(plan, alternatives=())
+
+    moved = train(other, replace(request, num_steps=4, resume=True))
+    back = train(plan, replace(request, num_steps=5, resume=True))
+
+    assert began.configuration == plan.alternatives[began.fallbacks[0].alternative].configuration
+    assert moved.configuration == back.configuration == plan.configuration
+    path, _ = latest(request.output / CHECKPOINTS)
+    assert path is not None and (read(path).alternative, read(path).moved_at) == (None, 4)
+
+
+def test_steps_are_saved_before_another_configuration_is_traced(
+    plan: Plan, request_for: Requests, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the alternative is being traced, the run has lost no step."""
+    real = attempts.promised
+
+    def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+        if alternative is not None:
+            raise KeyboardInterrupt
+        return real(plan, alternative, watcher)
+
+    monkeypatch.setattr(attempts, "promised", promised)
+    seen.fails = failing_once(3)
+    request = request_for(num_steps=NUM_STEPS)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(plan, request)
+
+    path, _ = latest(request.output / CHECKPOINTS)
+    assert path is not None and len(read(path).steps) == 2
+
+
+def test_a_signal_is_obeyed_though_memory_runs_out(plan: Plan, request_for: Requests, seen: Seen) -> None:
+    """Asked to stop in the very micro-batch for which memory does not suffice, the run stops, and can go on."""
+    fails = failing_once(3)
+
+    def struck(now: Seen) -> bool:
+        short = fails(now)
+        if short:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return short
+
+    seen.fails = struck
+    request = request_for(num_steps=NUM_STEPS)
+
+    record = train(plan, request)
+
+    assert (record.outcome, len(record.steps), record.fallbacks) == ("interrupted", 2, ())
+    assert len(train(plan, replace(request, resume=True)).steps) == NUM_STEPS
 
 
 def test_half_an_update_is_made_again(
