@@ -116,9 +116,7 @@ class Trainee:
         losses = [self._micro_step(batch, num_targets) for batch in micro_batches]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         bucket = self.ranks.bucket(gradients)
-        if (
-            self.ranks.talks
-        ):  # a sum on devices waits for ever for a process that is lost: vote once all have their part
+        if self.ranks.talks:  # a sum on devices would wait for a lost process: vote when all have their part
             self._told(losses, gradients)
         self.before_micro_batch()
         self.ranks.add_up(gradients, bucket)
