@@ -12,10 +12,12 @@ from .branch import BranchAndBound
 from .cell_search import FEW_NODES, MOST_NODES, CellSearch, best_of, priced, proving
 from .chain import Chain, Limits, Taken
 from .memory_record import TracedPeak
+from .needs import Unproven
 from .neighbours import Chosen
+from .open_ways import OpenWays
 from .plan import Candidate, Sensitivity
 from .problem import Problem
-from .proof import OPTIMAL_GAP, Proof, Status, Tables, bound, gap
+from .proof import OPTIMAL_GAP, CellProof, Proof, Status, Tables, bound, gap, unproved
 from .strategies import Cell, Configuration
 
 MOST_TRACES = 24
@@ -218,18 +220,39 @@ def _proof(problem: Problem, cells: Sequence[CellSearch], found: _Found) -> Proo
         harms=tuple(tuple(quality.harm(s, own) for s in tables.strategies) for own in problem.weighed),
         harm_price=found.at.chain.harm_price,
     )
-    bounds = {cell.cell: bound(proof, cell) for cell in proved}
+    opened = OpenWays()
+    proved, bounds = _shown(proof, proved, opened)
+    before, loose = _shown(proof, before, opened)
     cut = {cell.cell for cell in before}
-    loose = [bound(proof, cell) for cell in before] + [b for cell, b in bounds.items() if cell not in cut]
-    shown = gap(proof.score_picoseconds, list(bounds.values()))
+    loose += [b for cell, b in zip(proved, bounds, strict=True) if cell.cell not in cut]
+    shown = gap(proof.score_picoseconds, bounds)
     status: Status = "optimal" if shown <= OPTIMAL_GAP else "within"
     return replace(
         proof,
+        cells=proved,
+        unfragmented=before,
         status=status,
         gap=shown,
         unfragmented_gap=gap(proof.score_picoseconds, loose),
-        bound_picoseconds=max(0, min((b for b in bounds.values() if b is not None), default=proof.score_picoseconds)),
+        bound_picoseconds=max(0, min((b for b in bounds if b is not None), default=proof.score_picoseconds)),
     )
+
+
+def _shown(
+    proof: Proof, cells: tuple[CellProof, ...], opened: OpenWays
+) -> tuple[tuple[CellProof, ...], list[int | None]]:
+    """*cells* with their bounds; where a tree shows less than it says, nothing but the cheapest choices is taken."""
+    kept: list[CellProof] = []
+    bounds: list[int | None] = []
+    for cell in cells:
+        try:
+            least = bound(proof, cell, opened)
+        except Unproven:
+            cell = unproved(cell)
+            least = bound(proof, cell)
+        kept.append(cell)
+        bounds.append(least)
+    return tuple(kept), bounds
 
 
 def _sensitivity(problem: Problem, found: _Found) -> Sensitivity:
