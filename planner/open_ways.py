@@ -73,7 +73,7 @@ class OpenWays:
     def within(
         self, dear: Limited, limited: Sequence[Limited], places: Sequence[Place], num_layers: int
     ) -> Iterator[Way]:
-        """Every way to fill *places* that keeps all limits, of a model with *num_layers*, those that are certain included.
+        """Every way to fill *places* that keeps all limits, of a model with *num_layers* in all.
 
         *dear* follows from the other limits; the less it leaves, the fewer parts of ways are followed.
 

@@ -293,12 +293,8 @@ def verify(proof: Proof, configuration: Configuration, expected: Sequence[Cell])
 
 
 def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
-    found: list[str] = []
-    missing = set(expected) - {cell.cell for cell in proof.cells}
-    if missing:
-        found.append(f"{len(missing)} of {len(expected)} cells have no proof, such as {next(iter(missing))}")
-    if any(sum(group.num_layers for group in table) != configuration.num_layers for table in proof.tables):
-        raise Unproven(f"the plan has {configuration.num_layers} layers, a table of its proof another number")
+    found = _strange(proof, configuration, expected)
+    cut = {cell.cell for cell in proof.unfragmented}
     own, needs = weigh(proof, configuration)
     if needs.score_picoseconds < 1:
         raise Unproven(f"the plan scores {needs.score_picoseconds}, and every step takes time")
@@ -308,7 +304,8 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     ]
     if needs.score_picoseconds != proof.score_picoseconds:
         found.append(f"the plan scores {needs.score_picoseconds}, its proof says {proof.score_picoseconds}")
-    cut = {cell.cell for cell in proof.unfragmented}
+    if own.memory_bytes > proof.budget_bytes:
+        found.append(f"the plan's cell has {own.memory_bytes} bytes, more than the budget of {proof.budget_bytes}")
     whole = [cell for cell in proof.cells if cell.cell not in cut]
     for cell in (*whole, *proof.unfragmented):
         if cell.memory_bytes < proof.budget_bytes:
@@ -324,6 +321,25 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
             found.append(f"{name} is said to be {claimed:.2g} and shown to be {shown:.2g}")
     if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:
         found.append(f"a plan that might be beaten by {proof.gap:.2g} is said to be optimal")
+    return found
+
+
+def _strange(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+    """Cells that are missing; Unproven where there are others, or tables of another model."""
+    found: list[str] = []
+    spoken = {cell.cell for cell in proof.cells}
+    missing, beyond = set(expected) - spoken, spoken - set(expected)
+    if missing:
+        found.append(f"{len(missing)} of {len(expected)} cells have no proof, such as {next(iter(missing))}")
+    if beyond:
+        raise Unproven(
+            f"{len(beyond)} cells are not among those that the workload allows, such as {next(iter(beyond))}"
+        )
+    cut = {cell.cell for cell in proof.unfragmented}
+    if len(spoken) < len(proof.cells) or len(cut) < len(proof.unfragmented) or not cut <= spoken:
+        raise Unproven("the proof speaks of a cell twice, or of its memory before a cut that it does not speak of")
+    if any(sum(group.num_layers for group in table) != configuration.num_layers for table in proof.tables):
+        raise Unproven(f"the plan has {configuration.num_layers} layers, a table of its proof another number")
     return found
 
 

@@ -246,11 +246,11 @@ def _shown(
     bounds: list[int | None] = []
     for cell in cells:
         try:
-            least = bound(proof, cell, opened)
+            least, shown = bound(proof, cell, opened), cell
         except Unproven:
-            cell = unproved(cell)
-            least = bound(proof, cell)
-        kept.append(cell)
+            shown = unproved(cell)
+            least = bound(proof, shown)
+        kept.append(shown)
         bounds.append(least)
     return tuple(kept), bounds
 

@@ -96,10 +96,10 @@ def find_over_lengths(
         Infeasible: nothing fits at any length.
     """
     found: list[FrontierPoint] = []
-    session = Session(model, gpu, progress)
     for length in sorted(works, reverse=True):
         work = works[length]
         check(work, model, gpu)
+        session = Session(model, gpu, progress, work.adapter, work.target_modules)
         progress(f"{length:,} tokens")
         most = budget_bytes(gpu, work) + gpu.context_bytes
         if length > min(works) and smallest_process_bytes(session, work) > most:

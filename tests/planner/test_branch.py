@@ -104,7 +104,9 @@ def test_a_leaf_that_leaves_too_much_open_is_refused(monkeypatch: pytest.MonkeyP
     everything = tuple(tuple(None for _ in group.choices) for group in chain.groups)
 
     with pytest.raises(Unproven, match="leave more open"):
-        lower_bound(chain, Limits(memory_bytes=1), Tree(nodes=(Node(at_least_picoseconds=2**60),), dominated=everything))
+        lower_bound(
+            chain, Limits(memory_bytes=1), Tree(nodes=(Node(at_least_picoseconds=2**60),), dominated=everything)
+        )
 
 
 def test_layers_whose_choice_is_certain_count(monkeypatch: pytest.MonkeyPatch) -> None:
