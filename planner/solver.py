@@ -24,6 +24,8 @@ MOST_TRACES = 24
 """Whole steps that are traced at most before the search gives up on a plan that fits."""
 MOST_TRACES_EACH = 4
 """The same for one alternative."""
+MOST_TIGHTENINGS = 200
+"""Times that less harm is looked for, which takes no trace, before the search gives up."""
 LEAST_CUT_BYTES = 4 * 2**20
 """By how much a cell's memory is cut at least when a step of it did not fit."""
 NUM_ALTERNATIVES = 4
@@ -83,7 +85,8 @@ class _Solver:
     def found(self, cells: Sequence[CellSearch], most_traces: int, most_nodes: int) -> _Found | None:
         """The best that fits when it is traced whole; cells are cut by what a step of theirs did not fit by."""
         budget = self.problem.budget_bytes
-        for _ in range(most_traces):
+        traced = tightened = 0
+        while traced < most_traces and tightened < MOST_TIGHTENINGS:
             best = best_of(cells, most_nodes)
             if best is None:
                 return None
@@ -91,7 +94,9 @@ class _Solver:
             layers = arranged(at.chain, chosen.counts, at.limits)
             chosen = Chosen(chosen.counts, layers.taken)
             if at.too_harmful(chosen.taken):
+                tightened += 1
                 continue
+            traced += 1
             configuration = allowed.configured(self.problem.workload, at.cell, layers.strategies)
             peak = self.tracing(configuration)
             if peak.peak_reserved_bytes <= budget:
