@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import get_args
 
-from shallowflow.profiles.specs import GpuSpec
+from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
 from .plan import Workload
 from .strategies import Activations, Adapter, Cell, Configuration, Optimizer, Strategy, StrategyRun, WeightFormat
@@ -30,6 +30,9 @@ Recorded T4 steps with SDPA reserved up to 4.9 % more than is predicted today, a
 quantized weights leaves gaps between them that differ from run to run (`make accuracy`).
 """
 
+OFFLOAD_SHARE = 0.5
+"""Of the host's memory, for activations; loading and the process itself take the rest."""
+
 BYTES_PER_WEIGHT: dict[WeightFormat, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "nf4": 0.5}
 
 
@@ -40,6 +43,12 @@ def budget_bytes(gpu: GpuSpec, workload: Workload | None = None) -> int:
         headroom = HEADROOM if workload.headroom is None else workload.headroom
         most = gpu.memory_bytes if workload.max_process_bytes is None else workload.max_process_bytes
     return min(int(gpu.memory_bytes * (1 - headroom)), most) - gpu.context_bytes
+
+
+def host_bytes(instances: Sequence[InstanceSpec], num_gpus: int) -> int | None:
+    """What activations of one GPU may take of the memory of the smallest of *instances* that has *num_gpus*."""
+    hosts = [instance.ram_bytes for instance in instances if instance.num_gpus >= num_gpus]
+    return int(min(hosts) * OFFLOAD_SHARE) // num_gpus if hosts else None
 
 
 def unquantized_format(gpu: GpuSpec) -> WeightFormat:

@@ -209,12 +209,12 @@ class BranchAndBound:
 
     def _settle(self, node: _Open, point: Point, best: Chosen | None, below_seconds: float) -> None:
         """Keep *best* of *node*, in which no other way scores less than it and *below_seconds*."""
-        at_least = round(below_seconds * SECOND)
+        least = round(below_seconds * SECOND)
         if best is not None:
-            at_least = min(at_least, best.taken.score_picoseconds)
+            least = min(least, best.taken.score_picoseconds)
             self._keep(best)
-        node.score_seconds = at_least / SECOND
-        self._nodes[node.number] = replace(point.node, at_least=at_least)
+        node.score_seconds = least / SECOND
+        self._nodes[node.number] = replace(point.node, at_least_picoseconds=least)
         self._leaf_bounds[node.number] = node.score_seconds
 
     def _keep(self, chosen: Chosen) -> None:

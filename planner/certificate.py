@@ -30,7 +30,8 @@ class Node:
         children: numbers of the two.
         device_share: of a micro-batch's time taken as the device's, the rest as the host's.
         infeasible: the prices alone show that nothing here is within the limits.
-        at_least: picoseconds that nothing here scores less than, which is seen by going through what prices leave open.
+        at_least_picoseconds: nothing here scores less, which is seen by going through what prices leave open; below
+            zero where harm has prices that are.
     """
 
     split: tuple[int, int, int] | None = None
@@ -38,7 +39,7 @@ class Node:
     device_share: Whole = SCALE
     prices: tuple[Price, ...] = ()
     infeasible: bool = False
-    at_least: Whole | None = None
+    at_least_picoseconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +54,16 @@ class Tree:
     dominated: tuple[tuple[int | None, ...], ...]
 
 
-def lower_bound(chain: Chain, limits: Limits, tree: Tree) -> int | None:
+def lower_bound(chain: Chain, limits: Limits, tree: Tree, opened: OpenWays | None = None) -> int | None:
     """What every choice within *limits* scores at least, in picoseconds; None if the tree shows that there is none.
 
-    Takes time in proportion to nodes x prices x choices, and to what leaves leave open, of which there is a most.
+    Takes time in proportion to nodes x prices x choices, and to what leaves leave open, of which there is a most: for
+    this tree, or for all that are checked with the same *opened*.
 
     Raises:
         Unproven: the tree is none, names what the chain has not, or a leaf shows less than it says.
     """
-    check = _Check(chain, limits, _kept(chain, tree))
+    check = _Check(chain, limits, _kept(chain, tree), opened or OpenWays())
     bounds: list[int] = []
     for node, box in _leaves(chain, tree):
         least = check.least(node, box)
@@ -111,6 +113,7 @@ def _leaves(chain: Chain, tree: Tree) -> Iterator[tuple[Node, Box]]:
     if not tree.nodes:
         raise Unproven("the tree has no nodes")
     open_nodes: list[tuple[int, Box]] = [(0, {})]
+    reached = {0}
     while open_nodes:
         number, box = open_nodes.pop()
         node = tree.nodes[number]
@@ -122,6 +125,9 @@ def _leaves(chain: Chain, tree: Tree) -> Iterator[tuple[Node, Box]]:
             raise Unproven(f"node {number} splits by a choice that is not there")
         if not all(number < child < len(tree.nodes) for child in node.children):
             raise Unproven(f"node {number} has no such children")
+        if node.children[0] == node.children[1] or not reached.isdisjoint(node.children):
+            raise Unproven(f"node {number} has a child that is another's")
+        reached.update(node.children)
         least, greatest = box.get((group, choice), (0, chain.groups[group].num_layers))
         open_nodes.append((node.children[0], {**box, (group, choice): (least, min(greatest, most))}))
         open_nodes.append((node.children[1], {**box, (group, choice): (max(least, most + 1), greatest)}))
@@ -139,9 +145,9 @@ class _Weights:
 class _Check:
     """The check of one chain's leaves; what a leaf's prices make of the choices is kept, as many share their prices."""
 
-    def __init__(self, chain: Chain, limits: Limits, kept: Sequence[Sequence[int]]) -> None:
+    def __init__(self, chain: Chain, limits: Limits, kept: Sequence[Sequence[int]], opened: OpenWays) -> None:
         self._chain, self._limits, self._kept = chain, limits, kept
-        self._opened = OpenWays()
+        self._opened = opened
         self._last: tuple[tuple[int, bool, tuple[Price, ...]], _Weights] | None = None
 
     def least(self, node: Node, box: Box) -> int | None:
@@ -158,11 +164,11 @@ class _Check:
             total += cheapest
         if node.infeasible:
             return total
-        if node.at_least is None or node.at_least <= total // SCALE:
+        if node.at_least_picoseconds is None or node.at_least_picoseconds <= total // SCALE:
             return total // SCALE
-        dear = (made.weights, SCALE * (node.at_least - 1) - made.outside)
-        self._go_through([dear, *_scores(self._chain, node.at_least - 1), *made.limited], box)
-        return node.at_least
+        dear = (made.weights, SCALE * (node.at_least_picoseconds - 1) - made.outside)
+        self._go_through([dear, *_scores(self._chain, node.at_least_picoseconds - 1), *made.limited], box)
+        return node.at_least_picoseconds
 
     def _weights(self, node: Node, box: Box) -> _Weights:
         key = (node.device_share, node.infeasible, node.prices)
@@ -218,7 +224,7 @@ class _Check:
             (needs, limit - sum(n * needs[number][index] for (number, index), n in certain.items()))
             for needs, limit in limited
         )
-        for way in self._opened.within(dear, others, places):
+        for way in self._opened.within(dear, others, places, sum(group.num_layers for group in groups)):
             layers: list[Choice] = []
             for number, group in enumerate(groups):
                 made = {i: certain[number, i] + way.get((number, i), 0) for i in self._kept[number]}

@@ -26,6 +26,18 @@ def offers(
     return tuple(sorted(found, key=lambda offer: (offer.on_demand_usd, offer.instance)))
 
 
+def hours_for(budget_usd: float, instances: Sequence[InstanceSpec], region: str, num_gpus: int) -> float | None:
+    """How long *budget_usd* last on the cheapest of *instances* on demand; None where none has a price."""
+    prices = [
+        price.on_demand_usd_per_hour
+        for instance in instances
+        if instance.num_gpus >= num_gpus
+        for price in instance.prices
+        if price.region == region
+    ]
+    return budget_usd / min(prices) if prices else None
+
+
 def _offer(instance: InstanceSpec, price: Price, hours: float) -> Offer:
     spot = price.spot_usd_per_hour
     return Offer(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from .needs import Needs, Unproven
 
-MOST_PARTS = 1_000_000
-"""Parts of ways that are followed for one proof, before it is held for none; a whole way counts as its layers."""
+MOST_PARTS = 3_000_000
+"""Parts of ways that are followed for one plan, before its proof is held for none; a whole way counts as its layers."""
 
 Limited = tuple[Needs, int]
 """What a layer needs under each choice of each group, and how much there is for all layers."""
@@ -70,8 +70,10 @@ class OpenWays:
     def __init__(self) -> None:
         self.followed = 0
 
-    def within(self, dear: Limited, limited: Sequence[Limited], places: Sequence[Place]) -> Iterator[Way]:
-        """Every way to fill *places* that keeps all limits.
+    def within(
+        self, dear: Limited, limited: Sequence[Limited], places: Sequence[Place], num_layers: int
+    ) -> Iterator[Way]:
+        """Every way to fill *places* that keeps all limits, of a model with *num_layers* in all.
 
         *dear* follows from the other limits; the less it leaves, the fewer parts of ways are followed.
 
@@ -87,7 +89,7 @@ class OpenWays:
         while parts:
             counts, left, room = parts.pop()
             if len(counts) == len(stages):
-                self._count(sum(place.num_layers for place in places))
+                self._count(num_layers)
                 yield {(stage.group, stage.choice): n for stage, n in zip(stages, counts, strict=True)}
                 continue
             stage = stages[len(counts)]

@@ -17,7 +17,7 @@ from .strategies import (
     Positive,
     TargetModules,
 )
-from .weighed import Weighed
+from .weighed import MOST_ERROR, Weighed
 
 FORMAT_VERSION = 3
 
@@ -74,7 +74,7 @@ class Workload:
     double_quantization: bool | None = None
     packing: bool | None = None
     optimizer: Optimizer | None = None
-    max_weight_error: Annotated[float, Meta(ge=0)] | None = None
+    max_weight_error: Annotated[float, Meta(ge=0, le=MOST_ERROR)] | None = None
     headroom: Annotated[float, Meta(ge=0, lt=1)] | None = None
     max_process_bytes: Positive | None = None
     deadline_hours: Annotated[float, Meta(gt=0)] | None = None

@@ -64,9 +64,7 @@ class Problem:
     def limits(self) -> Limits:
         """What a choice of strategies may take, before anything is known of fragmentation."""
         workload = self.workload
-        harm, step = None, None
-        if workload.max_weight_error is not None:
-            harm = int(self.num_layers * quality.harm_of(workload.max_weight_error))
+        harm, step = quality.most_harm(workload.max_weight_error, self.num_layers), None
         if workload.deadline_hours is not None:
             sequences = workload.sequences(packing=workload.packing is True)
             steps = -(-sequences // workload.global_batch_size)

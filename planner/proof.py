@@ -13,8 +13,9 @@ from .bounds import Meta
 from .certificate import Node, Tree, lower_bound
 from .chain import Chain, Choice, Group, Limits
 from .needs import Price, Row, Unproven, Whole
+from .open_ways import OpenWays
 from .reckoning import Reckoned, reckoned
-from .strategies import Cell, Configuration, Strategy
+from .strategies import MOST_LAYERS, Cell, Configuration, Strategy
 
 Status = Literal["optimal", "within", "feasible"]
 OPTIMAL_GAP = 1e-6
@@ -34,7 +35,7 @@ class TableGroup:
         choices: for each strategy that they may be given, its number, and what it takes: NUMBERS.
     """
 
-    num_layers: Annotated[int, Meta(ge=1)]
+    num_layers: Annotated[int, Meta(ge=1, le=MOST_LAYERS)]
     choices: tuple[tuple[Int, ...], ...]
 
 
@@ -135,8 +136,8 @@ def _node_row(node: Node) -> tuple[int, ...]:
     if node.split is not None and node.children is not None:
         return (0, *node.split, *node.children)
     row = [2 if node.infeasible else 1, node.device_share]
-    if node.at_least is not None:
-        row = [3, node.device_share, node.at_least]
+    if node.at_least_picoseconds is not None:
+        row = [3, node.device_share, node.at_least_picoseconds]
     for price in node.prices:
         group, choice = (0 if number is None else number + 1 for number in (price.group, price.choice))
         row += [ROWS.index(price.row), group, choice, price.amount, price.divisor or 0, *price.references]
@@ -148,7 +149,7 @@ def _node(row: Sequence[int], num_groups: int) -> Node:
     if row and row[0] == 0 and len(row) == 6:
         return Node(split=(row[1], row[2], row[3]), children=(row[4], row[5]))
     facts = {1: 2, 2: 2, 3: 3}.get(row[0], 0) if row else 0
-    if not facts or len(row) < facts or min(row[1:facts]) < 0:
+    if not facts or len(row) < facts or row[1] < 0:
         raise Unproven("a node is neither a division nor a leaf")
     prices: list[Price] = []
     rest = list(row[facts:])
@@ -170,8 +171,14 @@ def _node(row: Sequence[int], num_groups: int) -> Node:
                 references=references,
             )
         )
-    at_least = row[2] if row[0] == 3 else None
-    return Node(device_share=row[1], prices=tuple(prices), infeasible=row[0] == 2, at_least=at_least)
+    least = row[2] if row[0] == 3 else None
+    return Node(device_share=row[1], prices=tuple(prices), infeasible=row[0] == 2, at_least_picoseconds=least)
+
+
+def unproved(cell: CellProof) -> CellProof:
+    """*cell* without its tree: that nothing scores less than each layer's cheapest choice, which needs no proof."""
+    dominated = tuple((-1,) * len(group) for group in cell.dominated)
+    return replace(cell, nodes=(_node_row(Node()),), dominated=dominated)
 
 
 def chain_of(proof: Proof, cell: CellProof) -> Chain:
@@ -221,8 +228,10 @@ def _harm_beyond(proof: Proof, first: int, group: TableGroup) -> int:
     return sum(min(own[row[0]] - row[harm] for row in group.choices) for own in layers)
 
 
-def bound(proof: Proof, cell: CellProof) -> int | None:
+def bound(proof: Proof, cell: CellProof, opened: OpenWays | None = None) -> int | None:
     """What everything in *cell* scores at least, in picoseconds; None if nothing there is within the limits.
+
+    What is gone through counts together with all else that was with the same *opened*.
 
     Raises:
         Unproven: the proof shows less than that.
@@ -230,7 +239,7 @@ def bound(proof: Proof, cell: CellProof) -> int | None:
     chain = chain_of(proof, cell)
     nodes = tuple(_node(row, len(chain.groups)) for row in cell.nodes)
     dominated = tuple(tuple(None if by < 0 else by for by in group) for group in cell.dominated)
-    return lower_bound(chain, _limits(proof, cell), Tree(nodes=nodes, dominated=dominated))
+    return lower_bound(chain, _limits(proof, cell), Tree(nodes=nodes, dominated=dominated), opened)
 
 
 def _limits(proof: Proof, cell: CellProof) -> Limits:
@@ -284,10 +293,8 @@ def verify(proof: Proof, configuration: Configuration, expected: Sequence[Cell])
 
 
 def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
-    found: list[str] = []
-    missing = set(expected) - {cell.cell for cell in proof.cells}
-    if missing:
-        found.append(f"{len(missing)} of {len(expected)} cells have no proof, such as {next(iter(missing))}")
+    found = _strange(proof, configuration, expected)
+    cut = {cell.cell for cell in proof.unfragmented}
     own, needs = weigh(proof, configuration)
     if needs.score_picoseconds < 1:
         raise Unproven(f"the plan scores {needs.score_picoseconds}, and every step takes time")
@@ -297,13 +304,15 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     ]
     if needs.score_picoseconds != proof.score_picoseconds:
         found.append(f"the plan scores {needs.score_picoseconds}, its proof says {proof.score_picoseconds}")
-    cut = {cell.cell for cell in proof.unfragmented}
+    if own.memory_bytes > proof.budget_bytes:
+        found.append(f"the plan's cell has {own.memory_bytes} bytes, more than the budget of {proof.budget_bytes}")
     whole = [cell for cell in proof.cells if cell.cell not in cut]
     for cell in (*whole, *proof.unfragmented):
         if cell.memory_bytes < proof.budget_bytes:
             found.append(f"a cell was searched with {cell.memory_bytes} bytes, not the budget of {proof.budget_bytes}")
-    bounds = {cell.cell: bound(proof, cell) for cell in proof.cells}
-    before = [bound(proof, cell) for cell in proof.unfragmented] + [bounds[cell.cell] for cell in whole]
+    opened = OpenWays()
+    bounds = {cell.cell: bound(proof, cell, opened) for cell in proof.cells}
+    before = [bound(proof, cell, opened) for cell in proof.unfragmented] + [bounds[cell.cell] for cell in whole]
     for name, claimed, shown in (
         ("gap", proof.gap, gap(needs.score_picoseconds, list(bounds.values()))),
         ("unfragmented_gap", proof.unfragmented_gap, gap(needs.score_picoseconds, before)),
@@ -312,6 +321,25 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
             found.append(f"{name} is said to be {claimed:.2g} and shown to be {shown:.2g}")
     if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:
         found.append(f"a plan that might be beaten by {proof.gap:.2g} is said to be optimal")
+    return found
+
+
+def _strange(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+    """Cells that are missing; Unproven where there are others, or tables of another model."""
+    found: list[str] = []
+    spoken = {cell.cell for cell in proof.cells}
+    missing, beyond = set(expected) - spoken, spoken - set(expected)
+    if missing:
+        found.append(f"{len(missing)} of {len(expected)} cells have no proof, such as {next(iter(missing))}")
+    if beyond:
+        raise Unproven(
+            f"{len(beyond)} cells are not among those that the workload allows, such as {next(iter(beyond))}"
+        )
+    cut = {cell.cell for cell in proof.unfragmented}
+    if len(spoken) < len(proof.cells) or len(cut) < len(proof.unfragmented) or not cut <= spoken:
+        raise Unproven("the proof speaks of a cell twice, or of its memory before a cut that it does not speak of")
+    if any(sum(group.num_layers for group in table) != configuration.num_layers for table in proof.tables):
+        raise Unproven(f"the plan has {configuration.num_layers} layers, a table of its proof another number")
     return found
 
 

@@ -61,6 +61,11 @@ def harm_of(error: float) -> int:
     return round(error * error * HARM)
 
 
+def most_harm(max_weight_error: float | None, num_layers: int) -> int | None:
+    """What all layers may lose together where their relative error is bounded; None where it is not."""
+    return None if max_weight_error is None else int(num_layers * harm_of(max_weight_error))
+
+
 def mean_error(strategies: Sequence[Strategy], own: Sequence[LayerErrors] = ()) -> float:
     """The relative error over all layers, as a root mean square; *own* are those measured, if any were."""
     errors: Sequence[LayerErrors | None] = own or [None] * len(strategies)

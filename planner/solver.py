@@ -12,16 +12,20 @@ from .branch import BranchAndBound
 from .cell_search import FEW_NODES, MOST_NODES, CellSearch, best_of, priced, proving
 from .chain import Chain, Limits, Taken
 from .memory_record import TracedPeak
+from .needs import Unproven
 from .neighbours import Chosen
+from .open_ways import OpenWays
 from .plan import Candidate, Sensitivity
 from .problem import Problem
-from .proof import OPTIMAL_GAP, Proof, Status, Tables, bound, gap
+from .proof import OPTIMAL_GAP, CellProof, Proof, Status, Tables, bound, gap, unproved
 from .strategies import Cell, Configuration
 
 MOST_TRACES = 24
 """Whole steps that are traced at most before the search gives up on a plan that fits."""
 MOST_TRACES_EACH = 4
 """The same for one alternative."""
+MOST_TIGHTENINGS = 200
+"""Times that less harm is looked for, which takes no trace, before the search gives up."""
 LEAST_CUT_BYTES = 4 * 2**20
 """By how much a cell's memory is cut at least when a step of it did not fit."""
 NUM_ALTERNATIVES = 4
@@ -81,7 +85,8 @@ class _Solver:
     def found(self, cells: Sequence[CellSearch], most_traces: int, most_nodes: int) -> _Found | None:
         """The best that fits when it is traced whole; cells are cut by what a step of theirs did not fit by."""
         budget = self.problem.budget_bytes
-        for _ in range(most_traces):
+        traced = tightened = 0
+        while traced < most_traces and tightened < MOST_TIGHTENINGS:
             best = best_of(cells, most_nodes)
             if best is None:
                 return None
@@ -89,7 +94,9 @@ class _Solver:
             layers = arranged(at.chain, chosen.counts, at.limits)
             chosen = Chosen(chosen.counts, layers.taken)
             if at.too_harmful(chosen.taken):
+                tightened += 1
                 continue
+            traced += 1
             configuration = allowed.configured(self.problem.workload, at.cell, layers.strategies)
             peak = self.tracing(configuration)
             if peak.peak_reserved_bytes <= budget:
@@ -218,18 +225,39 @@ def _proof(problem: Problem, cells: Sequence[CellSearch], found: _Found) -> Proo
         harms=tuple(tuple(quality.harm(s, own) for s in tables.strategies) for own in problem.weighed),
         harm_price=found.at.chain.harm_price,
     )
-    bounds = {cell.cell: bound(proof, cell) for cell in proved}
+    opened = OpenWays()
+    proved, bounds = _shown(proof, proved, opened)
+    before, loose = _shown(proof, before, opened)
     cut = {cell.cell for cell in before}
-    loose = [bound(proof, cell) for cell in before] + [b for cell, b in bounds.items() if cell not in cut]
-    shown = gap(proof.score_picoseconds, list(bounds.values()))
+    loose += [b for cell, b in zip(proved, bounds, strict=True) if cell.cell not in cut]
+    shown = gap(proof.score_picoseconds, bounds)
     status: Status = "optimal" if shown <= OPTIMAL_GAP else "within"
     return replace(
         proof,
+        cells=proved,
+        unfragmented=before,
         status=status,
         gap=shown,
         unfragmented_gap=gap(proof.score_picoseconds, loose),
-        bound_picoseconds=max(0, min((b for b in bounds.values() if b is not None), default=proof.score_picoseconds)),
+        bound_picoseconds=max(0, min((b for b in bounds if b is not None), default=proof.score_picoseconds)),
     )
+
+
+def _shown(
+    proof: Proof, cells: tuple[CellProof, ...], opened: OpenWays
+) -> tuple[tuple[CellProof, ...], list[int | None]]:
+    """*cells* with their bounds; where a tree shows less than it says, nothing but the cheapest choices is taken."""
+    kept: list[CellProof] = []
+    bounds: list[int | None] = []
+    for cell in cells:
+        try:
+            least, shown = bound(proof, cell, opened), cell
+        except Unproven:
+            shown = unproved(cell)
+            least = bound(proof, shown)
+        kept.append(shown)
+        bounds.append(least)
+    return tuple(kept), bounds
 
 
 def _sensitivity(problem: Problem, found: _Found) -> Sensitivity:

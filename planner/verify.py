@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from shallowflow.profiles import model_facts
-from shallowflow.profiles.specs import GpuSpec
+from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
-from . import allowed, problem, proof, quality
+from . import allowed, money, problem, proof, quality, wall_time
 from .plan import Plan
 
 PARTIAL = ("recompute attention", "recompute mlp")
 """Policies that some models' code does not allow, so that a proof need not speak of them."""
+ROUNDED = 1e-9
+"""What seconds may lose, as a share, where they are summed in another order."""
 
 
-def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
-    """What is wrong with *plan* as the best for its workload on *gpu*; nothing if its proof holds.
+def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[str]:
+    """What is wrong with *plan* as the best for its workload on *gpu*, which *instances* have; nothing if it holds.
 
     What the proof takes for given is not looked into: the tables of what each strategy takes, and the bytes of the
     whole step, which come from traces; a run traces its step again.
@@ -23,8 +26,8 @@ def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
     found: list[str] = []
     divisible = not model_facts.changes_logits(plan.model_config)
     expected = allowed.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible)
-    spoken = set(plan.proof.strategies)
-    missing = [s for s in allowed.strategies(plan.workload, gpu) if s not in spoken and s.activations not in PARTIAL]
+    spoken, able = set(plan.proof.strategies), allowed.strategies(plan.workload, gpu)
+    missing = [s for s in able if s not in spoken and s.activations not in PARTIAL]
     if missing:
         found.append(f"the proof does not speak of {missing[0]}")
     budget = allowed.budget_bytes(gpu, plan.workload)
@@ -32,9 +35,61 @@ def doubts(plan: Plan, gpu: GpuSpec) -> list[str]:
         found.append(f"the memory to spend is {budget} bytes, the proof speaks of {plan.proof.budget_bytes}")
     if plan.prediction.peak_reserved_bytes > budget:
         found.append(f"the plan reserves {plan.prediction.peak_reserved_bytes} bytes of {budget}")
+    found += [f"the workload does not allow {s}" for s in set(plan.configuration.strategies()) - set(able)]
+    found += _decisions(plan)
+    found += _limits(plan, gpu, instances)
     found += _weights(plan)
     found += proof.verify(plan.proof, plan.configuration, expected)
     return found or _seconds(plan)
+
+
+def _decisions(plan: Plan) -> list[str]:
+    """What is decided for all layers as the workload does not have it."""
+    work, chosen = plan.workload, plan.configuration
+    asked: list[tuple[str, object, object]] = [
+        ("adapter", work.adapter, chosen.adapter),
+        ("target_modules", work.target_modules, chosen.target_modules),
+        ("alpha", allowed.ALPHA[work.adapter], chosen.alpha),
+        ("rank", max(work.min_rank, chosen.rank) if work.rank is None else work.rank, chosen.rank),
+        ("packing", chosen.packing if work.packing is None else work.packing, chosen.packing),
+    ]
+    return [f"{name} is {found}, the workload's is {wanted}" for name, wanted, found in asked if found != wanted]
+
+
+def _limits(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[str]:
+    """Limits of the proof that are not the workload's."""
+    harm = quality.most_harm(plan.workload.max_weight_error, plan.configuration.num_layers)
+    host = allowed.host_bytes(instances, plan.workload.num_gpus)
+    found = [
+        f"the limit of {name} is {'none' if wanted is None else wanted}, the proof speaks of {said}"
+        for name, wanted, said in (("harm", harm, plan.proof.harm), ("host memory", host, plan.proof.host_bytes))
+        if said != wanted
+    ]
+    return found + _time_limit(plan, gpu, instances)
+
+
+def _time_limit(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[str]:
+    """Whether a step may take as long as the proof says, and the run ends in time.
+
+    What a run takes beside its steps depends on what is chosen, so a proof's limit may be lower than is seen here.
+    """
+    work, said = plan.workload, plan.proof.step_picoseconds
+    hours = [] if work.deadline_hours is None else [work.deadline_hours]
+    if work.budget_usd is not None:
+        paid = money.hours_for(work.budget_usd, instances, work.region, work.num_gpus)
+        if paid is None:
+            return [f"no instance in {work.region} has a price, and the run may cost {work.budget_usd:g} USD"]
+        hours.append(paid)
+    if not hours:
+        return [] if said is None else [f"a step may take {said} picoseconds, and the workload has no deadline"]
+    beside = wall_time.least_beside_seconds(plan.num_parameters, work.total_tokens, gpu.pcie_bytes_per_second)
+    most = max(0.0, (min(hours) * 3600 - beside) / plan.num_steps) * problem.SECOND
+    found: list[str] = []
+    if said is None or said > most * (1 + ROUNDED):
+        found.append(f"a step may take {most:.0f} picoseconds, the proof speaks of {said}")
+    if plan.wall.total_seconds > min(hours) * 3600 * (1 + ROUNDED):
+        found.append(f"the run takes {plan.wall.total_seconds / 3600:g} hours of {min(hours):g}")
+    return found
 
 
 def _weights(plan: Plan) -> list[str]:

@@ -21,6 +21,18 @@ NUM_EVALUATIONS = 2
 """Before and after training."""
 
 
+def least_beside_seconds(num_parameters: int, total_tokens: int, host_to_device_bytes_per_second: float) -> float:
+    """What a run takes at least beside its steps, whatever is chosen."""
+    return wall_time(
+        num_parameters=num_parameters,
+        total_tokens=total_tokens,
+        training_seconds=0.0,
+        evaluation_seconds=0.0,
+        saved_bytes=0,
+        host_to_device_bytes_per_second=host_to_device_bytes_per_second,
+    ).total_seconds
+
+
 def wall_time(
     *,
     num_parameters: int,

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from .bounds import Meta
 
-Error = Annotated[float, Meta(ge=0)]
+MOST_ERROR = 1e3
+"""Relative; far beyond any format's."""
+Error = Annotated[float, Meta(ge=0, le=MOST_ERROR)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import make_plan
 from shallowflow.profiles import FactsError, load_gpu
+from shallowflow.profiles.load import load_instances
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
@@ -140,7 +141,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
     from shallowflow.planner.verify import doubts
 
     loaded = read_plan(plan)
-    found = doubts(loaded, load_gpu(loaded.gpu))
+    found = doubts(loaded, load_gpu(loaded.gpu), load_instances(loaded.gpu))
     if as_json:
         verdict = {"holds": not found, "status": loaded.proof.status, "gap": loaded.proof.gap, "doubts": found}
         click.echo(msgspec.json.format(msgspec.json.encode(verdict), indent=2).decode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from shallowflow.planner.strategies import (
     TargetGroup,
     TargetModules,
 )
+from shallowflow.planner.weighed import MOST_ERROR
 from shallowflow.profiles import GpuSpec, load_gpu
 from shallowflow.session import RequestError
 from shallowflow.work import size_of_work
@@ -95,6 +97,17 @@ def _target_modules(_context: click.Context, _option: click.Parameter, value: st
     return names
 
 
+def _number(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """*value*, which a range lets pass where it is none.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if value is not None and math.isnan(value):
+        raise RequestError(f"{option.opts[0]} {value} is no number; give one such as 0.05")
+    return value
+
+
 def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
     """The kind of adapter, and what it is on."""
     kind = _choice("--adapter", get_args(Adapter), DEFAULTS.adapter, "The kind of LoRA.")
@@ -163,7 +176,12 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             help=f"Share of the GPU's memory that stays free.  [default: {HEADROOM}]",
         ),
         click.option("--max-process-gib", type=POSITIVE, help="What the process may take of the GPU's memory."),
-        click.option("--max-weight-error", type=click.FloatRange(min=0), help="How coarse the base weights may be."),
+        click.option(
+            "--max-weight-error",
+            callback=_number,
+            type=click.FloatRange(0, MOST_ERROR),
+            help="How coarse the base weights may be.",
+        ),
         click.option("--deadline-hours", type=POSITIVE, help="When the run must be over, on the wall."),
         click.option("--budget-usd", type=POSITIVE, help="What the run may cost, on demand."),
         click.option(

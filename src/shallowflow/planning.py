@@ -66,7 +66,9 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alte
     considered, rank = space(session, workload)
     posed = session.problem(timed, considered, rank)
     made: Plan | None = None
-    beside = _beside_seconds(session, workload)
+    beside = wall_time.least_beside_seconds(
+        session.num_parameters(), workload.total_tokens, session.gpu.pcie_bytes_per_second
+    )
     for _ in range(MOST_DEADLINE_ROUNDS):
         posed = replace(posed, beside_seconds=beside)
         solution = session.solve(posed, considered, num_alternatives)
@@ -77,18 +79,6 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alte
             return made
         beside = made.wall.total_seconds - made.wall.training_seconds
     raise refusals.infeasible(session, posed, considered, workload, _plan)
-
-
-def _beside_seconds(session: Session, workload: Workload) -> float:
-    """What a run takes at least beside its steps."""
-    return wall_time.wall_time(
-        num_parameters=session.num_parameters(),
-        total_tokens=workload.total_tokens,
-        training_seconds=0.0,
-        evaluation_seconds=0.0,
-        saved_bytes=0,
-        host_to_device_bytes_per_second=session.gpu.pcie_bytes_per_second,
-    ).total_seconds
 
 
 def _plan(

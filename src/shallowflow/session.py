@@ -31,8 +31,6 @@ Progress = Callable[[str], None]
 
 PARTIAL = ("recompute attention", "recompute mlp")
 """Policies that need a module of their own in each layer, which some architectures lack."""
-OFFLOAD_SHARE = 0.5
-"""Of the host's memory, for activations; loading and the process itself take the rest."""
 FP32_BYTES = 4
 UPDATED_LENGTH = 32
 """Of the sequences before an update, which knows nothing of them."""
@@ -234,10 +232,7 @@ class Session:
 
     def _host_bytes(self, workload: Workload) -> int | None:
         """What activations may take of the memory of the smallest machine that has the GPUs."""
-        hosts = [i for i in load_instances(self.gpu.name) if i.num_gpus >= workload.num_gpus]
-        if not hosts:
-            return None
-        return int(min(host.ram_bytes for host in hosts) * OFFLOAD_SHARE) // workload.num_gpus
+        return allowed.host_bytes(load_instances(self.gpu.name), workload.num_gpus)
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:

@@ -96,10 +96,10 @@ def find_over_lengths(
         Infeasible: nothing fits at any length.
     """
     found: list[FrontierPoint] = []
-    session = Session(model, gpu, progress)
     for length in sorted(works, reverse=True):
         work = works[length]
         check(work, model, gpu)
+        session = Session(model, gpu, progress, work.adapter, work.target_modules)
         progress(f"{length:,} tokens")
         most = budget_bytes(gpu, work) + gpu.context_bytes
         if length > min(works) and smallest_process_bytes(session, work) > most:
@@ -112,11 +112,13 @@ def find_over_lengths(
     return tuple(reversed(found))
 
 
-def gpu_counts(gpu: GpuSpec, global_batch_size: int) -> tuple[int, ...]:
-    """Powers of two that divide a batch, up to as many GPUs as a shipped machine has; one where there is none."""
+def gpu_counts(gpu: GpuSpec, global_batch_size: int, micro_batch_size: int = 1) -> tuple[int, ...]:
+    """Powers of two that divide a batch into whole micro-batches, up to as many as a shipped machine has, or one."""
     most = max((instance.num_gpus for instance in load_instances(gpu.name)), default=1)
     return tuple(
-        n for n in (2**power for power in range(most.bit_length())) if n <= most and global_batch_size % n == 0
+        n
+        for n in (2**power for power in range(most.bit_length()))
+        if n <= most and global_batch_size % (n * micro_batch_size) == 0
     )
 
 
@@ -134,7 +136,7 @@ def find_over_gpus(
             f"{workload.num_gpus} GPUs are asked for, and a plan over several numbers of them; ask for one"
         )
     found: list[FrontierPoint] = []
-    counts = gpu_counts(gpu, workload.global_batch_size)
+    counts = gpu_counts(gpu, workload.global_batch_size, workload.micro_batch_size or 1) or (1,)
     for count in counts:
         progress(f"{count} GPUs")
         try:

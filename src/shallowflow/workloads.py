@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from shallowflow import packing
-from shallowflow.planner import allowed, quality
+from shallowflow.planner import allowed, money, quality
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles import model_facts
@@ -116,14 +116,7 @@ def deadline_hours(workload: Workload, gpu: GpuSpec) -> float | None:
     """When the run must be over, for the time or for the money."""
     if workload.budget_usd is None:
         return workload.deadline_hours
-    prices = [
-        price.on_demand_usd_per_hour
-        for instance in load_instances(gpu.name)
-        if instance.num_gpus >= workload.num_gpus
-        for price in instance.prices
-        if price.region == workload.region
-    ]
-    if not prices:
+    hours = money.hours_for(workload.budget_usd, load_instances(gpu.name), workload.region, workload.num_gpus)
+    if hours is None:
         raise RequestError(f"no shipped instance has {workload.num_gpus} x {gpu.title}, so --budget-usd has no price")
-    hours = workload.budget_usd / min(prices)
     return hours if workload.deadline_hours is None else min(hours, workload.deadline_hours)

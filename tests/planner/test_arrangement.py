@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shallowflow.planner import problem as posing
 from shallowflow.planner import proof as proving
-from shallowflow.planner import quality
+from shallowflow.planner import quality, solver
 from shallowflow.planner.arrangement import Prices, arranged, least_harm, prices, repriced
 from shallowflow.planner.chain import Chain, Counts, Group, Limits, Taken, taken
 from shallowflow.planner.problem import Problem
@@ -156,3 +156,16 @@ def test_a_layers_harm_that_was_changed_is_caught(problem: Problem, data: st.Dat
 
     for changed in (replace(proof, harms=harms), replace(proof, harm_price=proof.harm_price + 1)):
         assert proving.verify(changed, chosen, cells)
+
+
+@settings(max_examples=25, deadline=None)
+@given(weighed())
+def test_looking_for_less_harm_uses_up_no_trace(problem: Problem) -> None:
+    """Where nothing is fragmented, one trace is enough for the plan that many find."""
+    cells = considered(problem)[:3]
+    many = solve(problem, cells, Tracer(problem, NONE), num_alternatives=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "MOST_TRACES", 1)
+        one = solve(problem, cells, Tracer(problem, NONE), num_alternatives=0)
+
+    assert (one and one.best) == (many and many.best)

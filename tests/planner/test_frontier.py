@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallowflow.planner.frontier import FrontierPoint, frontier
+from shallowflow.tradeoffs import gpu_counts
 from tests.planner.tiny import configuration
+from tests.strategies import T4
 
 few = st.integers(0, 4)
 points = st.builds(
@@ -43,3 +45,10 @@ def test_the_frontier_is_what_nothing_beats(all_of: list[FrontierPoint]) -> None
     assert len(set(kept)) == len(kept)
     assert set(kept) == {one for one in all_of if not any(beats(other, one) for other in all_of)}
     assert [one.peak_process_bytes for one in kept] == sorted(one.peak_process_bytes for one in kept)
+
+
+def test_gpus_share_a_batch_in_whole_micro_batches() -> None:
+    """Numbers of GPUs that a fixed micro-batch leaves no whole number of are not planned."""
+    assert gpu_counts(T4, 4, 4) == (1,)
+    assert gpu_counts(T4, 4, 2) == gpu_counts(T4, 4)[:2]
+    assert gpu_counts(T4, 4)[0] == 1

@@ -18,6 +18,7 @@ from shallowflow.planner.plan import Workload
 from shallowflow.planner.verify import doubts
 from shallowflow.planning import make_plan
 from shallowflow.profiles import ModelSpec, load_gpu
+from shallowflow.profiles.load import load_instances
 from shallowflow.session import RequestError, Session
 from tests.runtime import tiny
 
@@ -82,7 +83,7 @@ def test_short_documents_are_packed() -> None:
     assert (packed.num_steps, alone.num_steps) == (10, 100)
     assert chosen.workload == work(SHORT)
     assert any(note.startswith("Packed, 6% of the positions are padding, not 91%") for note in chosen.notes)
-    assert all(doubts(plan, GPU) == [] for plan in (chosen, packed, alone))
+    assert all(doubts(plan, GPU, load_instances(GPU.name)) == [] for plan in (chosen, packed, alone))
 
 
 def test_a_packed_step_takes_more_than_another() -> None:

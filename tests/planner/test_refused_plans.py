@@ -143,6 +143,7 @@ def test_a_request_that_cannot_be_is_refused_with_one_that_can(
         ({"sequence_lenght": 64}, "unknown workload 'sequence_lenght'; there are sequence_length"),
         ({"sequence_length": "long"}, r"bad workload: Expected `int`, got `str` - at `\$.sequence_length`"),
         ({"sequence_length": 1}, r"bad workload: .*\$.sequence_length"),
+        ({"max_weight_error": 1e200}, r"bad workload: .*\$.max_weight_error"),
         ({"global_batch_size": 0}, r"bad workload: .*\$.global_batch_size"),
         ({"quantization": "fp4"}, r"bad workload: .*\$.quantization"),
     ],
