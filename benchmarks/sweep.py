@@ -15,7 +15,7 @@ from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.verify import doubts
 from shallowflow.planning import make_plan
-from shallowflow.profiles.load import load_gpu, load_model
+from shallowflow.profiles.load import load_gpu, load_instances, load_model
 
 MODELS = (
     "SmolLM2-135M",
@@ -57,7 +57,7 @@ def facts(plan: Plan) -> list[str]:
         f"{used:.1%}",
         f"{plan.configuration.micro_batch_size} x {plan.configuration.gradient_accumulation_steps}",
         f"{plan.search.num_rejected}",
-        "holds" if not doubts(plan, load_gpu("t4")) else "DOES NOT HOLD",
+        "holds" if not doubts(plan, load_gpu("t4"), load_instances("t4")) else "DOES NOT HOLD",
     ]
 
 

@@ -11,9 +11,9 @@ else:
         from msgspec import Meta
     except ModuleNotFoundError:  # as on a bare machine with a GPU, which measures and reads no plan
 
-        def Meta(**bounds: Any) -> dict[str, Any]:  # noqa: N802
+        def Meta(**bounds: Any) -> tuple[tuple[str, Any], ...]:  # noqa: N802
             """Bounds that nobody checks."""
-            return bounds
+            return tuple(bounds.items())
 
 
 __all__ = ["Meta"]

@@ -49,6 +49,8 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
             f"{workload.loss_chunks} chunks do not divide a sequence of {workload.sequence_length} tokens; "
             "try a power of two"
         )
+    if workload.max_weight_error is not None and math.isnan(workload.max_weight_error):
+        raise RequestError("max_weight_error is nan; give a number such as 0.05, or leave it out")
     _check_strategies(workload, gpu)
     if model_facts.is_mixture_of_experts(model.config):
         raise RequestError(f"{model.name} is a mixture of experts, which cannot be planned yet; try a dense model")
