@@ -191,21 +191,20 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
     """
     size, rank, num_layers = cell.micro_batch_size, cell.rank, problem.num_layers
     accumulates = cell.gradient_accumulation_steps > 1
-    head = problem.updated(problem.heads[cell.loss_chunks], cell.optimizer, problem.kinds[0])
+    layers = _of_layers(problem, cell.optimizer)
+    head = costs.with_update(problem.heads[cell.loss_chunks], layers[0])
     curve = costs.curves(head, size, rank, accumulates=accumulates)
     device, host = latency.profile_seconds(head, size, rank, problem.gpu)
-    profiles = list(problem.profiles.values())
-    workspaces = int(np.min([profile.workspaces for profile in profiles], axis=0).sum())
-    first = problem.updated(profiles[0], cell.optimizer, problem.kinds[0])
-    states = sum(costs.state_bytes(profile, rank) for profile in _of_layers(problem, cell.optimizer))
-    gradients = costs.gradient_bytes(first, num_layers, rank)
+    workspaces = int(np.min([profile.workspaces for profile in problem.profiles.values()], axis=0).sum())
+    states = sum(costs.state_bytes(profile, rank) for profile in layers)
+    gradients = sum(costs.gradient_bytes(profile, 1, rank) for profile in layers)
     update = max(device["update"], host["update"]) * num_layers / costs.PROFILED_LAYERS
     link = communication.pcie(problem.gpu.pcie_bytes_per_second)
     waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus, link)
     return Chain(
         groups=groups,
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
-        fixed_bytes=costs.outside_bytes(first, size, rank) + states + workspaces,
+        fixed_bytes=costs.outside_bytes(layers[0], size, rank) + states + workspaces,
         head_high_bytes=curve["head"].high,
         head_change_bytes=curve["head"].change,
         update_high_bytes=curve["update"].high * num_layers // costs.PROFILED_LAYERS,
