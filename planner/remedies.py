@@ -75,6 +75,8 @@ class Change:
 
 def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterator[tuple[Change, ...]]:
     """Groups of changes to try; within a group the first that fits is enough."""
+    if workload.optimizer == "adamw":
+        yield (Change("--optimizer adamw8bit", replace(workload, optimizer="adamw8bit"), gpu),)
     if workload.quantization != "any":
         yield (Change("--quantization any", replace(workload, quantization="any"), gpu),)
     if workload.rank is not None and workload.rank > SMALLEST_RANK:

@@ -40,6 +40,17 @@ def test_the_mildest_changes_come_first(workload: Workload) -> None:
 
 
 @given(workloads())
+def test_a_fixed_optimizer_is_the_first_to_go(workload: Workload) -> None:
+    """Where AdamW was asked for, 8 bits for its state cost the least; without that they are chosen anyway."""
+    asked = replace(workload, optimizer="adamw")
+
+    first = next(iter(changes(asked, T4, GPUS)))
+
+    assert [change.option for change in first] == ["--optimizer adamw8bit"]
+    assert [change.workload for change in first] == [replace(workload, optimizer="adamw8bit")]
+
+
+@given(workloads())
 def test_a_group_goes_from_mild_to_harsh(workload: Workload) -> None:
     """Sequences are halved down to the smallest; GPUs come by memory, each larger than the one at hand."""
     tried = {change.option: change for group in changes(workload, T4, GPUS) for change in group}
