@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.columns import Columns
@@ -97,15 +97,11 @@ def over_lengths(model: str, gpu: str, points: Sequence[FrontierPoint], length: 
         HOURS: [point.hours for point in points],
     }
     lengths = [point.configuration.sequence_length for point in points]
-    charts = [
-        Chart(across=LENGTH, up=axis, points=tuple(zip(lengths, values, strict=True)), falls=False)
-        for axis, values in up.items()
-    ]
     return View(
         title=f"{model} on {gpu.upper()}, by sequence length",
         heads=heads,
         rows=tuple(rows),
-        charts=tuple(charts),
+        charts=_over(LENGTH, lengths, up),
         notes=tuple(f"No plan fits with sequences of {tokens:,} tokens." for tokens in unfit),
     )
 
@@ -147,16 +143,20 @@ def over_gpus(model: str, gpu: str, points: Sequence[FrontierPoint], million_tok
     if len(prices) == len(points):
         up[DOLLARS] = prices
     counts = [point.configuration.num_gpus for point in points]
-    charts = [
-        Chart(across=GPUS, up=axis, points=tuple(zip(counts, values, strict=True)), falls=False)
-        for axis, values in up.items()
-    ]
     return View(
         title=f"{model} on {gpu.upper()}, by the number of them",
         heads=heads,
         rows=tuple(rows),
-        charts=tuple(charts),
+        charts=_over(GPUS, counts, up),
         notes=("Data parallel, on the cheapest machine that has so many: some have more than are used.",),
+    )
+
+
+def _over(across: Axis, places: Sequence[int], up: Mapping[Axis, Sequence[float]]) -> tuple[Chart, ...]:
+    """A chart of each of the values *up* over the same *places*."""
+    return tuple(
+        Chart(across=across, up=axis, points=tuple(zip(places, values, strict=True)), falls=False)
+        for axis, values in up.items()
     )
 
 
