@@ -10,6 +10,7 @@ import click
 
 from shallowflow.data_command import data_format_option
 from shallowflow.profiles.load import load_gpu, load_instances
+from shallowflow.session import RequestError
 
 if TYPE_CHECKING:
     from shallowflow.runtime.documents import Format
@@ -51,6 +52,10 @@ def export_command(
     from shallowflow.training import read_plan
 
     assert target == "skypilot"
+    if output is not None and not output.parent.is_dir():
+        raise RequestError(f"folder {output.parent} for --output does not exist")
+    if output is not None and output.resolve() in {path.resolve() for path in (plan, data, eval_data) if path}:
+        raise RequestError(f"--output {output} is a file that the task uploads; give another name")
     loaded = read_plan(plan)
     job = skypilot.Job(
         plan_path=plan,

@@ -159,6 +159,18 @@ def test_what_cannot_be_run_is_told(plan: Callable[..., Path], words: tuple[str,
     assert not Path("task.yaml").exists()
 
 
+@pytest.mark.parametrize("output", ["plan.json", "train.jsonl", "none/task.yaml"])
+def test_nothing_that_is_uploaded_is_overwritten(plan: Callable[..., Path], output: str) -> None:
+    """The plan and the data stay what they are, and a folder that is not there is told."""
+    before = plan().read_text(encoding="utf-8")
+
+    done = sfplan("export", "plan.json", *TO, "--data", "train.jsonl", "--output", output)
+
+    assert done.code == 2
+    assert "give another name" in done.error() or "folder none for --output does not exist" in done.error()
+    assert Path("plan.json").read_text(encoding="utf-8") == before
+
+
 def test_a_processor_is_not_rented(tiny_plan: str, data: Path, tmp_path: Path) -> None:
     """A plan for this CPU is refused."""
     (tmp_path / "plan.json").write_text(tiny_plan, encoding="utf-8")
