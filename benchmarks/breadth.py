@@ -9,13 +9,10 @@ parameters got gradients. One that fails says why, and the others go on.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ from benchmarks import small_models
 from shallowflow.planner.profiler.user_step import simulate
 from shallowflow.profiles import GpuSpec, load_gpu
 from shallowflow.runtime import build
+from shallowflow.runtime.silence import silenced
 from shallowflow.runtime.simulated import register_quantization
 
 GPU = "t4"
@@ -149,25 +147,11 @@ def trace(model_type: str, kind: str, gpu: GpuSpec) -> Outcome:
 def outcomes(model_types: Sequence[str]) -> Iterator[tuple[Outcome, Outcome]]:
     """Full fine-tuning and LoRA of every architecture named."""
     gpu = load_gpu(GPU)
-    with quiet():
+    with silenced("transformers"):
         register_quantization()
         for model_type in model_types:
             full, lora = (trace(model_type, kind, gpu) for kind in KINDS)
             yield full, lora
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what libraries say of unusual models."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def table(found: Sequence[tuple[Outcome, Outcome]]) -> Table:

@@ -89,8 +89,8 @@ class Problem:
         return costs.with_update(profile, self.updates[optimizer, self.rank, kind])
 
 
-def chains(problem: Problem, considered: tuple[Cell, ...]) -> dict[Cell, Chain]:
-    """The inner problem of every cell, its penalties priced by the fastest step that memory might allow."""
+def chains(problem: Problem, considered: tuple[Cell, ...], price: int | None = None) -> dict[Cell, Chain]:
+    """The inner problem of every cell, with *price* for harm; None takes that of the fastest step there might be."""
     groups: dict[int, tuple[Group, ...]] = {}
     found: dict[Cell, Chain] = {}
     for cell in considered:
@@ -99,12 +99,20 @@ def chains(problem: Problem, considered: tuple[Cell, ...]) -> dict[Cell, Chain]:
         found[cell] = _around(problem, cell, groups[cell.micro_batch_size])
     if not found:
         return found
-    worth = quality.WORTH[problem.workload.objective] * min(_fastest_picoseconds(chain) for chain in found.values())
-    each = problem.weighed or [None] * problem.num_layers
-    price = int(worth / max(1, sum(quality.harm(COARSEST, own) for own in each)))
+    if price is None:
+        fastest = min(_fastest_picoseconds(chain) for chain in found.values())
+        each = problem.weighed or [None] * problem.num_layers
+        coarsest = sum(quality.harm(COARSEST, own) for own in each)
+        price = int(quality.WORTH[problem.workload.objective] * fastest / max(1, coarsest))
     priced = {size: _priced(made, price) for size, made in groups.items()}
     told = price if problem.weighed else 0
     return {c: replace(chain, groups=priced[c.micro_batch_size], harm_price=told) for c, chain in found.items()}
+
+
+def harm_price(chain: Chain) -> int:
+    """Picoseconds that one unit of harm is held to be worth in *chain*; 0 where nothing harms."""
+    choices = (choice for group in chain.groups for choice in group.choices if choice.harm)
+    return next((choice.penalty_picoseconds // choice.harm for choice in choices), 0)
 
 
 COARSEST = Strategy(weight_format="nf4", activations="save", double_quantization=True)

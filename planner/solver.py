@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from . import allowed, quality, single
 from . import problem as posing
-from .arrangement import arranged
+from .arrangement import arranged, prices, repriced
 from .branch import BranchAndBound
 from .cell_search import FEW_NODES, MOST_NODES, CellSearch, best_of, priced, proving
 from .chain import Chain, Limits, Taken
@@ -269,7 +269,9 @@ def _sensitivity(problem: Problem, found: _Found) -> Sensitivity:
     if rank is not None and problem.workload.rank is None:
         wider = replace(problem, rank=rank)
         cell = replace(at.cell, rank=rank)
-        chain = posing.chains(wider, (cell,))[cell]
+        chain = posing.chains(wider, (cell,), posing.harm_price(at.chain))[cell]
+        if problem.weighed:
+            chain = repriced(chain, prices(at.chain, found.chosen.counts))
         chosen = BranchAndBound(chain, at.limits).search(most_nodes=FEW_NODES).best
         next_seconds = None if chosen is None else chosen.taken.step_picoseconds / posing.SECOND
     return Sensitivity(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import torch
 from .evaluate import evaluating
 from .merge import adapter_of, plan_of
 from .request import RunError, device_of
+from .silence import silenced
 from .step import make_trainee
 from .weights import find_weights, load_tokenizer, load_weights
 
@@ -62,7 +60,7 @@ def examine(asked: Examination, progress: Callable[[str], None] = lambda _messag
         raise RunError(f"evaluating on tasks needs the package lm-eval; install it with: {INSTALL}")
     plan = plan_of(asked.run)
     device = device_of(plan)
-    with _quiet():
+    with silenced("lm_eval"):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
@@ -147,17 +145,3 @@ def _scores(trained: Mapping[str, Mapping[str, Any]], base: Mapping[str, Mapping
                 standard_error=float(error) if isinstance(error, (int, float)) else None,
                 base=float(base[task][key]) if task in base else None,
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what the harness logs and warns of; errors still come through."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -1,10 +1,9 @@
-"""Start the processes of a plan for several GPUs: on this machine, or as a line to run on each of several."""
+"""Start the processes of a plan for several GPUs of this machine."""
 
 from __future__ import annotations
 
 import logging
 import os
-import shlex
 import signal
 import sys
 import uuid
@@ -26,8 +25,6 @@ from .request import RunError, RunFailed
 LOST = 3
 """The exit code of a process that lost another: not the one to name."""
 INTERRUPTED = 130
-PORT = 29500
-"""torchrun's own, where the processes of several machines meet."""
 _OURS = "sfplan-"
 """How the launcher's runs are called, by which its processes know that it speaks for them."""
 _SAVING_SECONDS = 600
@@ -100,28 +97,3 @@ def _judged(codes: Mapping[int, int], output: Path) -> int:
         raise RunFailed(f"rank {rank} {how}; nothing was saved; start again with the same command and --resume")
     steps = words.counted(len(checkpoint.read(path).steps), "step")
     raise RunFailed(f"rank {rank} {how}; {steps} saved in {path}; go on with the same command and --resume")
-
-
-def for_several_machines(plan: Plan, num_nodes: int, arguments: Sequence[str], output: Path) -> str:
-    """What to run on each of *num_nodes* machines, and what they need.
-
-    Raises:
-        RunError: the plan's GPUs cannot be shared out evenly over so many.
-    """
-    number = plan.configuration.num_gpus
-    if number % num_nodes:
-        raise RunError(
-            f"{words.counted(number, 'GPU')} cannot be shared out over --nodes {num_nodes}; give a number that divides "
-            f"{number}"
-        )
-    line = (
-        f"torchrun --nnodes {num_nodes} --nproc-per-node {number // num_nodes} --node-rank NUMBER "
-        f"--master-addr ADDRESS --master-port {PORT} -m shallowflow {shlex.join(arguments)}"
-    )
-    return (
-        f"Run this on each of the {num_nodes} machines, NUMBER being 0 to {num_nodes - 1}, ADDRESS that of 0:\n\n"
-        f"{line}\n\n"
-        f"Plan, data and weights must be on each of them; number 0 alone writes {output}.\n"
-        "They must reach each other on every TCP port. Where a machine has several networks, GLOO_SOCKET_IFNAME and "
-        "NCCL_SOCKET_IFNAME name the one to use."
-    )

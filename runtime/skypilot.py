@@ -32,8 +32,8 @@ SYSTEM_BYTES = 60 * 10**9
 """Of the disk, for the system, CUDA and Python's packages."""
 MOST_RESTARTS = 2
 """After an error that is no interruption."""
-BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-"""What S3 takes as a name."""
+BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+"""What S3 takes as a name: no address of four numbers, no two dots in a row."""
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -110,7 +110,8 @@ def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ..
             raise ExportError(f"file {path} does not exist; a task uploads files, so give one that is here")
     if not BUCKET.fullmatch(job.bucket):
         raise ExportError(
-            f"{job.bucket!r} is no name of a bucket; give 3 to 63 small letters, digits, dots and hyphens"
+            f"{job.bucket!r} is no name of a bucket; give 3 to 63 small letters, digits, hyphens and single dots, "
+            "and no IP address"
         )
     return min(enough)
 

@@ -48,6 +48,7 @@ def export_command(
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints --output task.yaml
     """
     from shallowflow.runtime import skypilot
+    from shallowflow.runtime.documents import read_data
     from shallowflow.runtime.files import write_text
     from shallowflow.training import read_plan
 
@@ -67,6 +68,9 @@ def export_command(
         package=package or f"shallowflow=={version('shallowflow')}",
     )
     text = skypilot.task(loaded, job, load_gpu(loaded.gpu), tuple(load_instances(loaded.gpu)))
+    for path in (data, eval_data):
+        if path is not None:
+            read_data(path, data_format)  # what the machine could not learn is better told before it is paid for
     if output is None:
         click.echo(text, nl=False)
         return

@@ -90,10 +90,14 @@ def _target_modules(_context: click.Context, _option: click.Parameter, value: st
     if value in get_args(TargetGroup):
         return cast("TargetGroup", value)
     names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
-    if not all(re.fullmatch(MODULE_NAME, name) for name in names):
-        raise RequestError(
-            f"--target-modules {value!r} names no modules; give all-linear, attention, or names such as q_proj,v_proj"
-        )
+    for name in names:
+        if name in get_args(TargetGroup):
+            raise RequestError(f"--target-modules {value!r}: {name} stands alone; give it by itself, or modules")
+        if not re.fullmatch(MODULE_NAME, name):
+            raise RequestError(
+                f"--target-modules {value!r}: {name!r} names no module; give all-linear, attention, or names such as "
+                "q_proj,v_proj"
+            )
     return names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +14,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 from click.core import ParameterSource
 
+from shallowflow.planner import words
+from shallowflow.session import RequestError
+
 if TYPE_CHECKING:
     from shallowflow.planner.plan import Plan
 
 T = TypeVar("T")
+
+PORT = 29500
+"""torchrun's own, where the processes of several machines meet."""
 
 
 def are_started() -> bool:
@@ -38,19 +45,45 @@ def leads() -> bool:
     return not are_started() or os.environ["RANK"] == "0"
 
 
-def start(plan: Plan, num_nodes: int, output: Path) -> NoReturn:
-    """Start this command again in a process for each of the plan's GPUs, or say how to on several machines; and end.
+def start(plan: Plan, output: Path) -> NoReturn:
+    """Start this command again in a process for each of the plan's GPUs, on this machine; and end.
 
     Raises:
         RunError, RunFailed: see there.
     """
     from shallowflow.runtime import launch
 
-    arguments = _words(click.get_current_context())
-    if num_nodes > 1:
-        click.echo(launch.for_several_machines(plan, num_nodes, arguments, output))
-        sys.exit(0)
-    sys.exit(launch.launch(plan, arguments, output))
+    sys.exit(launch.launch(plan, _words(click.get_current_context()), output))
+
+
+def torchrun_line(plan: Plan, num_nodes: int) -> str:
+    """What runs this command on each of *num_nodes* machines.
+
+    Raises:
+        RequestError: the plan's GPUs cannot be shared out evenly over so many.
+    """
+    number = plan.configuration.num_gpus
+    if number % num_nodes:
+        raise RequestError(
+            f"{words.counted(number, 'GPU')} cannot be shared out over --nodes {num_nodes}; give a number that divides "
+            f"{number}"
+        )
+    arguments = shlex.join(_words(click.get_current_context()))
+    return (
+        f"torchrun --nnodes {num_nodes} --nproc-per-node {number // num_nodes} --node-rank NUMBER "
+        f"--master-addr ADDRESS --master-port {PORT} -m shallowflow {arguments}"
+    )
+
+
+def instructions(line: str, num_nodes: int, output: Path) -> str:
+    """What to do with the *line* for *num_nodes* machines, and what they need."""
+    return (
+        f"Run this on each of the {num_nodes} machines, NUMBER being 0 to {num_nodes - 1}, ADDRESS that of 0:\n\n"
+        f"{line}\n\n"
+        f"Plan, data and weights must be on each of them; number 0 alone writes {output}.\n"
+        "They must reach each other on every TCP port. Where a machine has several networks, GLOO_SOCKET_IFNAME and "
+        "NCCL_SOCKET_IFNAME name the one to use."
+    )
 
 
 def _words(context: click.Context) -> list[str]:

@@ -98,6 +98,11 @@ def train_command(
     from shallowflow.terminal import results, show, watching
 
     loaded = processes.together(lambda: read_plan(plan))
+    if nodes > 1 and not processes.are_started():
+        line = processes.torchrun_line(loaded, nodes)
+        if not dry_run:
+            _tell_machines(line, nodes, output, as_json)
+            return
     from shallowflow.runtime.run import RunRequest, train
 
     request = RunRequest(
@@ -123,7 +128,7 @@ def train_command(
             _rehearse(loaded, request, as_json)
         return
     if loaded.configuration.num_gpus > 1 and not processes.are_started():
-        processes.start(loaded, nodes, output)
+        processes.start(loaded, output)
     with processes.speaking(), watching(loaded) if leads else contextlib.nullcontext() as watcher:
         record = train(loaded, request, watcher)
     if as_json and leads:
@@ -132,6 +137,14 @@ def train_command(
         show(results(record, output))
     if record.outcome == "interrupted":
         sys.exit(130)
+
+
+def _tell_machines(line: str, nodes: int, output: Path, as_json: bool) -> None:
+    if as_json:
+        told = {"nodes": nodes, "run_on_each": line}
+        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+    else:
+        click.echo(processes.instructions(line, nodes, output))
 
 
 def _rehearse(plan: Plan, request: RunRequest, as_json: bool) -> None:

@@ -147,11 +147,16 @@ def test_every_gpu_that_is_rented_has_a_name() -> None:
     [
         (("--data", "missing.jsonl"), "file missing.jsonl does not exist; a task uploads files"),
         (("--data", "train.jsonl", "--bucket", "My_Bucket"), "'My_Bucket' is no name of a bucket; give 3 to 63"),
+        (("--data", "train.jsonl", "--bucket", "192.168.1.10"), "'192.168.1.10' is no name of a bucket"),
+        (("--data", "train.jsonl", "--bucket", "my..bucket"), "'my..bucket' is no name of a bucket"),
+        (("--data", "train.jsonl", "--eval-data", "empty.jsonl"), "empty.jsonl holds no text to learn"),
         (("--data", "train.jsonl", "--to", "slurm"), "'slurm' is not"),
     ],
 )
 def test_what_cannot_be_run_is_told(plan: Callable[..., Path], words: tuple[str, ...], told: str) -> None:
     """One line, exit code 2, and nothing written."""
+    Path("empty.jsonl").touch()
+
     done = sfplan("export", plan(), *TO, *words, "--output", "task.yaml")
 
     assert done.code == 2

@@ -125,9 +125,22 @@ def test_several_machines_are_told_what_to_run(plan_for_two: Path, data: Path) -
     assert not Path("it's new").exists()
 
 
-def test_machines_that_cannot_share_are_told(plan_for_two: Path, data: Path, tmp_path: Path) -> None:
-    """Two GPUs on three machines are refused."""
-    done = sfplan("train", plan_for_two, "--data", data, "--output", tmp_path / "run", "--nodes", 3)
+def test_what_machines_run_is_json_too(plan_for_two: Path, data: Path) -> None:
+    """The same line, for a program."""
+    asked = ("train", plan_for_two, "--data", data, "--output", "run", "--nodes", 2)
+
+    told = json.loads(sfplan(*asked, "--json").output)
+
+    assert told["nodes"] == 2
+    assert told["run_on_each"].removesuffix(" --json") in sfplan(*asked).output
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_machines_that_cannot_share_are_told(
+    plan_for_two: Path, data: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Two GPUs on three machines are refused, before weights are looked for."""
+    done = sfplan("train", plan_for_two, "--data", data, "--output", tmp_path / "run", "--nodes", 3, *more)
 
     assert done.code == 2
     assert done.error() == "2 GPUs cannot be shared out over --nodes 3; give a number that divides 2"

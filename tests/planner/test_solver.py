@@ -123,6 +123,27 @@ def test_no_single_strategy_that_fits_is_better(problem: Problem, of_mixes: floa
     assert proving.verify(found.proof, found.best.configuration, considered(problem)) == []
 
 
+@settings(max_examples=20, deadline=None)
+@given(problems())
+def test_the_next_rank_takes_the_step_of_its_best_plan(problem: Problem) -> None:
+    """In the plan's own cell, harm being worth there what it is worth in the plan."""
+    problem = replace(problem, workload=replace(problem.workload, rank=None))
+    found = solve(problem, considered(problem), Tracer(problem, NONE))
+    assume(found is not None)
+    assert found is not None
+    told = found.sensitivity
+    assume(told.next_rank is not None and told.next_rank_seconds is not None)
+    assert told.next_rank is not None and told.next_rank_seconds is not None
+
+    price = posing.harm_price(posing.chains(problem, considered(problem))[found.best.configuration.cell])
+    cell = replace(found.best.configuration.cell, rank=told.next_rank)
+    (chain,) = posing.chains(replace(problem, rank=told.next_rank), (cell,), price).values()
+    fitting = [needs for _, needs in itertools.islice(ways(chain), 20_000) if needs.within(problem.limits)]
+    least = min(needs.score_picoseconds for needs in fitting)
+    best = {needs.step_picoseconds for needs in fitting if needs.score_picoseconds == least}
+    assert round(told.next_rank_seconds * posing.SECOND) in best
+
+
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.data())
 def test_a_planted_wrong_answer_is_caught(problem: Problem, data: st.DataObject) -> None:

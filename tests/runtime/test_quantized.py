@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.pytorch_utils import Conv1D
 
-from shallowflow.planner.quality import WEIGHT_ERROR
+from shallowflow.planner.quality import DOUBLE_QUANTIZATION_ERROR, WEIGHT_ERROR
 from shallowflow.runtime import build, quantized
 from shallowflow.runtime.quantized import CONSTANT_BLOCK, NF4_BLOCK
 from tests.runtime import tiny
@@ -128,6 +129,17 @@ def test_weights_err_by_what_the_planner_says(weight_format: Any, double: bool, 
     error = dequantized(quantize(layer, weight_format, double)) - weight
 
     assert float(error.norm() / weight.norm()) == pytest.approx(WEIGHT_ERROR[weight_format], rel=slack)
+
+
+def test_double_quantization_errs_by_what_the_planner_says() -> None:
+    """Normal weights' constants come back with the relative error that the planner states, and so do the weights."""
+    layer = layer_of("linear", 4096, 256)
+    weight = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
+    layer.get_submodule("0").weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    once, twice = (dequantized(quantize(copy.deepcopy(layer), "nf4", double)) for double in (False, True))
+
+    assert float((twice - once).norm() / weight.norm()) == pytest.approx(DOUBLE_QUANTIZATION_ERROR, rel=0.03)
 
 
 @FORMATS
