@@ -149,7 +149,7 @@ def test_every_gpu_that_is_rented_has_a_name() -> None:
         (("--data", "train.jsonl", "--bucket", "My_Bucket"), "'My_Bucket' is no name of a bucket; give 3 to 63"),
         (("--data", "train.jsonl", "--bucket", "192.168.1.10"), "'192.168.1.10' is no name of a bucket"),
         (("--data", "train.jsonl", "--bucket", "my..bucket"), "'my..bucket' is no name of a bucket"),
-        (("--data", "train.jsonl", "--eval-data", "empty.jsonl"), "empty.jsonl holds no text to learn"),
+        (("--data", "train.jsonl", "--eval-data", "empty.jsonl"), "empty.jsonl is empty; give it one JSON object"),
         (("--data", "train.jsonl", "--to", "slurm"), "'slurm' is not"),
     ],
 )
