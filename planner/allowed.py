@@ -9,14 +9,14 @@ from typing import get_args
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
 from .plan import Workload
-from .strategies import Activations, Adapter, Cell, Configuration, Optimizer, Strategy, StrategyRun, WeightFormat
+from .strategies import Activations, Cell, Configuration, Method, Optimizer, Strategy, StrategyRun, WeightFormat
 
 LOSS_CHUNKS = (1, 4, 16)
 """Parts that the loss may be computed in."""
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
-ALPHA: dict[Adapter, int] = {"lora": 32, "rslora": 8, "dora": 32}
+ALPHA: dict[Method, int | None] = {"lora": 32, "rslora": 8, "dora": 32, "full": None}
 """The alpha at every rank; of rsLoRA one that scales an adapter of rank 16 as LoRA's does.
 
 With adapters scaled by alpha / rank, one alpha makes the best learning rate nearly the same for all ranks (LoRA Without
@@ -32,6 +32,9 @@ quantized weights leaves gaps between them that differ from run to run (`make ac
 
 OFFLOAD_SHARE = 0.5
 """Of the host's memory, for activations; loading and the process itself take the rest."""
+
+QUANTIZED: tuple[tuple[WeightFormat, bool], ...] = (("int8", False), ("nf4", False), ("nf4", True))
+"""Formats of frozen weights, and whether their constants are quantized, too."""
 
 BYTES_PER_WEIGHT: dict[WeightFormat, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "nf4": 0.5}
 
@@ -51,35 +54,39 @@ def host_bytes(instances: Sequence[InstanceSpec], num_gpus: int) -> int | None:
     return int(min(hosts) * OFFLOAD_SHARE) // num_gpus if hosts else None
 
 
-def unquantized_format(gpu: GpuSpec) -> WeightFormat:
-    """How *gpu* stores weights that are not quantized."""
+def unquantized_format(gpu: GpuSpec, method: Method = "lora") -> WeightFormat:
+    """How *gpu* stores weights that are not quantized.
+
+    Those that learn are in fp32 everywhere: in 16 bits an update of less than a part in 2048, or 256, would be lost
+    (Mixed Precision Training, Micikevicius et al., 2018, section 3.1).
+    """
     formats: dict[str, WeightFormat] = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-    return formats[gpu.compute_dtype]
+    return "fp32" if method == "full" else formats[gpu.compute_dtype]
+
+
+def formats(gpu: GpuSpec, method: Method) -> tuple[tuple[WeightFormat, bool], ...]:
+    """Those of weights, and whether they are double-quantized; what is quantized cannot learn."""
+    plain = unquantized_format(gpu, method)
+    return ((plain, False), *(() if method == "full" else QUANTIZED))
 
 
 def strategies(workload: Workload, gpu: GpuSpec) -> tuple[Strategy, ...]:
     """Those that *workload* allows; where host and device are one, nothing is offloaded."""
-    plain = unquantized_format(gpu)
-    formats: tuple[tuple[WeightFormat, bool], ...] = (
-        (plain, False),
-        ("int8", False),
-        ("nf4", False),
-        ("nf4", True),
-    )
+    plain = unquantized_format(gpu, workload.adapter)
     wanted = plain if workload.quantization == "fp16" else workload.quantization
     policies: tuple[Activations, ...] = ("save", "recompute attention", "recompute mlp", "recompute")
     if gpu.device_type == "cuda":
         policies = (*policies, "offload")
     return tuple(
         Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
-        for weight_format, twice in formats
+        for weight_format, twice in formats(gpu, workload.adapter)
         if wanted in ("any", weight_format) and workload.double_quantization in (None, twice)
         for policy in policies
         if workload.activations in (None, policy)
     )
 
 
-def cells(workload: Workload, gpu: GpuSpec, rank: int, *, divisible_loss: bool = True) -> tuple[Cell, ...]:
+def cells(workload: Workload, gpu: GpuSpec, rank: int | None, *, divisible_loss: bool = True) -> tuple[Cell, ...]:
     """Every way to cut each GPU's share of the global batch into micro-batches, to compute the loss, and to update."""
     share = workload.global_batch_size // workload.num_gpus
     chunks = [n for n in LOSS_CHUNKS if n == 1 or (divisible_loss and workload.sequence_length % n == 0)]
@@ -129,5 +136,5 @@ def configured(workload: Workload, cell: Cell, layers: Sequence[Strategy]) -> Co
         packing=workload.packing is True,
         adapter=workload.adapter,
         optimizer=cell.optimizer,
-        target_modules=workload.target_modules,
+        target_modules=None if workload.adapter == "full" else workload.target_modules,
     )

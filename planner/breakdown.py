@@ -25,8 +25,9 @@ KIND_NAMES = {
     "memory": "element-wise and copies",
     "host": "copies to and from the host that nothing hides",
 }
-HEAD_FORWARD_SHARE = 0.5
-"""Of the head's and the loss's time: logits are computed, then as many operations lead back through them."""
+HEAD_FORWARD_SHARE, LEARNED_HEAD_FORWARD_SHARE = 1 / 2, 1 / 3
+"""Of the head's and the loss's time: logits are computed, then as many operations lead back through them, and as many
+again to a head that learns."""
 
 
 def step_time(
@@ -58,7 +59,7 @@ def forward_seconds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuS
             for found in segments
         ]
         for found in ahead:
-            found["head"] *= HEAD_FORWARD_SHARE
+            found["head"] *= LEARNED_HEAD_FORWARD_SHARE if len(runs[-1][0].outside_gradients) else HEAD_FORWARD_SHARE
         longest = max(longest, costs.total_seconds(runs, ahead)[0])
     return longest
 

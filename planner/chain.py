@@ -72,7 +72,8 @@ class Chain:
     """All layers in order, with what the step takes outside of them.
 
     Attributes:
-        fixed_bytes: resident outside the layers, and what all strategies hold alike: the optimizer's state.
+        fixed_bytes: resident outside the layers, with gradients where earlier micro-batches left them, and what all
+            strategies hold alike: the optimizer's state.
         head_high_bytes, head_change_bytes: of the loss, forward and backward, between the layers' passes.
         update_high_bytes: of the optimizer.
         device_picoseconds, host_picoseconds: of one micro-batch.

@@ -13,10 +13,24 @@ Ints = npt.NDArray[np.int64]
 PROFILED_LAYERS = 3
 """A profile is traced on a first, an inner and a last layer; the inner one stands for all others."""
 
-SEGMENTS = ("embed", "first", "inner", "last", "release", "head", "last_back", "inner_back", "first_back", "update")
+SEGMENTS = (
+    "embed",
+    "first",
+    "inner",
+    "last",
+    "release",
+    "head",
+    "last_back",
+    "inner_back",
+    "first_back",
+    "update",
+    "deeper",
+)
 """The step in order: forward through the layers, loss, backward through the layers, optimizer.
 
-``release`` is what the model lets go of once it is through its layers, unless the first of them saved it.
+``release`` is what the model lets go of once it is through its layers, unless the first of them saved it. ``deeper`` is
+no part of the step: the update of a model of one more layer, which tells what of an update is the layers' where
+something learns outside of them. Where it is empty, all is.
 """
 
 OP_KINDS = (
@@ -55,7 +69,7 @@ class StepProfile:
         fixed, layer: rows of the tensors resident outside the layers, and of those in one layer.
         state, shared_state: rows of the optimizer's state for one layer, and of what its layers share.
         workspaces: bytes of each library's workspace in each thread, 0 where nothing asks for it.
-        gradients: rows of one layer's adapter gradients.
+        gradients, outside_gradients: rows of one layer's gradients, and of those outside the layers.
         recomputed: (allocations,) 1 for an activation that is computed again in the backward pass, else 0.
         alignment_bytes: what the device's allocator rounds to.
     """
@@ -74,6 +88,7 @@ class StepProfile:
     state: Ints
     shared_state: Ints
     gradients: Ints
+    outside_gradients: Ints
     recomputed: Ints
     alignment_bytes: int
 
@@ -126,15 +141,23 @@ def with_head(profile: StepProfile, head: StepProfile) -> StepProfile:
 
 def with_update(profile: StepProfile, update: StepProfile) -> StepProfile:
     """*profile* with the optimizer of *update*, a profile of the same model with another one."""
-    other = _with_segment(profile, update, "update")
+    other = _with_segment(_with_segment(profile, update, "update"), update, "deeper")
     return replace(other, state=update.state, shared_state=update.shared_state)
 
 
-def _with_segment(profile: StepProfile, other: StepProfile, name: str) -> StepProfile:
-    """*profile* with the segment *name* of *other*, which begins and ends with the same tensors."""
-    segment = SEGMENTS.index(name)
-    kept, taken = profile.event_segment != segment, other.event_segment == segment
-    kept_ops, taken_ops = profile.op_segment != segment, other.op_segment == segment
+def with_deeper(update: StepProfile, deeper: StepProfile) -> StepProfile:
+    """*update* with that of *deeper*, a profile of the same model with one more layer."""
+    return _with_segment(update, deeper, "deeper", of="update")
+
+
+def _with_segment(profile: StepProfile, other: StepProfile, name: str, of: str | None = None) -> StepProfile:
+    """*profile* with, for its segment *name*, that of *other*, which begins and ends with the same tensors.
+
+    *of* is its name there, if it is another.
+    """
+    segment, source = SEGMENTS.index(name), SEGMENTS.index(of or name)
+    kept, taken = profile.event_segment != segment, other.event_segment == source
+    kept_ops, taken_ops = profile.op_segment != segment, other.op_segment == source
     numbers = other.events[taken]
 
     def both(ours: Ints, theirs: Ints) -> Ints:
@@ -144,10 +167,10 @@ def _with_segment(profile: StepProfile, other: StepProfile, name: str) -> StepPr
         profile,
         sizes=both(profile.sizes, other.sizes),
         events=both(profile.events[kept], numbers + np.sign(numbers) * len(profile.sizes)),
-        event_segment=both(profile.event_segment[kept], other.event_segment[taken]),
+        event_segment=both(profile.event_segment[kept], np.full_like(numbers, segment)),
         event_pass=both(profile.event_pass[kept], other.event_pass[taken]),
         op_kind=both(profile.op_kind[kept_ops], other.op_kind[taken_ops]),
-        op_segment=both(profile.op_segment[kept_ops], other.op_segment[taken_ops]),
+        op_segment=both(profile.op_segment[kept_ops], np.full_like(other.op_segment[taken_ops], segment)),
         op_flops=both(profile.op_flops[kept_ops], other.op_flops[taken_ops]),
         op_bytes=both(profile.op_bytes[kept_ops], other.op_bytes[taken_ops]),
         recomputed=both(profile.recomputed, np.zeros_like(other.recomputed)),
@@ -166,7 +189,7 @@ def curves(profile: StepProfile, micro_batch_size: int, rank: int, *, accumulate
     steps = level_changes(profile, micro_batch_size, rank)
     found: dict[str, Curve] = {}
     for index, name in enumerate(SEGMENTS):
-        wanted = profile.event_pass == (1 if accumulates or name == "update" else 0)
+        wanted = profile.event_pass == (1 if accumulates or name in ("update", "deeper") else 0)
         levels = np.cumsum(steps[(profile.event_segment == index) & wanted])
         found[name] = Curve(max(0, int(levels.max())), int(levels[-1])) if levels.size else Curve(0, 0)
     return found
@@ -185,8 +208,24 @@ def _stretches(runs: LayerRuns, curve: Sequence[Mapping[str, Curve]], num_layers
     yield curve[0]["release"], 1
     yield curve[-1]["head"], 1
     yield from ((curve[i][f"{place}_back"], count) for i, place, count in reversed(layers))
-    update = curve[0]["update"]
-    yield Curve(*(value * num_layers // PROFILED_LAYERS for value in (update.high, update.change))), 1
+    yield update_curve(curve[0], num_layers), 1
+
+
+def update_curve(curve: Mapping[str, Curve], num_layers: int) -> Curve:
+    """The update's curve in a model of so many layers."""
+    three, four = curve["update"], curve["deeper"]
+    if four == Curve(0, 0):
+        return Curve(*(value * num_layers // PROFILED_LAYERS for value in (three.high, three.change)))
+    more = num_layers - PROFILED_LAYERS
+    return Curve(three.high + more * (four.high - three.high), three.change + more * (four.change - three.change))
+
+
+def update_seconds(segments: Mapping[str, float], num_layers: int) -> float:
+    """The update's time in a model of so many layers."""
+    three, four = segments["update"], segments["deeper"]
+    if not four:
+        return three * num_layers / PROFILED_LAYERS
+    return three + (num_layers - PROFILED_LAYERS) * (four - three)
 
 
 def footprint(runs: LayerRuns, micro_batch_size: int, rank: int, *, accumulates: bool) -> Footprint:
@@ -198,7 +237,7 @@ def footprint(runs: LayerRuns, micro_batch_size: int, rank: int, *, accumulates:
     """
     num_layers = sum(count for _, count in runs)
     resident = resident_bytes(runs, micro_batch_size, rank)
-    gradients = sum(gradient_bytes(profile, count, rank) for profile, count in runs)
+    gradients = learned_bytes(runs, rank)
     curve = [curves(profile, micro_batch_size, rank, accumulates=accumulates) for profile, _ in runs]
     level = peak = resident + (gradients if accumulates else 0)
     for stretch, count in _stretches(runs, curve, num_layers):
@@ -225,6 +264,13 @@ def outside_bytes(profile: StepProfile, micro_batch_size: int, rank: int) -> int
     return int(_rounded(rows, micro_batch_size, rank, profile.alignment_bytes).sum())
 
 
+def optimizer_bytes(runs: LayerRuns, rank: int) -> int:
+    """The optimizer's state for all that learns, in the device's blocks."""
+    first, _ = runs[0]
+    shared = int(_rounded(first.shared_state, 1, rank, first.alignment_bytes).sum())
+    return shared + sum(count * state_bytes(profile, rank) for profile, count in runs)
+
+
 def resident_layer_bytes(profile: StepProfile, micro_batch_size: int, rank: int) -> int:
     """What one layer holds between steps but for the optimizer's state, in the device's blocks."""
     return int(_rounded(profile.layer, micro_batch_size, rank, profile.alignment_bytes).sum())
@@ -236,8 +282,19 @@ def state_bytes(profile: StepProfile, rank: int) -> int:
 
 
 def gradient_bytes(profile: StepProfile, num_layers: int, rank: int) -> int:
-    """All adapter gradients of a model of *num_layers* layers, in the device's blocks."""
+    """The gradients of *num_layers* layers, in the device's blocks."""
     return num_layers * int(_rounded(profile.gradients, 1, rank, profile.alignment_bytes).sum())
+
+
+def outside_gradient_bytes(profile: StepProfile, rank: int) -> int:
+    """The gradients outside the layers, in the device's blocks."""
+    return int(_rounded(profile.outside_gradients, 1, rank, profile.alignment_bytes).sum())
+
+
+def learned_bytes(runs: LayerRuns, rank: int) -> int:
+    """The gradients of all that learns, each as large as what it is of."""
+    layers = sum(gradient_bytes(profile, count, rank) for profile, count in runs)
+    return layers + outside_gradient_bytes(runs[0][0], rank)
 
 
 def segment_seconds(profile: StepProfile, seconds: npt.NDArray[np.float64]) -> dict[str, float]:
@@ -256,7 +313,7 @@ def total_seconds(runs: LayerRuns, segments: Sequence[Mapping[str, float]]) -> t
     for index, (_, count) in enumerate(runs):
         inner = count - (index == 0) - (index == len(runs) - 1 and num_layers > 1)
         micro += inner * (segments[index]["inner"] + segments[index]["inner_back"])
-    return micro, segments[0]["update"] * num_layers / PROFILED_LAYERS
+    return micro, update_seconds(segments[0], num_layers)
 
 
 def operator_costs(profile: StepProfile, micro_batch_size: float, rank: int) -> tuple[Ints, Ints]:

@@ -30,11 +30,11 @@ def _standing(value: Plan) -> str:
     objective, proof = value.workload.objective, value.proof
     worth = quality.WORTH[objective]
     held = f"{worth:.0%} of a step" if worth < 1 else f"{worth:g} steps"
+    held = "" if value.configuration.is_full else f", nf4 throughout being held as bad as {held}"
     if proof.status == "optimal":
-        return f"Proven optimal by {objective}, nf4 throughout being held as bad as {held}."
+        return f"Proven optimal by {objective}{held}."
     if proof.status == "within":
-        best = f"within {proof.gap:.2%} of the best by {objective}"
-        return f"Proven to be {best}, nf4 throughout being held as bad as {held}."
+        return f"Proven to be within {proof.gap:.2%} of the best by {objective}{held}."
     return "It fits; nothing is proven of what is better."
 
 

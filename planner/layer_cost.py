@@ -13,7 +13,7 @@ from shallowflow.profiles.specs import GpuSpec
 from . import costs, latency
 from .costs import OP_KINDS, SEGMENTS, Ints, StepProfile
 from .plan import Bytes, Seconds
-from .strategies import Adapter, Strategy, TargetModules
+from .strategies import Method, Strategy, TargetModules
 
 LENGTH_STRIDE = 128
 """Sequence lengths that differ by a multiple of this are described by one polynomial.
@@ -29,7 +29,7 @@ class LayerCost:
 
     Attributes:
         resident_bytes: held between steps: weights, quantization constants, adapter, optimizer state.
-        gradient_bytes: the adapter's gradients.
+        gradient_bytes: of all that learns in it.
         saved_bytes: held from the layer's forward pass to its backward pass.
         forward_transient_bytes: beyond those, at the worst moment of its forward pass.
         backward_transient_bytes: beyond what was held when its backward pass began, at that pass's worst moment.
@@ -73,9 +73,9 @@ class ModelProfile:
     gpu: str
     sequence_length: int
     micro_batch_size: int
-    rank: int
-    adapter: Adapter
-    target_modules: TargetModules
+    rank: int | None
+    adapter: Method
+    target_modules: TargetModules | None
     kinds: tuple[LayerKind, ...]
     refused: tuple[tuple[Strategy, str], ...]
 
@@ -168,7 +168,17 @@ class LengthProfile:
         return replace(profiles[0], **changed)
 
 
-_SIZES = ("sizes", "op_flops", "op_bytes", "fixed", "layer", "state", "shared_state", "gradients")
+_SIZES = (
+    "sizes",
+    "op_flops",
+    "op_bytes",
+    "fixed",
+    "layer",
+    "state",
+    "shared_state",
+    "gradients",
+    "outside_gradients",
+)
 _STRUCTURE = tuple(f.name for f in fields(StepProfile) if f.name not in _SIZES)
 
 

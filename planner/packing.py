@@ -81,7 +81,7 @@ def trimmed_seconds(runs: LayerRuns, configuration: Configuration, workload: Wor
     length = configuration.sequence_length
 
     def seconds(tokens: int) -> float:
-        return latency.step_seconds(runs, size, configuration.rank, gpu, tokens / length).micro_batch_seconds
+        return latency.step_seconds(runs, size, configuration.rank or 0, gpu, tokens / length).micro_batch_seconds
 
     shares: list[float] = trimmed_shares(workload.window_counts, size * num_micro_batches, size).tolist()
     lengths = [trimmed_length(steps * LENGTH_STEP, length) for steps in range(1, len(shares) + 1)]

@@ -11,8 +11,8 @@ from .strategies import (
     MOST_SEQUENCES,
     MOST_TOKENS,
     Activations,
-    Adapter,
     Configuration,
+    Method,
     Optimizer,
     Positive,
     TargetModules,
@@ -42,7 +42,8 @@ class Workload:
         num_eval_sequences: held out, and evaluated before and after training.
         global_batch_size: sequences per optimizer update over all GPUs.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
-        adapter, target_modules: the kind of LoRA, and what it is on; see Configuration.
+        adapter, target_modules: the kind of LoRA, and what it is on, or ``full``, with which nothing may be said of
+            rank and modules; see Configuration.
         quantization: ``fp16`` means not quantized: bf16 where the chip has it, fp32 on a CPU.
         region: where prices are taken from.
         micro_batch_size, loss_chunks, activations, double_quantization, optimizer: decisions that are fixed; None
@@ -63,7 +64,7 @@ class Workload:
     num_gpus: Positive = 1
     rank: Positive | None = None
     min_rank: Positive = 16
-    adapter: Adapter = "lora"
+    adapter: Method = "lora"
     target_modules: TargetModules = "all-linear"
     quantization: Quantization = "any"
     objective: Objective = "time"
@@ -266,7 +267,8 @@ class Plan:
 
     Attributes:
         model_config: the facts of the model's ``config.json``.
-        compute_dtype: of activations, and of weights that are not quantized.
+        compute_dtype: of matrix products, and, unless every weight learns, of activations and of weights that are not
+            quantized.
         attention: ``SDPA``, or ``eager`` where the model's code has nothing leaner.
         memory_bytes: the device's.
         budget_bytes: what the allocator may reserve: the memory less context and headroom.

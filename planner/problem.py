@@ -31,9 +31,9 @@ class Problem:
         kinds: for each layer, the first one that is like it.
         profiles: of layers of each kind under each strategy that their code allows.
         heads: by the parts that the loss is computed in, a profile of which only the loss is looked at.
-        updates: of optimizers other than AdamW, at one rank and for each kind of layer, a profile of which only the
-            update and the optimizer's state are looked at.
-        rank: the adapter's.
+        updates: of optimizers other than AdamW, and of that, too, where every weight learns, at one rank and for each
+            kind of layer, a profile of which only the update and the optimizer's state are looked at.
+        rank: the adapter's; None without one.
         host_bytes: of host memory that activations may be sent to.
         beside_seconds: what a run takes on the wall beside its steps, where a deadline is set.
         weighed: for each layer the errors of its own weights, where they were measured.
@@ -44,10 +44,10 @@ class Problem:
     kinds: tuple[int, ...]
     profiles: Mapping[tuple[Strategy, int], StepProfile]
     heads: Mapping[int, StepProfile]
-    rank: int
+    rank: int | None
     host_bytes: int | None = None
     beside_seconds: float = 0.0
-    updates: Mapping[tuple[Optimizer, int, int], StepProfile] = field(default_factory=dict)
+    updates: Mapping[tuple[Optimizer, int | None, int], StepProfile] = field(default_factory=dict)
     weighed: tuple[LayerErrors, ...] = ()
 
     @property
@@ -84,7 +84,7 @@ class Problem:
 
     def updated(self, profile: StepProfile, optimizer: Optimizer, kind: int) -> StepProfile:
         """*profile*, which is of a layer of that *kind*, with *optimizer*."""
-        if optimizer == "adamw":
+        if optimizer == "adamw" and self.workload.adapter != "full":
             return profile
         return costs.with_update(profile, self.updates[optimizer, self.rank, kind])
 
@@ -158,7 +158,7 @@ def _groups(problem: Problem, cell: Cell) -> tuple[Group, ...]:
 
 def _choices(problem: Problem, cell: Cell, strategy: Strategy, profile: StepProfile) -> dict[str, Choice]:
     """What a layer takes under *strategy* as the model's first, as an inner and as its last."""
-    size, rank = cell.micro_batch_size, cell.rank
+    size, rank = cell.micro_batch_size, cell.rank or 0
     accumulates = cell.gradient_accumulation_steps > 1
     curve = costs.curves(profile, size, rank, accumulates=accumulates)
     device, host = latency.profile_seconds(profile, size, rank, problem.gpu)
@@ -197,7 +197,7 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
     Workspaces are counted as if no layer needed one that another strategy does not: whoever traces the step whole
     finds what is missing.
     """
-    size, rank, num_layers = cell.micro_batch_size, cell.rank, problem.num_layers
+    size, rank, num_layers = cell.micro_batch_size, cell.rank or 0, problem.num_layers
     accumulates = cell.gradient_accumulation_steps > 1
     layers = _of_layers(problem, cell.optimizer)
     head = costs.with_update(problem.heads[cell.loss_chunks], layers[0])
@@ -205,17 +205,18 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
     device, host = latency.profile_seconds(head, size, rank, problem.gpu)
     workspaces = int(np.min([profile.workspaces for profile in problem.profiles.values()], axis=0).sum())
     states = sum(costs.state_bytes(profile, rank) for profile in layers)
-    gradients = sum(costs.gradient_bytes(profile, 1, rank) for profile in layers)
-    update = max(device["update"], host["update"]) * num_layers / costs.PROFILED_LAYERS
+    outside = costs.outside_gradient_bytes(layers[0], rank)
+    gradients = costs.learned_bytes([(profile, 1) for profile in layers], rank)
+    update = max(costs.update_seconds(device, num_layers), costs.update_seconds(host, num_layers))
     link = communication.pcie(problem.gpu.pcie_bytes_per_second)
     waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus, link)
     return Chain(
         groups=groups,
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
-        fixed_bytes=costs.outside_bytes(layers[0], size, rank) + states + workspaces,
+        fixed_bytes=costs.outside_bytes(layers[0], size, rank) + states + workspaces + accumulates * outside,
         head_high_bytes=curve["head"].high,
         head_change_bytes=curve["head"].change,
-        update_high_bytes=curve["update"].high * num_layers // costs.PROFILED_LAYERS,
+        update_high_bytes=costs.update_curve(curve, num_layers).high,
         device_picoseconds=_picoseconds(device["head"]),
         host_picoseconds=_picoseconds(host["head"]),
         update_picoseconds=_picoseconds(update + waiting),
@@ -232,10 +233,10 @@ def _of_layers(problem: Problem, optimizer: Optimizer) -> list[StepProfile]:
 def predict(problem: Problem, configuration: Configuration) -> Prediction:
     """The prediction for *configuration*, composed from its layers' profiles; nothing of a chain is used."""
     runs, gpu = problem.runs(configuration), problem.gpu
-    micro_batch_size, rank = configuration.micro_batch_size, configuration.rank
+    micro_batch_size, rank = configuration.micro_batch_size, configuration.rank or 0
     num_gpus, accumulation = configuration.num_gpus, configuration.gradient_accumulation_steps
     footprint = costs.footprint(runs, micro_batch_size, rank, accumulates=accumulation > 1)
-    gradient_bytes = sum(costs.gradient_bytes(profile, count, rank) for profile, count in runs)
+    gradient_bytes = costs.learned_bytes(runs, rank)
     allocated = footprint.peak_allocated_bytes
     compute = latency.step_seconds(runs, micro_batch_size, rank, gpu).step(accumulation)
     waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, communication.pcie(gpu.pcie_bytes_per_second))

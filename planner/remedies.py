@@ -77,9 +77,12 @@ def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterat
     """Groups of changes to try; within a group the first that fits is enough."""
     if workload.optimizer == "adamw":
         yield (Change("--optimizer adamw8bit", replace(workload, optimizer="adamw8bit"), gpu),)
-    if workload.quantization != "any":
+    is_full = workload.adapter == "full"
+    if workload.quantization != "any" and not is_full:
         yield (Change("--quantization any", replace(workload, quantization="any"), gpu),)
-    if workload.rank is not None and workload.rank > SMALLEST_RANK:
+    if is_full:
+        yield (Change("--adapter lora", replace(workload, adapter="lora"), gpu),)
+    elif workload.rank is not None and workload.rank > SMALLEST_RANK:
         yield (Change(f"--rank {SMALLEST_RANK}", replace(workload, rank=SMALLEST_RANK), gpu),)
     elif workload.rank is None and workload.min_rank > SMALLEST_RANK:
         yield (Change(f"--min-rank {SMALLEST_RANK}", replace(workload, min_rank=SMALLEST_RANK), gpu),)

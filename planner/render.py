@@ -13,11 +13,12 @@ from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
 from .strategies import Optimizer
-from .words import ADAPTERS, counted, duration, gib, layout, strategies, summary, targets, usd
+from .words import counted, duration, gib, layout, learned, strategies, summary, targets, usd
 
 OPTIMIZERS: dict[Optimizer, str] = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
 BAR_WIDTH = 60
 COLOURS = {
+    "weights": "blue",
     "base weights": "blue",
     "quantization constants": "bright_blue",
     "adapter": "cyan",
@@ -57,10 +58,11 @@ def plan(value: Plan) -> RenderableType:
 def model_profile(profile: ModelProfile) -> RenderableType:
     """What one layer of each kind takes under every strategy."""
     title = Text(f"{profile.model_name} on {profile.gpu.upper()}, one layer", style="bold")
-    on = "" if profile.target_modules == "all-linear" else f" on {targets(profile.target_modules)}"
+    on = "" if profile.target_modules in (None, "all-linear") else f" on {targets(profile.target_modules)}"
     facts = (
-        f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, {ADAPTERS[profile.adapter]} "
-        f"rank {profile.rank}{on}. MiB held between steps, saved from the forward to the backward pass, needed beyond "
+        f"Micro-batch of {profile.micro_batch_size} x {profile.sequence_length} tokens, "
+        f"{learned(profile.adapter, profile.rank)}{on}. "
+        "MiB held between steps, saved from the forward to the backward pass, needed beyond "
         "those while either runs, recomputed at once, and sent to the host; milliseconds on the device."
     )
     parts: list[RenderableType] = [title, Text(facts, style="dim")]
@@ -142,9 +144,10 @@ def _headline(value: Plan) -> RenderableType:
     else:
         for index, line in enumerate(layout(configuration)):
             grid.add_row("" if index else "layers", line)
-    kind = ADAPTERS[configuration.adapter]
-    sizes = f"rank {configuration.rank}, alpha {configuration.alpha}"
-    grid.add_row("adapter", f"{kind} {sizes}, {targets(configuration.target_modules)}, fp32")
+    kind, on = learned(configuration.adapter, configuration.rank), configuration.target_modules
+    grid.add_row(
+        "adapter", f"none: {kind}" if on is None else f"{kind}, alpha {configuration.alpha}, {targets(on)}, fp32"
+    )
     grid.add_row(
         "compute", f"{value.compute_dtype}, {value.attention} attention, {OPTIMIZERS[configuration.optimizer]}"
     )
@@ -251,7 +254,7 @@ def _alternatives(value: Plan) -> RenderableType:
         return Text("No other configuration fits.")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("next best")
-    for name in ("rank", "batch", "memory", "s/step"):
+    for name in (*([] if value.configuration.is_full else ["rank"]), "batch", "memory", "s/step"):
         table.add_column(name, justify="right")
     table.add_column("against the plan")
     for candidate in value.alternatives:
@@ -270,7 +273,7 @@ def _row(candidate: Candidate, value: Plan) -> tuple[str, ...]:
         gains.append("finer weights" if candidate.weight_error < value.weight_error else "coarser weights")
     return (
         summary(configuration),
-        str(configuration.rank),
+        *([] if configuration.rank is None else [str(configuration.rank)]),
         batch,
         gib(prediction.peak_process_bytes),
         f"{prediction.step_seconds:.2f}",

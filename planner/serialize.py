@@ -53,7 +53,7 @@ def _contradictions(plan: Plan) -> list[str]:
     found: list[str] = []
     if plan.format_version != FORMAT_VERSION:
         found.append(f"format_version is {plan.format_version}, this program reads {FORMAT_VERSION}; plan again")
-    found += _gaps(plan.configuration)
+    found += _gaps(plan.configuration) + _adapter(plan.configuration)
     if plan.configuration.sequence_length != plan.workload.sequence_length:
         found.append(
             f"configuration.sequence_length is {plan.configuration.sequence_length}, "
@@ -99,17 +99,31 @@ def _contradictions(plan: Plan) -> list[str]:
 def _formats(plan: Plan, configuration: Configuration) -> list[str]:
     found: list[str] = []
     plain = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[plan.compute_dtype]
+    able = ("fp32",) if configuration.is_full else (plain, "int8", "nf4")
     for run in configuration.layers:
-        if run.strategy.weight_format not in (plain, "int8", "nf4"):
-            found.append(f"compute_dtype is {plan.compute_dtype}, a layer's weights {run.strategy.weight_format}")
+        if run.strategy.weight_format not in able:
+            learning = " and every weight learns" if configuration.is_full else ""
+            found.append(
+                f"compute_dtype is {plan.compute_dtype}{learning}, a layer's weights {run.strategy.weight_format}"
+            )
         if run.strategy.double_quantization and run.strategy.weight_format != "nf4":
             found.append(f"double_quantization of a layer whose weights are {run.strategy.weight_format}, not nf4")
     return found
 
 
+def _adapter(configuration: Configuration) -> list[str]:
+    """What an adapter has, and nothing else: a rank, an alpha, and modules that it is on."""
+    facts = {name: getattr(configuration, name) for name in ("rank", "alpha", "target_modules")}
+    return [
+        f"configuration.adapter is {configuration.adapter}, configuration.{name} {value or 'null'}"
+        for name, value in facts.items()
+        if (value is None) != configuration.is_full
+    ]
+
+
 def _unlike(plan: Plan, other: Configuration) -> list[str]:
     """How an alternative is none to *plan*: what a run goes on with has its layers, adapter, data and GPUs."""
-    found = _gaps(other) + _formats(plan, other)
+    found = _gaps(other) + _adapter(other) + _formats(plan, other)
     for name in (
         "num_layers",
         "sequence_length",

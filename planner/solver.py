@@ -264,7 +264,7 @@ def _sensitivity(problem: Problem, found: _Found) -> Sensitivity:
     """What the limits are worth, by the prices of the relaxation, and what the next rank costs."""
     at = found.at
     per_byte, binding = at.search.memory_price()
-    rank = quality.next_rank(problem.rank)
+    rank = None if problem.rank is None else quality.next_rank(problem.rank)
     next_seconds: float | None = None
     if rank is not None and problem.workload.rank is None:
         wider = replace(problem, rank=rank)

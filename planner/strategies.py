@@ -11,6 +11,8 @@ from .bounds import Meta
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Activations = Literal["save", "recompute attention", "recompute mlp", "recompute", "offload"]
 Adapter = Literal["lora", "rslora", "dora"]
+Method = Literal["lora", "rslora", "dora", "full"]
+"""What learns: an adapter of some kind, or, in full fine-tuning, every weight."""
 Optimizer = Literal["adamw", "adamw8bit"]
 MODULE_NAME = r"^\w+(\.\w+)*$"
 Name = Annotated[str, Meta(pattern=MODULE_NAME, max_length=200)]
@@ -60,10 +62,10 @@ class Configuration:
 
     Attributes:
         layers: strategies of all decoder layers, in order and without gaps.
-        rank, alpha: of LoRA.
+        rank, alpha: of LoRA; None where every weight learns.
         adapter: ``rslora`` divides alpha by the root of the rank, not by the rank (Kalajdzievski, 2023); ``dora``
-            learns the length of each row of the weights apart from its direction (Liu et al., 2024).
-        target_modules: that have an adapter.
+            learns the length of each row of the weights apart from its direction (Liu et al., 2024); ``full`` is none.
+        target_modules: that have an adapter; None where every weight learns.
         micro_batch_size: sequences per forward pass and GPU.
         gradient_accumulation_steps: micro-batches per optimizer update and GPU.
         num_gpus: data-parallel replicas.
@@ -73,22 +75,28 @@ class Configuration:
     """
 
     layers: tuple[StrategyRun, ...]
-    rank: Annotated[int, Meta(ge=1, le=MOST_RANK)]
-    alpha: Positive
+    rank: Annotated[int, Meta(ge=1, le=MOST_RANK)] | None
+    alpha: Positive | None
     sequence_length: Annotated[int, Meta(ge=2, le=MOST_TOKENS)]
     micro_batch_size: Positive
     gradient_accumulation_steps: Positive
     num_gpus: Positive = 1
     loss_chunks: Positive = 1
     packing: bool = False
-    adapter: Adapter = "lora"
+    adapter: Method = "lora"
     optimizer: Optimizer = "adamw"
-    target_modules: TargetModules = "all-linear"
+    target_modules: TargetModules | None = "all-linear"
 
     @property
     def scaling(self) -> float:
         """What the adapter's product is multiplied by."""
+        assert self.alpha is not None and self.rank is not None
         return self.alpha / (math.sqrt(self.rank) if self.adapter == "rslora" else self.rank)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every weight learns, and there is no adapter."""
+        return self.adapter == "full"
 
     @property
     def global_batch_size(self) -> int:
@@ -118,11 +126,11 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """The decisions that hold for all layers."""
+    """The decisions that hold for all layers; *rank* is None where every weight learns."""
 
     micro_batch_size: Positive
     gradient_accumulation_steps: Positive
-    rank: Positive
+    rank: Positive | None
     loss_chunks: Positive
     optimizer: Optimizer = "adamw"
 

@@ -46,11 +46,12 @@ def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[
 def _decisions(plan: Plan) -> list[str]:
     """What is decided for all layers as the workload does not have it."""
     work, chosen = plan.workload, plan.configuration
+    rank = work.rank if work.rank is not None or chosen.rank is None else max(work.min_rank, chosen.rank)
     asked: list[tuple[str, object, object]] = [
         ("adapter", work.adapter, chosen.adapter),
-        ("target_modules", work.target_modules, chosen.target_modules),
+        ("target_modules", None if work.adapter == "full" else work.target_modules, chosen.target_modules),
         ("alpha", allowed.ALPHA[work.adapter], chosen.alpha),
-        ("rank", max(work.min_rank, chosen.rank) if work.rank is None else work.rank, chosen.rank),
+        ("rank", rank, chosen.rank),
         ("packing", chosen.packing if work.packing is None else work.packing, chosen.packing),
     ]
     return [f"{name} is {found}, the workload's is {wanted}" for name, wanted, found in asked if found != wanted]

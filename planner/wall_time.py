@@ -17,6 +17,12 @@ DISK_BYTES_PER_SECOND = 131e6
 CHECKPOINT_BYTES_PER_PARAMETER = 2
 """Of the published weights that are read: bf16 or fp16."""
 
+SAVE_SECONDS = 600.0
+"""Between two checkpoints: what a lost machine costs at most, besides starting again."""
+
+MOST_SAVING = 0.05
+"""Of the time between two checkpoints, for writing one: where that takes longer, they are further apart."""
+
 NUM_EVALUATIONS = 2
 """Before and after training."""
 
@@ -29,6 +35,7 @@ def least_beside_seconds(num_parameters: int, total_tokens: int, host_to_device_
         training_seconds=0.0,
         evaluation_seconds=0.0,
         saved_bytes=0,
+        checkpoint_bytes=0,
         host_to_device_bytes_per_second=host_to_device_bytes_per_second,
     ).total_seconds
 
@@ -40,6 +47,7 @@ def wall_time(
     training_seconds: float,
     evaluation_seconds: float,
     saved_bytes: int,
+    checkpoint_bytes: int,
     host_to_device_bytes_per_second: float,
     disk_bytes_per_second: float = DISK_BYTES_PER_SECOND,
 ) -> WallTime:
@@ -47,14 +55,22 @@ def wall_time(
 
     Args:
         evaluation_seconds: of all evaluations together.
-        saved_bytes: the adapter, written at the end.
+        saved_bytes: what was learned, written at the end.
+        checkpoint_bytes: of one checkpoint; the last is written when training ends.
     """
     read = num_parameters * CHECKPOINT_BYTES_PER_PARAMETER
+    each = checkpoint_bytes / disk_bytes_per_second
+    num_checkpoints = training_seconds // save_interval_seconds(each) + (training_seconds > 0)
     return WallTime(
         start_seconds=START_SECONDS,
         load_seconds=read / disk_bytes_per_second + read / host_to_device_bytes_per_second,
         tokenize_seconds=total_tokens / TOKENS_PER_SECOND,
         training_seconds=training_seconds,
         evaluation_seconds=evaluation_seconds,
-        save_seconds=saved_bytes / disk_bytes_per_second,
+        save_seconds=saved_bytes / disk_bytes_per_second + num_checkpoints * each,
     )
+
+
+def save_interval_seconds(saving_seconds: float) -> float:
+    """How far checkpoints are apart that take so long to write."""
+    return max(SAVE_SECONDS, saving_seconds / MOST_SAVING)

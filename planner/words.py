@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .strategies import Adapter, Configuration, Strategy, StrategyRun, TargetModules
+from .strategies import Configuration, Method, Strategy, StrategyRun, TargetModules
 
 MOST_SHOWN = 3
 """Kinds of strategies that are named in a summary."""
-ADAPTERS: dict[Adapter, str] = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+METHODS: dict[Method, str] = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "full": "every weight learns"}
 
 
 def gib(num_bytes: float) -> str:
@@ -52,6 +52,11 @@ def layout(configuration: Configuration) -> list[str]:
     if len(configuration.layers) <= 2 * len(runs):
         return [f"{span(run):<7}{run.strategy}" for run in configuration.layers]
     return [f"{strategy}: {', '.join(spans)}" for strategy, spans in runs.items()]
+
+
+def learned(method: Method, rank: int | None) -> str:
+    """What learns."""
+    return METHODS[method] if rank is None else f"{METHODS[method]} rank {rank}"
 
 
 def targets(target_modules: TargetModules) -> str:

@@ -28,11 +28,50 @@ def overflows_fp16(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type")).startswith(_OVERFLOWING)
 
 
-_CHANGED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_width_scale")
+_CHANGED_LOGITS = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "mup_width_scale",
+)
+
+_HEADS = frozenset(
+    (
+        "bert",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "gemma4",
+        "megatron-bert",
+        "mllama_text_model",
+        "modernbert-decoder",
+        "musicgen_decoder",
+        "musicgen_melody_decoder",
+        "prophetnet",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    )
+)
+"""Kinds of model whose head is more than one product with what their decoder returns when it is called by itself."""
 
 
 def changes_logits(config: Mapping[str, Any]) -> bool:
-    """Whether what the head computes is not yet the logits, as it is capped or scaled."""
+    """Whether a product of the head with what the decoder returns is not yet the logits: capped, scaled, or more."""
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping) and changes_logits(nested):
+        return True
+    if config.get("model_type") in _HEADS:
+        return True
     return any(config.get(name) not in (None, 1, 1.0) for name in _CHANGED_LOGITS)
 
 

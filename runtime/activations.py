@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -74,4 +75,5 @@ def _keep_model(model: torch.nn.Module, offload: Offload) -> None:
         tensors = [*module.parameters(), *module.buffers()]
         offload.keep([*tensors, *(t for m in module.modules() for t in quantized.constants(m))])
 
-    model.register_forward_pre_hook(tell)
+    decoder: Any = model
+    decoder.get_decoder().register_forward_pre_hook(tell)  # which a loss in chunks calls, and not the model

@@ -44,6 +44,7 @@ def expanded_attention(
     and value (batch, KV heads, tokens, head size); returns (batch, tokens, heads, head size).
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    query, key, value = _as_multiplied(query, key, value)
     skips = bool(causal) and attention_mask is None and query.shape[2] > 1
     return _attention(query, key, value, attention_mask, dropout, scaling, skips), None
 
@@ -63,9 +64,18 @@ def packed_attention(
     Fused kernels take mask and causality together and pass over what is hidden by the latter, half of their work; the
     math kernel, which takes heads that do not align, refuses both at once, and a CPU's takes no dropout.
     """
+    query, key, value = _as_multiplied(query, key, value)
     is_fused = not dropout and all((t.size(-1) * t.element_size()) % FUSED_ALIGNMENT_BYTES == 0 for t in (query, value))
     skips = attention_mask is None or is_fused
     return _attention(query, key, value, attention_mask, dropout, scaling, skips), None
+
+
+def _as_multiplied(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """*tensors* as autocast, where it is on, gives them to the kernel: before heads are repeated."""
+    kind = device_type(tensors[0])
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 def _attention(
@@ -87,10 +97,10 @@ def _attention(
     return out.transpose(1, 2).contiguous()
 
 
-def pack(model: PreTrainedModel) -> None:
+def pack(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Let *model*, which has this module's attention, take ``position_ids`` that begin at 0 with each document.
 
-    The mask is made once, in the compute dtype, for all layers.
+    The mask is made once, in the compute *dtype*, for all layers.
 
     Raises:
         ValueError: the model's attention is another.
@@ -101,7 +111,7 @@ def pack(model: PreTrainedModel) -> None:
     AttentionMaskInterface.register(PACKED, sdpa_mask)
     model.set_attn_implementation(PACKED)
     decoder: Any = model.get_decoder()
-    decoder.forward = functools.partial(_masked_forward, decoder.forward, model.dtype)
+    decoder.forward = functools.partial(_masked_forward, decoder.forward, dtype)
 
 
 def _masked_forward(forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from shallowflow.planner.strategies import Adapter, Strategy, TargetModules
+from shallowflow.planner.strategies import Adapter, Configuration, Strategy, TargetModules
 from shallowflow.profiles import BadFacts, FactsError
 from shallowflow.profiles import load_model as load_model_spec
 
@@ -155,6 +155,16 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
         raise ValueError(f"no repeated layers found in {type(model).__name__}")
     outermost = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     return list(outermost)
+
+
+def weights_dtype(configuration: Configuration, compute_dtype: str) -> str:
+    """What a model's weights are loaded in, those that learn in fp32."""
+    return "float32" if configuration.is_full else compute_dtype
+
+
+def without_adapter(model: Any) -> Any:
+    """The model that an adapter was put on, or *model* itself, where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def apply_formats(model: torch.nn.Module, strategies: Sequence[Strategy], compute_dtype: str) -> None:

@@ -28,9 +28,9 @@ NUM_KEPT = 2
 """Checkpoints that are kept: the newest, and one to fall back to."""
 
 _NAME = re.compile(r"step-(\d{8})")
-_ADAPTER, _OPTIMIZER, _STATE, _MANIFEST = "adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_LEARNED, _OPTIMIZER, _STATE, _MANIFEST = "learned.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _BEST = "best.safetensors"
-"""Only where the best of the evaluated adapters is kept."""
+"""Only where what is learned by the best of the evaluations is kept."""
 _ELSE = "go on with the plan it was made under, or give a new folder with --output"
 
 
@@ -63,11 +63,11 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All that a checkpoint holds, by name; *best* is the best adapter, where one is kept."""
+    """All that a checkpoint holds, by name; *best* is the best of what was *learned*, where it is kept."""
 
     path: Path
     state: State
-    adapter: dict[str, torch.Tensor]
+    learned: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
     best: dict[str, torch.Tensor] | None
 
@@ -83,12 +83,12 @@ def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.
     for left in folder.glob(".step-*.partial"):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    save_file(adapter(trainee), partial / _ADAPTER)
+    save_file(learned(trainee), partial / _LEARNED)
     save_file(optimizers.state(trainee.optimizer), partial / _OPTIMIZER)
     if best is not None:
         save_file(dict(best), partial / _BEST)
     (partial / _STATE).write_text(json.dumps(msgspec.to_builtins(state)), encoding="utf-8")  # with infinite norms
-    names = (_ADAPTER, _OPTIMIZER, _STATE, *((_BEST,) if best is not None else ()))
+    names = (_LEARNED, _OPTIMIZER, _STATE, *((_BEST,) if best is not None else ()))
     for written in names:
         _to_disk(partial / written)
     (partial / _MANIFEST).write_bytes(msgspec.json.encode({n: _sha256(partial / n) for n in names}))
@@ -137,7 +137,7 @@ def load(path: Path) -> Snapshot:
     return Snapshot(
         path=path,
         state=read(path),
-        adapter=load_file(path / _ADAPTER),
+        learned=load_file(path / _LEARNED),
         optimizer=load_file(path / _OPTIMIZER),
         best=load_file(best) if best.is_file() else None,
     )
@@ -150,11 +150,11 @@ def restore(kept: Snapshot, trainee: Trainee) -> None:
         RunError: it is another model's.
     """
     progress = kept.state
-    wanted = {name: tensor.shape for name, tensor in adapter(trainee).items()}
-    for held in (kept.adapter, kept.adapter if kept.best is None else kept.best):
+    wanted = {name: tensor.shape for name, tensor in learned(trainee).items()}
+    for held in (kept.learned, kept.learned if kept.best is None else kept.best):
         if {name: tensor.shape for name, tensor in held.items()} != wanted:
-            raise RunError(f"checkpoint {kept.path} holds another adapter than the plan's; {_ELSE}")
-    put_adapter(trainee, kept.adapter)
+            raise RunError(f"checkpoint {kept.path} holds other weights than the plan's; {_ELSE}")
+    put_learned(trainee, kept.learned)
     try:
         optimizers.restore(trainee.optimizer, kept.optimizer)
     except ValueError as error:
@@ -163,14 +163,14 @@ def restore(kept: Snapshot, trainee: Trainee) -> None:
     scale.value, scale.num_skipped, scale.num_calm = progress.loss_scale, progress.num_skipped, progress.num_calm
 
 
-def adapter(trainee: Trainee) -> dict[str, torch.Tensor]:
-    """The adapter's parameters by name."""
+def learned(trainee: Trainee) -> dict[str, torch.Tensor]:
+    """What learns, by name: the adapter, or every weight."""
     return {name: p.detach() for name, p in trainee.model.named_parameters() if p.requires_grad}
 
 
-def put_adapter(trainee: Trainee, saved: Mapping[str, torch.Tensor]) -> None:
-    """Give the adapter of *trainee* the values *saved*."""
-    for name, parameter in adapter(trainee).items():
+def put_learned(trainee: Trainee, saved: Mapping[str, torch.Tensor]) -> None:
+    """Give what learns in *trainee* the values *saved*."""
+    for name, parameter in learned(trainee).items():
         parameter.copy_(saved[name])
 
 
@@ -184,7 +184,7 @@ def _doubt(path: Path) -> str | None:
     """Why *path* is not to be believed; None if it is."""
     try:
         manifest = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, str])
-        if set(manifest) - {_BEST} != {_ADAPTER, _OPTIMIZER, _STATE}:
+        if set(manifest) - {_BEST} != {_LEARNED, _OPTIMIZER, _STATE}:
             return "its manifest lacks files"
         for name, expected in manifest.items():
             if _sha256(path / name) != expected:

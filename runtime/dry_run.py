@@ -8,9 +8,10 @@ import torch
 
 from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
+from shallowflow.planner.wall_time import SAVE_SECONDS
 
 from .attempts import promised
-from .learner import SAVE_SECONDS, Work
+from .learner import Work
 from .promise import Promise
 from .request import RunError, RunRequest, device_of
 from .run import prepared
@@ -53,7 +54,8 @@ def _lines(work: Work, kept: Promise) -> list[str]:
     targets = sum(window.num_targets for window in work.windows)
     seconds = work.total * plan.mean_step_seconds
     price = "" if request.usd_per_hour is None else f", ${seconds / 3600 * request.usd_per_hour:,.2f}"
-    saves = f"{request.save_every} steps" if request.save_every else words.duration(SAVE_SECONDS)
+    longer = " or more" if plan.configuration.is_full else ""  # where writing them takes a minute
+    saves = f"{request.save_every} steps" if request.save_every else f"{words.duration(SAVE_SECONDS)}{longer}"
     found = [
         f"{plan.model_name} on {plan.gpu}: {words.summary(plan.configuration)}",
         "the step, traced: as planned, to the byte" if not kept.notes else "the step, traced: fits",

@@ -32,9 +32,9 @@ def following(plan: Plan, failed: Candidate, passed_over: Collection[int] = ()) 
         if number in passed_over:
             continue
         after = other.configuration
-        same = (after.rank, after.scaling, after.sequence_length, after.global_batch_size, after.packing) == (
+        same = (after.rank, after.alpha, after.sequence_length, after.global_batch_size, after.packing) == (
             before.rank,
-            before.scaling,
+            before.alpha,
             before.sequence_length,
             before.global_batch_size,
             before.packing,

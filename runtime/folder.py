@@ -18,9 +18,10 @@ from . import checkpoint, report
 from .documents import digest, read_documents
 from .files import new_folder, write_text
 from .record import RunRecord, to_json
-from .request import RunError, RunRequest
+from .request import RunError, RunRequest, learning_rate
 from .simulated import step_timeline
 from .step import Trainee
+from .weights import plain, write_model
 
 CHECKPOINTS = "checkpoints"
 """The folder inside a run's that holds its state."""
@@ -31,7 +32,9 @@ _HELD = ".running"
 _GPUS, _COURSE = "GPUs", "course"
 """Of what tells a run from others, that which lets it go on with a plan for another number of GPUs."""
 BEST = "best"
-"""The folder of the best adapter so far, for PEFT."""
+"""The folder of the best adapter, or model, so far."""
+ADAPTER, MODEL = "adapter", "model"
+"""The folder of the results: an adapter for PEFT, or, where every weight was learned, a model."""
 
 
 def check_output(output: Path, resume: bool) -> None:
@@ -139,7 +142,7 @@ def fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
         "weights": str(request.weights.resolve()) if request.weights else "",
         "held-out text": _content(request.eval_data, request) if request.eval_data else "",
         "seed": request.seed,
-        "learning rate": request.learning_rate,
+        "learning rate": learning_rate(plan, request),
         _GPUS: plan.configuration.num_gpus,
         _COURSE: msgspec.json.encode(_course(plan)),
     }
@@ -166,35 +169,46 @@ def _content(data: Path, request: RunRequest) -> bytes:
 def settings(plan: Plan, request: RunRequest) -> dict[str, str | int | float]:
     """What a tracker shows beside a run."""
     configuration = plan.configuration
+    adapter: dict[str, str | int | float] = {"adapter": configuration.adapter}
+    if configuration.rank is not None and configuration.target_modules is not None:
+        adapter["target_modules"] = words.targets(configuration.target_modules)
+        adapter["rank"] = configuration.rank
     return {
         "model": plan.model_name,
         "layers": words.strategies(configuration),
-        "adapter": configuration.adapter,
-        "target_modules": words.targets(configuration.target_modules),
-        "rank": configuration.rank,
+        **adapter,
         "global_batch_size": configuration.global_batch_size,
         "sequence_length": configuration.sequence_length,
-        "learning_rate": request.learning_rate,
+        "learning_rate": learning_rate(plan, request),
         "seed": request.seed,
     }
 
 
-def save_best(output: Path, plan: Plan, trainee: Trainee) -> None:
-    """Write the adapter as the best so far, whole or not at all."""
-    _save_adapter(output / BEST, plan, trainee)
+def results(plan: Plan) -> str:
+    """The folder, inside a run's, of what it learned."""
+    return MODEL if plan.configuration.is_full else ADAPTER
 
 
-def save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord) -> None:
-    """Write the adapter first and the record last: a folder with ``run.json`` is complete."""
+def save_best(output: Path, plan: Plan, trainee: Trainee, tokenizer: Any) -> None:
+    """Write what was learned as the best so far, whole or not at all."""
+    _save_learned(output / BEST, plan, trainee, tokenizer)
+
+
+def save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord, tokenizer: Any) -> None:
+    """Write what was learned first and the record last: a folder with ``run.json`` is complete."""
     output.mkdir(parents=True, exist_ok=True)
-    _save_adapter(output / "adapter", plan, trainee)
+    _save_learned(output / results(plan), plan, trainee, tokenizer)
     write_text(output / "plan.json", serialize.to_json(plan))
     write_text(output / "report.html", report.html(plan, record, step_timeline(plan)))
     write_text(output / "run.json", to_json(record))
 
 
-def _save_adapter(path: Path, plan: Plan, trainee: Trainee) -> None:
+def _save_learned(path: Path, plan: Plan, trainee: Trainee, tokenizer: Any) -> None:
+    """The adapter, or the model as it was trained, in fp32, with its tokenizer."""
     model: Any = trainee.model
+    if plan.configuration.is_full:
+        write_model(plain(model, plan.model_config, "float32"), tokenizer, path)
+        return
     model.peft_config["default"].base_model_name_or_path = plan.model_name
     with new_folder(path) as partial:
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""A trained adapter over its base, measured by EleutherAI's lm-evaluation-harness."""
+"""What a run learned, an adapter over its base or a whole model, measured by EleutherAI's lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
+from shallowflow.planner.plan import Plan
+
+from . import build
 from .evaluate import evaluating
+from .folder import MODEL
 from .merge import adapter_of, plan_of
 from .request import RunError, device_of
 from .silence import silenced
 from .step import make_trainee
-from .weights import find_weights, load_tokenizer, load_weights
+from .weights import WeightsSource, find_weights, load_tokenizer, load_weights
 
 INSTALL = "pip install 'shallowflow[eval]'"
 
@@ -50,7 +54,7 @@ class Examination:
 
 
 def examine(asked: Examination, progress: Callable[[str], None] = lambda _message: None) -> list[Score]:
-    """Measure the adapter of a run, over a base in the weight formats that it was trained on.
+    """Measure what a run learned: an adapter over a base in the weight formats that it was trained on, or a model.
 
     Raises:
         RunError: the harness is not installed, it has no such task or cannot get its data, or the run is none.
@@ -69,20 +73,36 @@ def examine(asked: Examination, progress: Callable[[str], None] = lambda _messag
         _check_tasks(manager, asked.tasks)
         progress("loading weights")
         source = find_weights(plan.model_name, asked.weights)
-        tokenizer = load_tokenizer(source)
-        base = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
-        alone = replace(plan.configuration, packing=False)
-        model: Any = make_trainee(base, alone, plan.compute_dtype, device).model
-        _put_adapter(model, adapter_of(asked.run))
-        wrapped = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=asked.batch_size)
-        progress("evaluating the adapter")
-        trained = _results(wrapped, model, manager, asked)
+        is_full = plan.configuration.is_full
+        learned = find_weights(plan.model_name, asked.run / MODEL) if is_full else source
+        tokenizer = load_tokenizer(learned)
+        model = _model(plan, learned, device)
+        if not is_full:
+            _put_adapter(model, adapter_of(asked.run))
+
+        def results(model: Any) -> Mapping[str, Mapping[str, Any]]:
+            wrapped = HFLM(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=asked.batch_size)
+            return _results(wrapped, model, manager, asked)
+
+        progress(f"evaluating the {'model' if is_full else 'adapter'}")
+        trained = results(model)
         without: Mapping[str, Mapping[str, Any]] = {}
         if asked.with_base:
             progress("evaluating the base")
-            with model.disable_adapter():
-                without = _results(wrapped, model, manager, asked)
+            if is_full:
+                del model  # before another as large is loaded
+                without = results(_model(plan, source, device))
+            else:
+                with model.disable_adapter():
+                    without = results(model)
     return list(_scores(trained, without))
+
+
+def _model(plan: Plan, source: WeightsSource, device: torch.device) -> Any:
+    """The model of *plan* with the weights of *source*, as a run computes it."""
+    dtype = build.weights_dtype(plan.configuration, plan.compute_dtype)
+    base = load_weights(source, plan.model_config, dtype, plan.num_parameters)
+    return make_trainee(base, replace(plan.configuration, packing=False), plan.compute_dtype, device).model
 
 
 def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:

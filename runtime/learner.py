@@ -1,4 +1,4 @@
-"""A run under one configuration: steps, evaluations at intervals, checkpoints, the best adapter."""
+"""A run under one configuration: steps, evaluations at intervals, checkpoints, the best of what is learned."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from shallowflow.planner.plan import Plan
+from shallowflow.planner.wall_time import save_interval_seconds
 
-from . import batches, checkpoint, fallback, folder, sample
+from . import batches, build, checkpoint, fallback, folder, sample
 from .evaluate import mean_loss, perplexity
 from .joining import end_together
 from .meter import MeasuredPeak, highest
@@ -22,15 +23,12 @@ from .progress import Progress, exhausted, improves
 from .promise import Promise
 from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
 from .record import EvaluationRecord, StepRecord
-from .request import RunError, RunRequest
+from .request import RunError, RunRequest, learning_rate
 from .step import Trainee, make_trainee
 from .trackers import Trackers
 from .train import train as training_steps
 from .watch import Watcher
 from .weights import WeightsSource, load_weights
-
-SAVE_SECONDS = 600.0
-"""Between two checkpoints: what a lost machine costs at most, besides starting again."""
 
 
 class Diverged(Exception):
@@ -77,7 +75,7 @@ class Learner:
 
     @classmethod
     def begin(cls, work: Work, progress: Progress, promise: Promise, path: Path | None, trackers: Trackers) -> Learner:
-        """Load the base, give it the configuration's formats and an adapter, and put the checkpoint *path* into it.
+        """Load the base, make it what the configuration says, and put the checkpoint *path* into it.
 
         Of several processes the first one alone is given the path, and tells the others what it holds.
 
@@ -85,10 +83,12 @@ class Learner:
             RunError: the checkpoint is another model's.
         """
         plan, request = work.plan, work.request
-        model = load_weights(work.source, plan.model_config, plan.compute_dtype, plan.num_parameters)
-        torch.manual_seed(request.seed)
         configuration = promise.candidate.configuration
-        trainee = make_trainee(model, configuration, plan.compute_dtype, work.device, request.learning_rate)
+        dtype = build.weights_dtype(configuration, plan.compute_dtype)
+        model = load_weights(work.source, plan.model_config, dtype, plan.num_parameters)
+        torch.manual_seed(request.seed)
+        rate = learning_rate(plan, request)
+        trainee = make_trainee(model, configuration, plan.compute_dtype, work.device, rate)
         trainee.ranks = work.ranks
         made = cls(work, progress, promise, trainee, trackers)
         trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
@@ -107,13 +107,13 @@ class Learner:
             raise
         self.progress.best = kept.best
         if kept.best is not None:
-            checkpoint.put_adapter(self.trainee, kept.best)
+            checkpoint.put_learned(self.trainee, kept.best)
             self._save_best()
-            checkpoint.put_adapter(self.trainee, kept.adapter)
+            checkpoint.put_learned(self.trainee, kept.learned)
 
     def _save_best(self) -> None:
         if self.work.ranks.leads:
-            folder.save_best(self.work.request.output, self.work.plan, self.trainee)
+            folder.save_best(self.work.request.output, self.work.plan, self.trainee, self.work.tokenizer)
 
     def _update(self, *, begins: bool) -> None:
         self.updating = begins
@@ -237,7 +237,7 @@ class Learner:
         work.watcher.evaluated(record)
         if work.request.patience is not None and improves(progress.evaluations, progress.best_step):
             progress.best_step = step
-            progress.best = {n: t.to("cpu", copy=True) for n, t in checkpoint.adapter(self.trainee).items()}
+            progress.best = {n: t.to("cpu", copy=True) for n, t in checkpoint.learned(self.trainee).items()}
             self._save_best()
 
     def _advance(self) -> None:
@@ -246,7 +246,7 @@ class Learner:
 
     def _take_best(self) -> None:
         if self.work.request.patience is not None and self.progress.best is not None:
-            checkpoint.put_adapter(self.trainee, self.progress.best)
+            checkpoint.put_learned(self.trainee, self.progress.best)
 
     def _answers(self, when: str) -> list[str]:
         work = self.work
@@ -267,7 +267,8 @@ class Learner:
         if every is not None:
             due = len(progress.steps) % every == 0
         else:
-            due = time.perf_counter() - max(progress.clock, progress.saved_at) >= SAVE_SECONDS
+            since = time.perf_counter() - max(progress.clock, progress.saved_at)
+            due = since >= save_interval_seconds(progress.saving_seconds)
         if due:
             self.save_state()
 
@@ -276,6 +277,7 @@ class Learner:
         progress = self.progress
         if progress.mark == progress.saved or not self.work.ranks.leads:
             return
-        path = self.work.request.output / folder.CHECKPOINTS
+        path, began = self.work.request.output / folder.CHECKPOINTS, time.perf_counter()
         checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)
         progress.saved, progress.saved_at = progress.mark, time.perf_counter()
+        progress.saving_seconds = progress.saved_at - began

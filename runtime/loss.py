@@ -9,6 +9,8 @@ import torch
 
 from shallowflow.profiles import model_facts
 
+from . import build, gradients
+
 IGNORED_LABEL = -100
 KEPT_SCALE = 1024.0
 """What gradients are kept times. In fp16 the probability of most tokens, some 1e-8 of one learned well, would be zero.
@@ -30,44 +32,54 @@ def chunked(
     labels: torch.Tensor,
     chunk_tokens: int,
     position_ids: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    factor: float = 1.0,
 ) -> torch.Tensor:
-    """``summed`` of *model*'s logits, *chunk_tokens* at a time; the head is frozen.
+    """``summed`` of *model*'s logits, *chunk_tokens* at a time, with products in *dtype*, if not in the model's own.
 
     Each chunk's gradient is computed beside its loss, so nothing is computed twice and one chunk's logits are held.
+    That of a head that learns is added to its ``grad`` at once.
+
+    Args:
+        factor: what the loss will be multiplied by before its backward pass.
 
     Raises:
         ValueError: the model changes its logits after the head, which chunks would miss.
     """
     if model_facts.changes_logits(model.config.to_dict()):
         raise ValueError(f"{model.config.model_type} changes its logits after the head; use the whole loss")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = build.without_adapter(model)
     positions = {} if position_ids is None else {"position_ids": position_ids}
     hidden = base.get_decoder()(input_ids=input_ids, **positions, use_cache=False).last_hidden_state
     head = base.get_output_embeddings()
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    rows, wanted = hidden.flatten(0, -2), labels.flatten()
+    rows = hidden.flatten(0, -2).to(dtype or hidden.dtype)
     apply: Callable[..., torch.Tensor] = _Chunked.apply
-    return apply(rows, head.weight, head.bias, wanted, chunk_tokens, wants_gradient)
+    return apply(rows, head, labels.flatten(), chunk_tokens, wants_gradient, factor)
 
 
 class _Chunked(torch.autograd.Function):
-    """Cross-entropy of ``rows @ weight.T + bias``, a chunk of rows at a time."""
+    """Cross-entropy of a *head*'s ``rows @ weight.T + bias``, a chunk of rows at a time."""
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        head: Any,
         labels: torch.Tensor,
         chunk_tokens: int,
         wants_gradient: bool,
+        factor: float,
     ) -> torch.Tensor:
         total = rows.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(rows) if wants_gradient else None
+        weight = head.weight.detach().to(rows.dtype)
+        bias = None if head.bias is None else head.bias.detach().to(rows.dtype)
+        learns = head if wants_gradient and head.weight.requires_grad else None
         for first in range(0, len(rows), chunk_tokens):
             here = slice(first, first + chunk_tokens)
-            total += _chunk(rows[here], weight, bias, labels[here], None if gradient is None else gradient[here])
+            towards = None if gradient is None else gradient[here]
+            total += _chunk(rows[here], weight, bias, labels[here], towards, learns, factor)
         ctx.gradient = gradient
         return total
 
@@ -86,8 +98,12 @@ def _chunk(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     gradient: torch.Tensor | None,
+    head: Any,
+    factor: float,
 ) -> torch.Tensor:
     """The summed loss of a few rows; KEPT_SCALE times its *gradient*, as to them, is written where it is wanted.
+
+    To the gradients of a *head* that learns its own is added, times *factor*.
 
     In fp32 and in place: the logits become probabilities, less one at the label, which is the loss's gradient.
     """
@@ -101,5 +117,10 @@ def _chunk(
     if gradient is not None:
         logits.mul_(learned * KEPT_SCALE / sums)
         logits.scatter_add_(-1, label, learned * -KEPT_SCALE)
-        torch.mm(logits.to(rows.dtype), weight, out=gradient)
+        rounded = logits.to(rows.dtype)
+        torch.mm(rounded, weight, out=gradient)
+        if head is not None:
+            gradients.add_product(head.weight, rounded.t(), rows, factor / KEPT_SCALE)
+            if head.bias is not None:
+                gradients.kept(head.bias).add_(logits.sum(0), alpha=factor / KEPT_SCALE)
     return loss

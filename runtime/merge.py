@@ -18,9 +18,9 @@ from shallowflow.planner.plan import Plan
 from shallowflow.planner.strategies import Configuration
 
 from . import build, dora, quantized
-from .files import new_folder
+from .folder import ADAPTER, MODEL
 from .request import RunError
-from .weights import find_weights, load_tokenizer, load_weights
+from .weights import find_weights, load_tokenizer, load_weights, plain, write_model
 
 
 def merge(
@@ -32,26 +32,27 @@ def merge(
     one that was never seen in training.
 
     Raises:
-        RunError: *run* is no finished run's folder, *output* is not new, or merged weights exceed what fp16 holds.
+        RunError: *run* is no finished run's folder, or one that learned every weight, *output* is not new, or merged
+            weights exceed what fp16 holds.
         PlanError, WeightsError: see there.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output} is not empty; give a new folder with --output")
     plan = plan_of(run)
+    if plan.configuration.is_full:
+        raise RunError(f"nothing is to be merged: {run} learned every weight, and {run / MODEL} is the whole model")
     progress("loading weights")
     source = find_weights(plan.model_name, weights)
     tokenizer = load_tokenizer(source)
     base = load_weights(source, plan.model_config, plan.compute_dtype, plan.num_parameters)
     progress("merging")
     _merge(base, plan, adapter_of(run))
-    saved = _plain(base, plan)
+    saved = plain(base, plan.model_config, "bfloat16" if plan.compute_dtype == "bfloat16" else "float16")
     for name, parameter in saved.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise RunError(f"{name} exceeds what fp16 holds once the adapter is merged; use the adapter with PEFT")
     progress("saving")
-    with new_folder(output) as partial:
-        saved.save_pretrained(str(partial), safe_serialization=True)
-        tokenizer.save_pretrained(str(partial))
+    write_model(saved, tokenizer, output)
     return output
 
 
@@ -62,7 +63,7 @@ def plan_of(run: Path) -> Plan:
         RunError: *run* is no folder of a run that learned something.
         PlanError: see there.
     """
-    if not ((run / _ADAPTER).is_file() and (run / "plan.json").is_file()):
+    if not (any((run / path).is_file() for path in (_ADAPTER, _MODEL)) and (run / "plan.json").is_file()):
         raise RunError(f"{run} holds no adapter and plan; give the folder that sfplan train wrote")
     plan = serialize.from_json((run / "plan.json").read_bytes(), str(run / "plan.json"))
     record = record_of(run)
@@ -76,7 +77,7 @@ def adapter_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / _ADAPTER)
 
 
-_ADAPTER = Path("adapter") / "adapter_model.safetensors"
+_ADAPTER, _MODEL = Path(ADAPTER) / "adapter_model.safetensors", Path(MODEL) / "config.json"
 
 
 class Ran(msgspec.Struct):
@@ -105,21 +106,6 @@ def record_of(run: Path) -> Ran | None:
 def configuration_of(record: Ran | None, plan: Plan) -> Configuration:
     """What a run ended under: another than *plan*'s where memory fell short."""
     return (record.configuration if record is not None else None) or plan.configuration
-
-
-def _plain(merged: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The weights of *merged* in 16 bits, in a model that knows nothing of how they were loaded.
-
-    One read from GGUF holds itself to be quantized, and refuses to be saved.
-    """
-    dtype = "bfloat16" if plan.compute_dtype == "bfloat16" else "float16"
-    made = build.empty_model(build.transformers_config(plan.model_config), dtype, "meta")
-    weights = {name: tensor.to(build.DTYPES[dtype]) for name, tensor in merged.state_dict().items()}
-    made.load_state_dict(weights, assign=True)
-    made.tie_weights()
-    made.config.use_cache = True
-    made.generation_config = merged.generation_config
-    return made
 
 
 def _merge(base: PreTrainedModel, plan: Plan, trained: dict[str, torch.Tensor]) -> None:

@@ -97,7 +97,8 @@ class _Passage:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _View:
         """What autograd keeps in place of *tensor*."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self.offload.kept or storage.nbytes() < self.least_elements * tensor.itemsize:
+        is_small = storage.nbytes() < self.least_elements * tensor.itemsize
+        if is_small or storage._cdata in self.offload.kept or _is_cast_weight(tensor):
             return tensor
         name = (storage._cdata, tensor._version)
         known = self.leaving.pop(name, None)
@@ -129,3 +130,14 @@ class _Passage:
         assert whole.device is not None
         empty = torch.empty(0, dtype=saved.dtype, device=whole.device.device)
         return empty.set_(whole.device.untyped_storage(), saved.offset, saved.size, saved.stride)
+
+
+_CASTS = {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0", "UnsafeViewBackward0"}
+
+
+def _is_cast_weight(tensor: torch.Tensor) -> bool:
+    """Whether *tensor* is a weight that learns as autocast gives it to a product: none of the layer's activations."""
+    node: Any = tensor.grad_fn
+    while node is not None and node.name() in _CASTS:
+        node = node.next_functions[0][0]
+    return node is not None and hasattr(node, "variable")

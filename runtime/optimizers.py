@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,13 +29,34 @@ def make(name: Optimizer, parameters: Sequence[torch.nn.Parameter], learning_rat
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, foreach=True)
 
 
+def make_full(name: Optimizer, model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """The same for all of *model*'s weights, with no temporaries that would be as large as they.
+
+    With ``adamw8bit``, embeddings keep their state in fp32: rows of rare tokens, which share a scale with others, lose
+    theirs (8-bit Optimizers via Block-wise Quantization, Dettmers et al., 2022, section 2.3).
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if name == "adamw8bit":
+        made: Any = make(name, parameters, learning_rate)
+        made.precise = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+        optimizer: torch.optim.Optimizer = made
+        return optimizer
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+
+
 @cache
 def _adamw_8bit() -> Any:
     """bitsandbytes' optimizer, whose own ``step`` waits for the device once for every parameter."""
     base: Any = quantized.bitsandbytes().optim.AdamW8bit
 
     class AdamW8bit(base):  # type: ignore[misc]
-        """The same update, launched without waiting."""
+        """The same update, launched without waiting; *precise* parameters, by identity, keep their state in fp32."""
+
+        precise: Collection[int] = ()
+
+        def get_config(self, gindex: int, pindex: int, group: Any) -> Any:
+            config = super().get_config(gindex, pindex, group)
+            return {**config, "optim_bits": 32} if id(group["params"][pindex]) in self.precise else config
 
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
@@ -66,7 +87,7 @@ def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor])
     Raises:
         ValueError: it is of other parameters.
     """
-    parameters = _parameters(optimizer)
+    parameters, in_8_bits = _parameters(optimizer), hasattr(optimizer, "fill_qmap")
     by_parameter: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in saved.items():
         index, _, key = name.partition(".")
@@ -74,18 +95,22 @@ def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor])
     if by_parameter and max(by_parameter) >= len(parameters):
         raise ValueError(f"it holds an optimizer's state of more than {len(parameters)} parameters")
     for number, kept in by_parameter.items():
-        own = {key: value.to(parameters[number].device) for key, value in kept.items() if key != "step"}
-        if hasattr(optimizer, "fill_qmap"):
-            optimizer.state[parameters[number]] = _for_8_bits(optimizer, own) | {"step": int(kept["step"])}
+        parameter = parameters[number]
+        own = {key: value.to(parameter.device) for key, value in kept.items() if key != "step"}
+        if in_8_bits:
+            optimizer.state[parameter] = _for_8_bits(optimizer, own, parameter) | {"step": int(kept["step"])}
         else:
-            optimizer.state[parameters[number]] = _for_adamw(own) | {"step": kept["step"].float().clone()}
+            device = parameter.device if optimizer.defaults["fused"] else "cpu"
+            step = kept["step"].to(device, torch.float32, copy=True)
+            optimizer.state[parameter] = _for_adamw(own) | {"step": step}
 
 
-def _for_8_bits(optimizer: Any, kept: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The two moments as bitsandbytes keeps them, with its tables; small ones stay in fp32."""
+def _for_8_bits(optimizer: Any, kept: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, Any]:
+    """The two moments as bitsandbytes keeps them, with its tables; small and *precise* ones stay in fp32."""
     if "exp_avg" not in kept and kept["state1"].dtype == torch.float32:
         return dict(kept)
-    if "exp_avg" in kept and kept["exp_avg"].numel() < optimizer.args.min_8bit_size:
+    is_precise = id(parameter) in optimizer.precise or parameter.numel() < optimizer.args.min_8bit_size
+    if "exp_avg" in kept and is_precise:
         return {"state1": kept["exp_avg"], "state2": kept["exp_avg_sq"]}
     tables = _tables(optimizer, next(iter(kept.values())).device)
     if "state1" in kept:

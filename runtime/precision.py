@@ -1,8 +1,13 @@
-"""The loss scale that fp16 gradients need, and what it skipped."""
+"""What products in 16 bits need: weights that learn in fp32, rounded where they multiply, and a scale for the loss."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 INITIAL_FP16_SCALE = 1024.0
 """Low enough that the first updates run: at PyTorch's 65536 the first ones overflow and are skipped."""
@@ -46,3 +51,18 @@ class LossScale:
         if self.dynamic and self.num_calm >= GROWTH_INTERVAL:
             self.value = min(MAX_SCALE, self.value * 2)
             self.num_calm = 0
+
+
+def multiply_in(model: Any, dtype: torch.dtype) -> None:
+    """Let *model*, whose weights are fp32, multiply in *dtype* by PyTorch's autocast, also where its decoder is called.
+
+    Casts of weights are not kept: a pass needs each once, and what is kept would outlive a layer that is recomputed.
+    """
+    for module in (model, model.get_decoder()):
+        module.forward = functools.partial(_casting, module.forward, dtype)
+
+
+def _casting(forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    with torch.autocast(device.type, dtype, cache_enabled=False):
+        return forward(*args, **kwargs)

@@ -24,11 +24,12 @@ class Progress:
 
     Attributes:
         before: answers to the prompts before training.
-        best: the adapter of the best evaluation, on the CPU; None where none is kept.
+        best: what was learned by the best evaluation, on the CPU; None where none is kept.
         alternative: the plan's alternative that is run; None for the plan's own configuration.
         plan: the digest of the plan that is run, in whose alternatives *alternative* is a number.
         moved_at: updates made under a plan for another number of GPUs.
-        saved: how many updates, evaluations and fallbacks the newest checkpoint holds.
+        saved, saved_at, saving_seconds: how many updates, evaluations and fallbacks the newest checkpoint holds,
+            when it was written, and how long that took.
         peak, peaks: measured, the highest and each process's.
         clock: when this session began.
         failure: why the run cannot go on.
@@ -56,6 +57,7 @@ class Progress:
     earlier_seconds: float = 0.0
     saved: tuple[int, int, int] = (0, 0, 0)
     saved_at: float = 0.0
+    saving_seconds: float = 0.0
 
     def seconds(self) -> float:
         """On the wall so far, all sessions together."""

@@ -12,7 +12,7 @@ from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 
 from .documents import Format
-from .step import LEARNING_RATE
+from .step import FULL_LEARNING_RATE, LEARNING_RATE
 from .trackers import missing_package
 
 MOST_STEPS = 10**9
@@ -38,9 +38,11 @@ class RunRequest:
         num_steps: optimizer updates; None for one pass over the data.
         usd_per_hour: what the machine costs, for the meter; None shows no dollars.
         resume: go on from the newest good checkpoint in the output folder, where there is one.
-        save_every: updates between two checkpoints; None saves one every SAVE_SECONDS.
+        learning_rate: None takes the usual one of what learns.
+        save_every: updates between two checkpoints; None saves one every ten minutes, or, where writing it takes more
+            than a twentieth of that, as much less often.
         eval_every: updates between two evaluations; None evaluates before and after training.
-        patience: evaluations without improvement after which training stops; the best adapter is the result then.
+        patience: evaluations without improvement after which training stops; the best one's is the result then.
         samples: prompts that are answered before and after training.
         track: Accelerate's trackers that hear of every step.
         data_format: how the rows of both data files are read; None tells it from their columns.
@@ -51,7 +53,7 @@ class RunRequest:
     eval_data: Path | None = None
     weights: Path | None = None
     num_steps: int | None = None
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float | None = None
     usd_per_hour: float | None = None
     seed: int = 0
     resume: bool = False
@@ -71,8 +73,9 @@ def check_request(request: RunRequest) -> None:
     """
     if not 0 <= request.seed < 2**32:
         raise RunError(f"the seed is {request.seed}; give one from 0 to {2**32 - 1}")
-    if not (math.isfinite(request.learning_rate) and request.learning_rate > 0):
-        raise RunError(f"the learning rate is {request.learning_rate}; give a positive number, such as {LEARNING_RATE}")
+    rate = request.learning_rate
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise RunError(f"the learning rate is {rate}; give a positive number, such as {LEARNING_RATE}")
     if request.num_steps is not None and not 1 <= request.num_steps <= MOST_STEPS:
         raise RunError(f"the number of steps is {request.num_steps}; give one from 1 to {MOST_STEPS:,}")
     if request.usd_per_hour is not None and not (math.isfinite(request.usd_per_hour) and request.usd_per_hour >= 0):
@@ -91,6 +94,12 @@ def check_request(request: RunRequest) -> None:
         missing = missing_package(name)
         if missing is not None:
             raise RunError(missing)
+
+
+def learning_rate(plan: Plan, request: RunRequest) -> float:
+    """That of the run: as asked for, or the usual one of what learns in *plan*."""
+    usual = FULL_LEARNING_RATE if plan.configuration.is_full else LEARNING_RATE
+    return usual if request.learning_rate is None else request.learning_rate
 
 
 def device_of(plan: Plan, local_rank: int = 0) -> torch.device:

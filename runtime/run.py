@@ -30,7 +30,7 @@ __all__ = ["CHECKPOINTS", "RunError", "RunFailed", "RunRequest", "Silent", "Watc
 
 
 def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> RunRecord:
-    """Fine-tune as *plan* says and write adapter, ``run.json``, ``plan.json`` and ``report.html`` to the output folder.
+    """Fine-tune as *plan* says; write what was learned, ``run.json``, ``plan.json`` and ``report.html`` to a folder.
 
     The step is traced first and must be the planned one. Checkpoints are written as it goes. Ctrl-C, or SIGTERM, ends
     training before the next micro-batch; what was learned is saved and recorded as interrupted, without the step it cut
@@ -54,7 +54,7 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
         ranks.connect(work.device)
         record = _trained(work)
     except Lost as lost:
-        raise RunLost(f"{lost}; {_saved(request, 0, has_results=False)}") from lost
+        raise RunLost(f"{lost}; {_saved(plan, request, 0, has_results=False)}") from lost
     return record
 
 
@@ -83,12 +83,13 @@ def _trained(work: Work) -> RunRecord:
         record = summary.record_of(work, progress, kept)
         if learner is not None and ranks.leads and not progress.lost:
             work.watcher.stage("saving")
-            folder.save(plan, request.output, learner.trainee, record)
+            folder.save(plan, request.output, learner.trainee, record, work.tokenizer)
     if progress.lost:
-        raise RunLost(f"{progress.failure}; {_saved(request, len(progress.steps), has_results=False)}")
+        raise RunLost(f"{progress.failure}; {_saved(plan, request, len(progress.steps), has_results=False)}")
     joining.end_together()
     if progress.failure is not None:
-        raise RunFailed(f"{progress.failure}; {_saved(request, len(progress.steps), has_results=learner is not None)}")
+        saved = _saved(plan, request, len(progress.steps), has_results=learner is not None)
+        raise RunFailed(f"{progress.failure}; {saved}")
     return record
 
 
@@ -174,8 +175,8 @@ def _go_on(work: Work, progress: Progress, *, moves: bool) -> Path | None:
     return path
 
 
-def _saved(request: RunRequest, num_steps: int, *, has_results: bool) -> str:
+def _saved(plan: Plan, request: RunRequest, num_steps: int, *, has_results: bool) -> str:
     if has_results:
-        return f"{words.counted(num_steps, 'step')} and the adapter are saved in {request.output}"
+        return f"{words.counted(num_steps, 'step')} and the {folder.results(plan)} are saved in {request.output}"
     path, _ = checkpoint.latest(request.output / CHECKPOINTS)
     return "nothing was saved" if path is None else f"what was learned is saved in {path}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import build
 from .evaluate import evaluating
 from .request import RunError
 from .step import Trainee
@@ -46,7 +47,7 @@ def answer(trainee: Trainee, tokenizer: Any, tokens: list[int], sequence_length:
     found = list(tokens)
     with evaluating(model):
         for _ in range(min(MOST_NEW_TOKENS, sequence_length - len(tokens))):
-            mine = _next(model.get_base_model(), found, device) if trainee.ranks.leads else 0
+            mine = _next(build.without_adapter(model), found, device) if trainee.ranks.leads else 0
             trainee.before_micro_batch()  # after what memory may not suffice for, and before the others wait for it
             chosen = trainee.ranks.led(mine)
             if chosen == tokenizer.eos_token_id:

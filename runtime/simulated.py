@@ -39,7 +39,7 @@ class MetaStep:
 
     @property
     def model(self) -> torch.nn.Module:
-        """The adapted model."""
+        """The model that learns."""
         return self.trainee.model
 
     @property
@@ -49,7 +49,7 @@ class MetaStep:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the adapter."""
+        """The optimizer of what learns."""
         return self.trainee.optimizer
 
     @property
@@ -109,7 +109,7 @@ def make_meta_step(
     """
     register_quantization()
     config = build.transformers_config(model_config, configuration.num_layers, like_layer)
-    model = build.empty_model(config, compute_dtype, "meta")
+    model = build.empty_model(config, build.weights_dtype(configuration, compute_dtype), "meta")
     trainee = make_trainee(model, configuration, compute_dtype)
     trainee.ranks = Ranks(size=configuration.num_gpus)
     shape = (configuration.micro_batch_size, configuration.sequence_length)

@@ -11,14 +11,19 @@ import torch
 from transformers import PreTrainedModel, masking_utils
 
 from shallowflow.planner.strategies import Configuration
+from shallowflow.profiles import model_facts
 
-from . import activations, attention, build, optimizers, quantized
+from . import activations, attention, build, optimizers, precision, quantized
+from .gradients import add_rows
 from .loss import chunked, summed
 from .precision import LossScale
 from .ranks import ALONE, Ranks
 
 LEARNING_RATE = 2e-4
 """LoRA's usual one, as in the QLoRA paper for models up to 13B."""
+FULL_LEARNING_RATE = 2e-5
+"""Where every weight learns: that of Alpaca and Tulu (Taori et al.; Wang et al., 2023), and a tenth of LoRA's, as LoRA
+Without Regret finds the best ones to be (Schulman et al., 2025)."""
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -65,9 +70,11 @@ class Resident:
 
 @dataclass(slots=True)
 class Trainee:
-    """A model ready to train: its adapters, optimizer and loss scale.
+    """A model ready to train: its adapters, or all of its weights, with optimizer and loss scale.
 
     Attributes:
+        dtype: of products, where every weight learns; None where an adapter does.
+        head_apart: also a loss in one part is computed here, and not by the model.
         before_micro_batch: called where a step may still be given up, with nothing changed by it.
         ranks: the processes that share a step, each with a trainee like this one.
     """
@@ -80,16 +87,19 @@ class Trainee:
     loss_chunks: int = 1
     before_micro_batch: Callable[[], None] = lambda: None
     ranks: Ranks = ALONE
+    dtype: torch.dtype | None = None
+    head_apart: bool = False
 
     def resident_tensors(self) -> list[Resident]:
         """Everything held between steps, but the optimizer's state."""
         owner = {id(m): index for index, layer in enumerate(self.layers) for m in layer.modules()}
         found: list[Resident] = []
+        learned, frozen = ("adapter", "base weights") if self.dtype is None else ("weights", "weights")
         for path, module in self.model.named_modules():
             layer = owner.get(id(module))
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             for name, tensor in own:
-                category = "adapter" if tensor.requires_grad else "base weights"
+                category = learned if tensor.requires_grad else frozen
                 found.append(Resident(category, f"{path}.{name}", layer, tensor))
             found += [Resident("quantization constants", path, layer, t) for t in quantized.constants(module)]
         return found
@@ -144,17 +154,24 @@ class Trainee:
         if batch.seed is not None:
             torch.manual_seed(batch.seed)
         with _not_asking_for_documents():
-            loss = self.loss(batch) / num_targets
+            if self.head_apart:
+                loss = self._in_chunks(batch, self.loss_scale.value / num_targets) / num_targets
+            else:
+                loss = self.loss(batch) / num_targets
         (loss * self.loss_scale.value).backward()
         return loss.detach()
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy over the target tokens, in fp32."""
-        if self.loss_chunks > 1:
-            chunk_tokens = -(-batch.labels.numel() // self.loss_chunks)
-            return chunked(self.model, batch.input_ids, batch.labels, chunk_tokens, batch.position_ids)
+        if self.loss_chunks > 1 or self.head_apart:
+            return self._in_chunks(batch)
         positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         return summed(self.model(input_ids=batch.input_ids, **positions, use_cache=False).logits, batch.labels)
+
+    def _in_chunks(self, batch: MicroBatch, factor: float = 1.0) -> torch.Tensor:
+        chunk_tokens = -(-batch.labels.numel() // self.loss_chunks)
+        inputs = batch.input_ids, batch.labels, chunk_tokens, batch.position_ids
+        return chunked(self.model, *inputs, dtype=self.dtype, factor=factor)
 
 
 @contextlib.contextmanager
@@ -180,24 +197,47 @@ def make_trainee(
 ) -> Trainee:
     """Turn a loaded base model into what *configuration* says: quantized, adapted, recomputing, with an optimizer.
 
+    Where every weight learns, the model's are fp32, and multiplied in the compute dtype.
+
     The model is moved to *device* once its weights have their formats; None leaves it where it is.
 
     Raises:
         ValueError: the configuration does not match the model.
     """
-    strategies = configuration.strategies()
+    strategies, dtype = configuration.strategies(), build.DTYPES[compute_dtype]
     if configuration.packing:
-        attention.pack(model)
+        attention.pack(model, dtype)
     build.apply_formats(model, strategies, compute_dtype)
     layers = build.decoder_layers(model)
     activations.apply_policies(model, layers, strategies)
-    adapted = build.add_adapters(
-        model, configuration.rank, configuration.alpha, configuration.adapter, configuration.target_modules
-    )
+    learner = _learner(model, configuration, dtype)
     if device is not None:
-        adapted.to(device)
-    adapted.train()
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = optimizers.make(configuration.optimizer, parameters, learning_rate)
+        learner.to(device)
+    learner.train()
+    parameters = [p for p in learner.parameters() if p.requires_grad]
     scale = LossScale.for_dtype(compute_dtype)
-    return Trainee(adapted, layers, optimizer, scale, parameters, configuration.loss_chunks)
+    if not configuration.is_full:
+        optimizer = optimizers.make(configuration.optimizer, parameters, learning_rate)
+        return Trainee(learner, layers, optimizer, scale, parameters, configuration.loss_chunks)
+    return Trainee(
+        learner,
+        layers,
+        optimizers.make_full(configuration.optimizer, learner, learning_rate),
+        scale,
+        parameters,
+        configuration.loss_chunks,
+        dtype=dtype,
+        head_apart=not model_facts.changes_logits(model.config.to_dict()),
+    )
+
+
+def _learner(model: PreTrainedModel, configuration: Configuration, dtype: torch.dtype) -> torch.nn.Module:
+    """*model* with an adapter that learns, or with all of its weights learning."""
+    c = configuration
+    if c.rank is not None and c.alpha is not None and c.target_modules is not None and c.adapter != "full":
+        return build.add_adapters(model, c.rank, c.alpha, c.adapter, c.target_modules)
+    model.requires_grad_(True)
+    add_rows(model)
+    if dtype != torch.float32:
+        precision.multiply_in(model, dtype)
+    return model

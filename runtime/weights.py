@@ -1,4 +1,4 @@
-"""Load a model's weights, and the tokenizer that belongs to them."""
+"""Load a model's weights, and the tokenizer that belongs to them, and write both."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import attention
-from .build import DTYPES, transformers_config
+from .build import DTYPES, empty_model, transformers_config
+from .files import new_folder
 from .sources import WeightsError, WeightsSource, find_weights
 
-__all__ = ["WeightsError", "WeightsSource", "find_weights", "load_tokenizer", "load_weights"]
+__all__ = ["WeightsError", "WeightsSource", "find_weights", "load_tokenizer", "load_weights", "plain", "write_model"]
 
 
 def load_weights(
@@ -115,6 +117,27 @@ def load_tokenizer(source: WeightsSource) -> Any:
     if not len(tokenizer):
         raise WeightsError(f"the tokenizer at {source.location} knows no token; give a complete folder with --weights")
     return tokenizer
+
+
+def plain(model: PreTrainedModel, config: Mapping[str, Any], dtype: str) -> PreTrainedModel:
+    """The weights of *model* in *dtype*, in a model that knows nothing of how they were loaded.
+
+    One read from GGUF holds itself to be quantized, and refuses to be saved.
+    """
+    made = empty_model(transformers_config(config), dtype, "meta")
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in model.state_dict().items()}
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    made.config.use_cache = True
+    made.generation_config = model.generation_config
+    return made
+
+
+def write_model(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
+    """Write both as a folder in Hugging Face's layout, whole or not at all."""
+    with new_folder(path) as partial:
+        model.save_pretrained(str(partial), safe_serialization=True)
+        tokenizer.save_pretrained(str(partial))
 
 
 def _unavailable(source: WeightsSource, error: Exception) -> str:

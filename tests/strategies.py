@@ -66,9 +66,14 @@ def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfi
     """
     saved = {place: draw(rows(10**4, 10**6, 10**4, 10**3)) for place in ("embed", "first", "inner", "last", "head")}
     scratch = {place: draw(rows(10**6, 10**6, 10**4, 0)) for place in ("first", "inner", "last")}
-    gradients = draw(st.lists(st.tuples(st.just(0), st.just(0), st.integers(1, 10**5), st.just(0)), max_size=3))
+    gradients, outside = (
+        draw(st.lists(st.tuples(st.just(0), st.just(0), st.integers(1, 10**5), st.just(0)), max_size=most))
+        for most in (3, 1)
+    )
     if like is not None:
-        gradients = [tuple(row) for row in like.gradients.tolist()]
+        gradients, outside = (
+            [tuple(row) for row in rows.tolist()] for rows in (like.gradients, like.outside_gradients)
+        )
     sizes: list[list[int]] = []
     events: list[tuple[int, str, int]] = []
 
@@ -80,6 +85,8 @@ def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfi
     kept: list[int] = []
     for micro_batch in (0, 1):
         held = {place: make(row, place, micro_batch) for place, row in saved.items()}
+        if not micro_batch:
+            kept += [make(list(row), "head", 0) for row in outside]
         events.append((-held["head"], "head", micro_batch))
         for place in ("last", "inner", "first"):
             events.append((-make(scratch[place], f"{place}_back", micro_batch), f"{place}_back", micro_batch))
@@ -90,7 +97,7 @@ def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfi
     events += [(-number, "update", 1) for number in kept]
 
     costs = st.tuples(rows(*4 * [10**11]), rows(*4 * [10**9]))
-    kinds, places = st.integers(0, len(OP_KINDS) - 1), st.integers(0, len(SEGMENTS) - 1)
+    kinds, places = st.integers(0, len(OP_KINDS) - 1), st.integers(0, SEGMENTS.index("update"))
     operators = draw(st.lists(st.tuples(costs, kinds, places), max_size=4))
     operators.append((([0, 0, 0, 0], [0, 0, 0, 0]), 0, SEGMENTS.index("head")))  # no model does nothing
     return StepProfile(
@@ -108,6 +115,7 @@ def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfi
         state=np.array([draw(rows(0, 0, 10**5, 0))]),
         shared_state=np.array([draw(rows(2000, 0, 0, 0))]),
         gradients=np.array(gradients, dtype=np.int64).reshape(-1, 4),
+        outside_gradients=np.array(outside, dtype=np.int64).reshape(-1, 4),
         recomputed=np.array([draw(st.integers(0, 1)) for _ in sizes]),
         alignment_bytes=draw(st.sampled_from([1, 512])),
     )
@@ -131,6 +139,7 @@ def with_other_sizes(draw: st.DrawFn, like: StepProfile) -> StepProfile:
         state=like.state,
         shared_state=like.shared_state,
         gradients=like.gradients,
+        outside_gradients=like.outside_gradients,
         alignment_bytes=like.alignment_bytes,
     )
 
@@ -174,7 +183,7 @@ def problems(draw: st.DrawFn) -> Problem:
     work = draw(workloads(most_sequences=6))
     rank = work.rank or work.min_rank
     ranks = [wider for wider in (rank, next_rank(rank)) if wider is not None]
-    updates: dict[tuple[Optimizer, int, int], StepProfile] = {}
+    updates: dict[tuple[Optimizer, int | None, int], StepProfile] = {}
     for kind in sorted(set(kinds)):
         other = replace(draw(step_profiles(first)), alignment_bytes=first.alignment_bytes)
         updates |= {("adamw8bit", wider, kind): other for wider in ranks}

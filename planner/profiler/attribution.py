@@ -10,6 +10,7 @@ from .replay import Replay
 from .trace import Trace
 
 CATEGORIES = (
+    "weights",
     "base weights",
     "quantization constants",
     "adapter",

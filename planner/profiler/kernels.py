@@ -36,7 +36,8 @@ class Target:
         compute_capability: None for a CPU.
         cublas_workspace_bytes: per thread that multiplies matrices.
         alignment_bytes: what the allocator rounds every request to.
-        affine: take a bound that is affine in micro-batch and rank where a buffer is not, as a profile needs it.
+        affine: take a bound that is affine in micro-batch where a buffer is not, as a profile needs it.
+        any_rank: the same in an adapter's rank.
     """
 
     device_type: str
@@ -44,6 +45,7 @@ class Target:
     cublas_workspace_bytes: int = 0
     alignment_bytes: int = 1
     affine: bool = False
+    any_rank: bool = False
 
     @classmethod
     def of(cls, gpu: GpuSpec) -> Target:
@@ -119,10 +121,13 @@ def _random_state(_target: Target, original: Callable[[], torch.Tensor]) -> torc
     return original().clone()
 
 
-def _recomputed_on(_target: Target, original: Callable[..., str], *args: Any) -> str:
-    """What PyTorch's checkpoint takes for the device: also where all is on a CPU it looks after CUDA's autocast."""
+def _recomputed_on(target: Target, original: Callable[..., str], *args: Any) -> str:
+    """What PyTorch's checkpoint takes for the device: also where all is on a CPU it looks after CUDA's autocast.
+
+    Where no tensor tells it, as with named arguments alone, it is the accelerator of the machine.
+    """
     kind = original(*args)
-    return "cuda" if kind == "meta" else kind
+    return "cuda" if kind == "meta" or target.device_type == "cuda" else kind
 
 
 CALLS: dict[tuple[Any, str], Callable[..., Any]] = {
@@ -171,6 +176,18 @@ def _contiguous_gradient(_target: Target, args: tuple[Any, ...], _kwargs: dict[s
     return [] if args[0].is_contiguous() else [_bytes(args[0])]
 
 
+SORTED_INDICES = 3072
+"""More tokens than these are sorted for an embedding's gradient."""
+
+
+def _sorted_tokens(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> list[int]:
+    """Six lists of the tokens' numbers, and a row in fp32 for each (Embedding.cu, EmbeddingBackwardKernel.cu)."""
+    gradient, tokens = args[0], args[1]
+    if target.device_type != "cuda" or (tokens.numel() <= SORTED_INDICES and not target.affine):
+        return []
+    return [*(6 * [_bytes(tokens)]), 4 * gradient.numel()]
+
+
 CUBLASLT_WORKSPACE_BYTES = 1024 * 1024
 """PyTorch's default for cuBLASLt (CUDABlas.cpp), per handle and stream."""
 
@@ -199,9 +216,11 @@ AFTER_RESULT: dict[Any, Workspace] = {
     aten.mm.out: _matrix_copies,
     aten.addmm.default: _matrix_copies,
     aten.addmm.out: _matrix_copies,
+    aten.addmm.dtype_out: _matrix_copies,
     aten.bmm.default: _matrix_copies,
     aten.baddbmm.default: _matrix_copies,
     aten.native_layer_norm_backward.default: _contiguous_gradient,
+    aten.embedding_dense_backward.default: _sorted_tokens,
     **data_dependent.AFTER_RESULT,
     **sdpa.AFTER_RESULT,
 }

@@ -92,6 +92,8 @@ def tensors(values: Any) -> list[torch.Tensor]:
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
     packet = func._overloadpacket
+    if packet is aten.addmm:  # whose formula takes the dtype of a result that is told, too, for its shape
+        args = args[:3]
     if packet in _PACKET_IS_FLOP:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     if packet in _CPU_ATTENTION:
@@ -117,16 +119,25 @@ def _touched(tensor: torch.Tensor) -> int:
     return math.prod(n for n, step in zip(size, stride, strict=True) if step) * tensor.itemsize
 
 
+def _changed(name: str, args: tuple[Any, ...]) -> int | None:
+    """Bytes of what changes a part of its arguments in place: rows of a table, or an update all but the gradients."""
+    if name == "index_add_":
+        return 3 * _touched(args[3])
+    if name.startswith("_fused_adam"):
+        return 2 * sum(map(_touched, tensors(args[:5]))) - sum(map(_touched, args[1]))
+    return None
+
+
 def _traffic(func: Any, name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
     """Bytes read and written."""
     written = sum(map(_touched, outputs))
-    if name in ("embedding", "index_select", "embedding_dense_backward", "gather"):
+    if name in ("embedding", "index_select", "gather"):
         return 2 * written
     if name in _WRITES_ONLY:
         return written
     if name == "nll_loss_forward":
         return _touched(inputs[1])
-    if name == "slice_backward":
+    if name in ("slice_backward", "embedding_dense_backward"):  # zeros, to which rows are added
         return written + 2 * _touched(inputs[0])
     if not outputs and func._schema.is_mutable:  # such as `_foreach_add_`, which returns nothing
         written = sum(map(_touched, inputs[: _first_list(func, inputs)]))
@@ -153,7 +164,8 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     inputs = tensors(args)
     outputs = tensors(out if isinstance(out, (list, tuple)) else (out,))
     flops = _flops(func, args, kwargs, out)
-    num_bytes = _traffic(func, name, inputs, outputs)
+    changed = _changed(name, args)
+    num_bytes = _traffic(func, name, inputs, outputs) if changed is None else changed
     if is_transfer(func):
         return (OpCost("arrival", 0, 0) if name == "arrival" else OpCost("host", 0, num_bytes // 2),)
     if name in ("dequantize_4bit", "dequantize_blockwise"):
@@ -187,7 +199,7 @@ def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counted
 def _kind(name: str, inputs: list[torch.Tensor]) -> str:
     if name == "int8_scaled_mm":
         return "int8"
-    dtype = _KINDS.get(inputs[0].dtype, "float32")
+    dtype = _KINDS.get(inputs[1 if name == "addmm" else 0].dtype, "float32")  # what is added to may be finer
     if name in ("bmm", "baddbmm"):
         return f"batched {dtype}"
     return f"attention {dtype}" if "attention" in name else dtype

@@ -54,7 +54,7 @@ def many_norms(target: Target, args: tuple[Any, ...], _kwargs: dict[str, Any]) -
     if target.device_type != "cuda":
         return []
     num_tensors, largest = len(args[0]), max(tensor.numel() for tensor in args[0])
-    return [4 * num_tensors + largest] if target.affine else [4 * num_tensors * -(-largest // NORM_CHUNK)]
+    return [4 * num_tensors + largest] if target.any_rank else [4 * num_tensors * -(-largest // NORM_CHUNK)]
 
 
 def _state_buffer(

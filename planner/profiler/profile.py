@@ -22,6 +22,8 @@ CORNERS = ((2, 8), (3, 8), (2, 16), (3, 16))
 
 Not one sequence: where the batch is 1, an expanded mask needs no copy, and the step is another.
 """
+SIZES = (2, 3)
+"""Micro-batches of the traces where there is no rank."""
 
 
 class ResidentTensor(Protocol):
@@ -49,7 +51,7 @@ class TraceableStep(Protocol):
 
     @property
     def model(self) -> torch.nn.Module:
-        """The adapted model."""
+        """The model that learns."""
 
     @property
     def layers(self) -> Sequence[torch.nn.Module]:
@@ -57,7 +59,7 @@ class TraceableStep(Protocol):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The adapter's optimizer."""
+        """The optimizer of what learns."""
 
     @property
     def attention(self) -> str:
@@ -86,6 +88,7 @@ class _Corner:
     residents: list[tuple[int, int | None]]
     state: list[tuple[int, int | None]]
     gradients: list[int]
+    outside_gradients: list[int]
     workspaces: list[int]
     start: int
     segments: list[int]
@@ -102,13 +105,27 @@ def profile_step(make: Callable[[int, int], TraceableStep], target: Target) -> S
     Raises:
         Misaligned: the step does other things at another micro-batch or rank.
     """
-    target = replace(target, affine=True)
+    target = replace(target, affine=True, any_rank=True)
     corners = [_trace_corner(make(micro_batch, rank), target) for micro_batch, rank in CORNERS]
+    return _profile(_aligned(corners), _coefficients, target)
+
+
+def profile_full_step(make: Callable[[int], TraceableStep], target: Target) -> StepProfile:
+    """The same of a step that ``make(micro_batch_size)`` builds, in which every weight learns.
+
+    Raises:
+        Misaligned: the step does other things at another micro-batch.
+    """
+    target = replace(target, affine=True)
+    return _profile(_aligned([_trace_corner(make(size), target) for size in SIZES]), _linear, target)
+
+
+def _aligned(corners: Sequence[_Corner]) -> Sequence[_Corner]:
     first = corners[0]
     for other in corners[1:]:
         if other.events() != first.events() or other.segments != first.segments:
             raise Misaligned("the step allocates in another order at another micro-batch size or rank")
-    return _profile(corners, _coefficients, target)
+    return corners
 
 
 def profile_update(step: TraceableStep, target: Target) -> StepProfile:
@@ -144,6 +161,7 @@ def _profile(
         state=sizes[state],
         shared_state=sizes[shared],
         gradients=sizes[first.gradients],
+        outside_gradients=sizes[first.outside_gradients],
         recomputed=np.array([stage == RECOMPUTED for stage in first.trace.stages], dtype=np.int64),
         alignment_bytes=target.alignment_bytes,
     )
@@ -161,6 +179,17 @@ def _coefficients(values: Sequence[Sequence[int]]) -> Ints:
         raise Misaligned("a size is no polynomial of micro-batch and rank")
     constant = low - per_batch * batch - per_rank * rank - mixed * batch * rank
     rows: Ints = np.stack([constant, per_batch, per_rank, mixed], axis=1)
+    return rows
+
+
+def _linear(values: Sequence[Sequence[int]]) -> Ints:
+    """Rows over (1, b, r, b*r) from values at the two SIZES; nothing depends on a rank."""
+    low, high = (np.array(v, dtype=np.int64) for v in values)
+    rows = np.zeros((len(low), 4), dtype=np.int64)
+    rows[:, 1], rest = np.divmod(high - low, SIZES[1] - SIZES[0])
+    if np.any(rest):
+        raise Misaligned("a size is no polynomial of micro-batch")
+    rows[:, 0] = low - SIZES[0] * rows[:, 1]
     return rows
 
 
@@ -185,6 +214,7 @@ def _trace_corner(step: TraceableStep, target: Target) -> _Corner:
     with recording(recorder):
         step.prime()
         state = _optimizer_state(step, recorder, owner)
+        recorder.gradient_numbers.clear()  # of what was made up for the state, also where a step gives none
         recorder.phase = "forward"
         handles = mark_layers(step, recorder)
         start = len(recorder.trace.events)
@@ -197,12 +227,14 @@ def _trace_corner(step: TraceableStep, target: Target) -> _Corner:
         trace.sizes[number] if name in recorder.needed_workspaces else 0
         for name, number in sorted(recorder.workspaces.items())
     ]
-    gradients = [n for n, c in trace.categories.items() if c == "gradients" and n >= 0]
-    inner = {id(p) for p in step.layers[1].parameters() if p.requires_grad}
-    wanted = [recorder.gradient_numbers[p] for p in recorder.gradient_numbers if p in inner]
-    assert set(wanted) <= set(gradients)
+    held = {id(p): number for number, layer in enumerate(step.layers) for p in layer.parameters()}
+    gradients, outside = (
+        [number for parameter, number in recorder.gradient_numbers.items() if held.get(parameter) == layer]
+        for layer in (1, None)
+    )
     segments, passes = _label(trace, start, len(step.layers))
-    return _Corner(trace, list(dict(residents).items()), state, wanted, workspaces, start, segments, passes)
+    own = list(dict(residents).items())
+    return _Corner(trace, own, state, gradients, outside, workspaces, start, segments, passes)
 
 
 def _optimizer_state(

@@ -66,7 +66,7 @@ def cli() -> None:
     sfplan train PLAN --data FILE       the run: exactly that plan
     sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
-    sfplan evaluate RUN --tasks NAMES   how well the adapter does on tasks of lm-evaluation-harness
+    sfplan evaluate RUN --tasks NAMES   how well it does on tasks of lm-evaluation-harness
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
     sfplan frontier MODEL               what memory and finer weights buy

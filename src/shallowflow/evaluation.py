@@ -1,4 +1,4 @@
-"""The command that measures a run's adapter on the harness's tasks."""
+"""The command that measures what a run learned on the harness's tasks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 @click.option("--weights", type=click.Path(path_type=Path), help="The base: a folder with weights, or a .gguf file.")
 @click.option("--limit", type=click.IntRange(1, 10**9), help="Examples of each task.  [default: all]")
 @click.option("--batch-size", type=click.IntRange(1, 10**6), default=1, show_default=True, help="Sequences at once.")
-@click.option("--base", "with_base", is_flag=True, help="Measure the base without the adapter, too.")
+@click.option("--base", "with_base", is_flag=True, help="Measure the base as it was, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def evaluate_command(
     run: Path, tasks: str, weights: Path | None, limit: int | None, batch_size: int, with_base: bool, as_json: bool
 ) -> None:
-    """Measure the adapter in the folder RUN by lm-evaluation-harness, over a base as it was trained on.
+    """Measure what is in the folder RUN by lm-evaluation-harness: an adapter over its base as trained on, or a model.
 
     Needs the extra `eval`. Tasks whose data are not local need a network.
 

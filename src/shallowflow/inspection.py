@@ -11,7 +11,7 @@ import msgspec
 
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS, adapter_options
 from shallowflow.planner.memory_record import MemoryRecord
-from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS, Adapter, TargetModules
+from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS, Method, TargetModules
 from shallowflow.profiles import gpu_names, load_gpu, load_model, model_names
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
@@ -28,7 +28,7 @@ from shallowflow.session import RequestError
     help="Tokens per sequence.",
 )
 @click.option("--micro-batch-size", type=click.IntRange(1, 65_536), default=1, show_default=True, help="Sequences.")
-@click.option("--rank", type=click.IntRange(1, MOST_RANK), default=16, show_default=True, help="LoRA's rank.")
+@click.option("--rank", type=click.IntRange(1, MOST_RANK), help="LoRA's rank.  [default: 16]")
 @adapter_options
 @click.option("--json", "as_json", is_flag=True, help="Print the profile as JSON.")
 def profile_command(
@@ -36,8 +36,8 @@ def profile_command(
     gpu: str,
     sequence_length: int,
     micro_batch_size: int,
-    rank: int,
-    adapter: Adapter,
+    rank: int | None,
+    adapter: Method,
     target_modules: TargetModules,
     as_json: bool,
 ) -> None:

@@ -16,7 +16,7 @@ from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.strategies import (
     MODULE_NAME,
     Activations,
-    Adapter,
+    Method,
     Optimizer,
     TargetGroup,
     TargetModules,
@@ -113,8 +113,9 @@ def _number(_context: click.Context, option: click.Parameter, value: float | Non
 
 
 def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The kind of adapter, and what it is on."""
-    kind = _choice("--adapter", get_args(Adapter), DEFAULTS.adapter, "The kind of LoRA.")
+    """The kind of adapter, or none, and what it is on."""
+    told = "The kind of LoRA, or full: every weight learns."
+    kind = _choice("--adapter", get_args(Method), DEFAULTS.adapter, told)
     on = click.option(
         "--target-modules",
         default=DEFAULTS.target_modules,

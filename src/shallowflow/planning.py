@@ -109,7 +109,7 @@ def _plan(
         time=breakdown.step_time(
             runs,
             configuration.micro_batch_size,
-            configuration.rank,
+            configuration.rank or 0,
             gpu,
             configuration.gradient_accumulation_steps,
             best.prediction.communication_seconds,
@@ -142,16 +142,18 @@ def _wall_time(
     session: Session, workload: Workload, chosen: Candidate, runs: LayerRuns, disk_bytes_per_second: float
 ) -> WallTime:
     configuration, gpu = chosen.configuration, session.gpu
-    micro_batch_size, rank = configuration.micro_batch_size, configuration.rank
+    micro_batch_size, rank = configuration.micro_batch_size, configuration.rank or 0
     steps = math.ceil(workload.sequences(packing=configuration.packing) / configuration.global_batch_size)
     step = chosen.prediction.step_seconds - trimmed_seconds(runs, configuration, workload, gpu)
+    learned = costs.learned_bytes(runs, rank)
     evaluated = wall_time.NUM_EVALUATIONS * math.ceil(workload.num_eval_sequences / micro_batch_size)
     return wall_time.wall_time(
         num_parameters=session.num_parameters(),
         total_tokens=workload.total_tokens,
         training_seconds=steps * step,
         evaluation_seconds=evaluated * breakdown.forward_seconds(runs, micro_batch_size, rank, gpu),
-        saved_bytes=sum(costs.gradient_bytes(profile, count, rank) for profile, count in runs),
+        saved_bytes=learned,
+        checkpoint_bytes=learned + costs.optimizer_bytes(runs, rank),
         host_to_device_bytes_per_second=gpu.pcie_bytes_per_second,
         disk_bytes_per_second=disk_bytes_per_second,
     )
@@ -170,6 +172,11 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
         notes.append(
             "No step with int8 weights was recorded on a GPU: their products are priced as fp16's, which is a guess."
         )
+    if workload.adapter == "full" and session.gpu.device_type == "cuda":
+        notes.append(
+            "No step in which every weight learns was recorded on a GPU: its bytes are traced like any other's, and "
+            "its seconds follow from the rates of LoRA's."
+        )
     policies = {strategy.activations for c in shown for strategy in c.configuration.strategies()}
     if "offload" in policies:
         notes.append(
@@ -185,10 +192,11 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
         )
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]
     cheapest = min(hosts, key=lambda i: i.ram_bytes, default=None)
-    weights = session.num_parameters() * 2
+    bits = 32 if workload.adapter == "full" else 16
+    weights = session.num_parameters() * bits // 8
     if cheapest is not None and weights > cheapest.ram_bytes:
         notes.append(
-            f"The weights in 16 bits ({weights / 2**30:.1f} GiB) exceed the RAM of {cheapest.name} "
+            f"The weights in {bits} bits ({weights / 2**30:.1f} GiB) exceed the RAM of {cheapest.name} "
             f"({cheapest.ram_bytes / 2**30:.0f} GiB): load them shard by shard."
         )
     return tuple(notes)

@@ -7,14 +7,17 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
-from shallowflow.planner.allowed import unquantized_format
+from shallowflow.planner.allowed import formats
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LENGTH_STRIDE, LayerKind, LengthProfile, ModelProfile, layer_cost
-from shallowflow.planner.strategies import Activations, Adapter, Strategy, TargetModules, WeightFormat
+from shallowflow.planner.plan import Workload
+from shallowflow.planner.strategies import Activations, Method, Strategy, TargetModules
 from shallowflow.profiles.load import load_gpu, load_model
 from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import PARTIAL, Progress, RequestError, Session
-from shallowflow.workloads import check_sizes
+from shallowflow.workloads import check_method, check_sizes
+
+USUAL_RANK = 16
 
 
 def profile(
@@ -23,8 +26,8 @@ def profile(
     *,
     sequence_length: int = 2048,
     micro_batch_size: int = 1,
-    rank: int = 16,
-    adapter: Adapter = "lora",
+    rank: int | None = None,
+    adapter: Method = "lora",
     target_modules: TargetModules = "all-linear",
     progress: Progress = lambda _message: None,
 ) -> ModelProfile:
@@ -33,6 +36,7 @@ def profile(
     Args:
         model: a shipped name, or a path of a folder or ``config.json``.
         gpu: a shipped name.
+        rank: of the adapter; None for the usual one, or for none, where every weight learns.
         progress: told what is being worked on.
 
     Raises:
@@ -43,9 +47,12 @@ def profile(
     return model_profile(session, sequence_length, micro_batch_size, rank)
 
 
-def model_profile(session: Session, sequence_length: int, micro_batch_size: int, rank: int) -> ModelProfile:
+def model_profile(session: Session, sequence_length: int, micro_batch_size: int, rank: int | None) -> ModelProfile:
     """``profile`` of a model that is found already."""
-    if min(sequence_length - 1, micro_batch_size, rank) < 1:
+    check_method(Workload(rank=rank, adapter=session.adapter, target_modules=session.target_modules))
+    if session.adapter != "full" and rank is None:
+        rank = USUAL_RANK
+    if min(sequence_length - 1, micro_batch_size, rank or 1) < 1:
         raise RequestError(
             f"a micro-batch of {micro_batch_size} sequences of {sequence_length} tokens at rank {rank} is none"
         )
@@ -55,14 +62,14 @@ def model_profile(session: Session, sequence_length: int, micro_batch_size: int,
     numbers = session.layer_kinds()
     for kind in sorted(set(numbers)):
         traced: dict[Strategy, StepProfile] = {}
-        for strategy in every_strategy(session.gpu):
+        for strategy in every_strategy(session.gpu, session.adapter):
             try:
                 traced[strategy] = session.profile(strategy, sequence_length, kind)
             except RequestError as error:
                 if strategy.activations not in PARTIAL:
                     raise
                 refused[strategy] = str(error.__cause__ or error)
-        found = tuple((s, layer_cost(p, micro_batch_size, rank, session.gpu)) for s, p in traced.items())
+        found = tuple((s, layer_cost(p, micro_batch_size, rank or 0, session.gpu)) for s, p in traced.items())
         layers = tuple(number for number, like in enumerate(numbers) if like == kind)
         same = next((index for index, other in enumerate(kinds) if other.costs == found), None)
         if same is None:
@@ -76,24 +83,18 @@ def model_profile(session: Session, sequence_length: int, micro_batch_size: int,
         micro_batch_size=micro_batch_size,
         rank=rank,
         adapter=session.adapter,
-        target_modules=session.target_modules,
+        target_modules=None if session.adapter == "full" else session.target_modules,
         kinds=tuple(kinds),
         refused=tuple(refused.items()),
     )
 
 
-def every_strategy(gpu: GpuSpec) -> tuple[Strategy, ...]:
+def every_strategy(gpu: GpuSpec, method: Method = "lora") -> tuple[Strategy, ...]:
     """All that can be done to a layer on *gpu*; where host and device are one, nothing is offloaded."""
-    formats: tuple[tuple[WeightFormat, bool], ...] = (
-        (unquantized_format(gpu), False),
-        ("int8", False),
-        ("nf4", False),
-        ("nf4", True),
-    )
     policies: list[Activations] = [p for p in get_args(Activations) if p != "offload" or gpu.device_type == "cuda"]
     return tuple(
         Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
-        for (weight_format, twice), policy in product(formats, policies)
+        for (weight_format, twice), policy in product(formats(gpu, method), policies)
     )
 
 

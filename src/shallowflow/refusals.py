@@ -111,7 +111,7 @@ def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy
         except RequestError:
             continue
         session.progress(f"trying {change.option}")
-        changed = replace(session, gpu=change.gpu)
+        changed = replace(session, gpu=change.gpu, adapter=change.workload.adapter)
         if change.workload.activations == "offload" and not _can_be_planned(changed, change.workload):
             continue  # for the host's memory, of which the device's says nothing
         peak = smallest_process_bytes(changed, change.workload)

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shallowflow.planner import allowed, problem, quality, solver
+from shallowflow.planner import allowed, costs, problem, quality, solver
 from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import (
-    Adapter,
     Cell,
     Configuration,
+    Method,
     Optimizer,
     Strategy,
     TargetModules,
@@ -42,12 +42,12 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One model with one kind of adapter on one device: where profiles and traces come from."""
+    """One model, of which an adapter of one kind or every weight learns, on one device: where profiles come from."""
 
     model: ModelSpec
     gpu: GpuSpec
     progress: Progress = field(default=lambda _message: None)
-    adapter: Adapter = "lora"
+    adapter: Method = "lora"
     target_modules: TargetModules = "all-linear"
 
     @property
@@ -80,7 +80,9 @@ class Session:
         return known
 
     def weighed(self) -> Weighed | None:
-        """What formats do to the model's own weights, where `sfplan weigh` measured it."""
+        """What formats do to the model's own weights, where `sfplan weigh` measured it, and they may be quantized."""
+        if self.adapter == "full":
+            return None
         from shallowflow.runtime.weighed import recorded
 
         found = recorded(self.model)
@@ -108,20 +110,24 @@ class Session:
             return known
         self.progress(f"tracing layers: {strategy}")
         from shallowflow.planner.profiler.kernels import Target
-        from shallowflow.planner.profiler.profile import profile_step
+        from shallowflow.planner.profiler.profile import profile_full_step, profile_step
 
         whole = replace(self._cut(strategy, sequence_length), loss_chunks=loss_chunks, packing=packing)
 
-        def make(micro_batch_size: int, rank: int) -> Any:
+        def make(micro_batch_size: int, rank: int | None = None) -> Any:
             return self._meta_step(replace(whole, micro_batch_size=micro_batch_size, rank=rank), like_layer)
 
         with self._tracing():
-            made = profile_step(make, Target.of(self.gpu))
+            profiled: Any = profile_full_step if self.adapter == "full" else profile_step
+            made: StepProfile = profiled(make, Target.of(self.gpu))
         cache.write_profile(name, made)
         return made
 
-    def update(self, optimizer: Optimizer, rank: int, like_layer: int = 0) -> StepProfile:
-        """A profile of what *optimizer* does and keeps for an adapter of *rank*, which depends on nothing else."""
+    def update(self, optimizer: Optimizer, rank: int | None, like_layer: int = 0) -> StepProfile:
+        """A profile of what *optimizer* does and keeps for an adapter of *rank*, which depends on nothing else.
+
+        Where every weight learns, also those outside of the layers do, and a model of one more layer tells how much.
+        """
         asked = {"optimizer": optimizer, "rank": rank, "like": like_layer}
         name = cache.key("update", {**self._facts(), **self._adapter_facts(), **asked})
         known = cache.read_profile(name)
@@ -131,10 +137,13 @@ class Session:
         from shallowflow.planner.profiler.kernels import Target
         from shallowflow.planner.profiler.profile import profile_update
 
-        plain = Strategy(weight_format=allowed.unquantized_format(self.gpu), activations="save")
+        plain = Strategy(weight_format=allowed.unquantized_format(self.gpu, self.adapter), activations="save")
         configuration = replace(self._cut(plain, UPDATED_LENGTH), rank=rank, optimizer=optimizer)
         with self._tracing():
             made = profile_update(self._meta_step(configuration, like_layer), Target.of(self.gpu))
+            if self.adapter == "full":
+                deeper = replace(configuration, layers=uniform(plain, PROFILED_LAYERS + 1))
+                made = costs.with_deeper(made, profile_update(self._meta_step(deeper, like_layer), Target.of(self.gpu)))
         cache.write_profile(name, made)
         return made
 
@@ -165,7 +174,7 @@ class Session:
         self,
         workload: Workload,
         considered: tuple[Cell, ...],
-        rank: int,
+        rank: int | None,
         only: Callable[[Strategy], bool] = lambda _strategy: True,
     ) -> problem.Problem:
         """The search problem of *workload* with an adapter of *rank*, in the cells *considered*, over *only* some."""
@@ -191,12 +200,16 @@ class Session:
             weighed=() if own is None else own.layers,
         )
 
-    def _updates(self, considered: tuple[Cell, ...], rank: int) -> dict[tuple[Optimizer, int, int], StepProfile]:
-        """Of every optimizer but AdamW, whose update is in every profile, at *rank* and at the next."""
-        ranks = [rank] if (wider := quality.next_rank(rank)) is None else [rank, wider]
+    def _updates(
+        self, considered: tuple[Cell, ...], rank: int | None
+    ) -> dict[tuple[Optimizer, int | None, int], StepProfile]:
+        """Of every optimizer but an adapter's AdamW, whose update is in every profile, at *rank* and at the next."""
+        wider = None if rank is None else quality.next_rank(rank)
+        ranks = [rank] if wider is None else [rank, wider]
+        known = set() if rank is None else {"adamw"}
         return {
             (optimizer, adapted, kind): self.update(optimizer, adapted, kind)
-            for optimizer in sorted({cell.optimizer for cell in considered} - {"adamw"})
+            for optimizer in sorted({cell.optimizer for cell in considered} - known)
             for adapted in ranks
             for kind in sorted(set(self.layer_kinds()))
         }
@@ -255,19 +268,19 @@ class Session:
         }
 
     def _adapter_facts(self) -> dict[str, Any]:
-        return {"adapter": self.adapter, "target_modules": self.target_modules}
+        return {"adapter": self.adapter, "target_modules": None if self.adapter == "full" else self.target_modules}
 
     def _cut(self, strategy: Strategy, sequence_length: int) -> Configuration:
         """A model of few layers, all under *strategy*, in two micro-batches."""
         return Configuration(
             layers=uniform(strategy, PROFILED_LAYERS),
-            rank=1,
-            alpha=1,
+            rank=None if self.adapter == "full" else 1,
+            alpha=None if self.adapter == "full" else 1,
             sequence_length=sequence_length,
             micro_batch_size=1,
             gradient_accumulation_steps=2,
             adapter=self.adapter,
-            target_modules=self.target_modules,
+            target_modules=None if self.adapter == "full" else self.target_modules,
         )
 
     def _meta_step(self, configuration: Configuration, like_layer: int | None = None) -> Any:

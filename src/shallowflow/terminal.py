@@ -217,7 +217,7 @@ def results(record: RunRecord, output: Path) -> RenderableType:
     if rate is not None:
         lines.append(Text(f"{rate:,.0f} tokens/s learned, {words.duration(record.seconds)} in all{spent}"))
     lines += [Text(line) for line in _told(record)]
-    where = [Text(f"results in {output}: adapter, run.json, plan.json, report.html")]
+    where = [Text(f"results in {output}: {_learned(record)}, run.json, plan.json, report.html")]
     if not record.steps:
         where = [Text(f"nothing was learned; the record is in {output}")]
     if record.outcome == "interrupted":
@@ -226,13 +226,18 @@ def results(record: RunRecord, output: Path) -> RenderableType:
     return Group(*lines, *compared, *where)
 
 
+def _learned(record: RunRecord) -> str:
+    return "model" if record.configuration is not None and record.configuration.is_full else "adapter"
+
+
 def _told(record: RunRecord) -> list[str]:
     """Everything else that a person should know of a run."""
     from shallowflow.runtime.fallback import told
 
     found = []
     if record.best_step is not None:
-        found.append(f"the adapter is the best of {len(record.evaluations)} evaluated, after step {record.best_step}")
+        best = f"the best of {len(record.evaluations)} evaluated, after step {record.best_step}"
+        found.append(f"the {_learned(record)} is {best}")
     found += [told(fallback) for fallback in record.fallbacks]
     found += [*record.notes, *record.causes]
     for sample in record.samples:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the results.")
 @click.option("--steps", type=click.IntRange(1, 10**9), help="Optimizer updates.  [default: one pass over the data]")
 @click.option(
-    "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True, help="AdamW's."
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="AdamW's.  [default: 2e-4 for an adapter, 2e-5 where every weight learns]",
 )
 @click.option("--usd-per-hour", type=click.FloatRange(min=0), help="What the machine costs, for the meter.")
 @click.option(
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Of the adapter and the order of the data.",
+    help="Of a new adapter, and of the order of the data.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the output folder's newest good checkpoint, if there is one.")
 @click.option(
@@ -70,7 +72,7 @@ def train_command(
     weights: Path | None,
     output: Path,
     steps: int | None,
-    learning_rate: float,
+    learning_rate: float | None,
     usd_per_hour: float | None,
     seed: int,
     resume: bool,
@@ -85,7 +87,8 @@ def train_command(
 ) -> None:
     """Run PLAN: fine-tune on real text, with predicted beside measured.
 
-    Writes the adapter (safetensors, for PEFT), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C
+    Writes the adapter (safetensors, for PEFT), or, where every weight learns, the whole model (a folder in Hugging
+    Face's layout), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C
     saves; the same command with --resume goes on. A plan for several GPUs starts a process for each, by torchrun's
     launcher, and runs under torchrun or accelerate launch as well.
 

@@ -51,6 +51,7 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
         )
     if workload.max_weight_error is not None and math.isnan(workload.max_weight_error):
         raise RequestError("max_weight_error is nan; give a number such as 0.05, or leave it out")
+    check_method(workload)
     _check_strategies(workload, gpu)
     if model_facts.is_mixture_of_experts(model.config):
         raise RequestError(f"{model.name} is a mixture of experts, which cannot be planned yet; try a dense model")
@@ -65,10 +66,31 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
             f"{model.name} overflows in fp16 (model_type {kind}) and {gpu.title} has no bf16; "
             "try a GPU that has, such as --gpu l4"
         )
-    check_sizes(model, workload.sequence_length, workload.rank or workload.min_rank)
+    rank = None if workload.adapter == "full" else workload.rank or workload.min_rank
+    check_sizes(model, workload.sequence_length, rank)
     reason = packing.refusal(workload, model)
     if workload.packing and reason is not None:
         raise RequestError(f"documents for {model.name} cannot be packed: {reason}; try --no-packing")
+
+
+def check_method(workload: Workload) -> None:
+    """RequestError where every weight shall learn, and something is said of an adapter, or of quantized weights."""
+    if workload.adapter != "full":
+        return
+    usual = Workload()
+    said = {
+        "rank": workload.rank,
+        "min_rank": workload.min_rank,
+        "target_modules": workload.target_modules,
+        "quantization": None if workload.quantization == "fp16" else workload.quantization,
+        "double_quantization": workload.double_quantization or None,
+    }
+    for name, value in said.items():
+        if value not in (None, getattr(usual, name)):
+            raise RequestError(
+                f"{name} is {value}, and adapter is full: every weight learns, in fp32 and without an adapter; "
+                "leave it out, or give --adapter lora"
+            )
 
 
 def _check_strategies(workload: Workload, gpu: GpuSpec) -> None:
@@ -82,7 +104,7 @@ def _check_strategies(workload: Workload, gpu: GpuSpec) -> None:
     )
 
 
-def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:
+def check_sizes(model: ModelSpec, sequence_length: int, rank: int | None) -> None:
     """RequestError where *model* was not built for sequences so long, or a rank is so large that it saves nothing."""
     longest = model_facts.size(model.config, "max_position_embeddings")
     if longest is not None and sequence_length > longest:
@@ -91,14 +113,14 @@ def check_sizes(model: ModelSpec, sequence_length: int, rank: int) -> None:
             f"try --sequence-length {longest}"
         )
     width = model_facts.size(model.config, "hidden_size")
-    if width is not None and rank > width:
+    if width is not None and rank is not None and rank > width:
         raise RequestError(
             f"rank {rank} is more than the hidden size {width} of {model.name}; try a rank up to {width}"
         )
 
 
-def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
-    """The cells to search for *workload*, and the adapter's rank in all of them."""
+def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int | None]:
+    """The cells to search for *workload*, and the adapter's rank in all of them; None without one."""
     divisible = not model_facts.changes_logits(session.model.config)
     if not divisible and (workload.loss_chunks or 1) > 1:
         raise RequestError(
@@ -106,7 +128,7 @@ def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int]:
             "try loss_chunks=1"
         )
     rank = workload.rank
-    if rank is None:
+    if rank is None and workload.adapter != "full":
         at_any, per_rank = session.adapter_parameters(workload.sequence_length, packing=workload.packing is True)
         rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank, at_any)
         widest = model_facts.size(session.model.config, "hidden_size") or rank

@@ -73,6 +73,11 @@ def test_a_bad_option_is_told_in_one_line(words: list[str], told: str) -> None:
         (["--gpu", "cpu", "--fix", "activations=offload"], "try --fix activations=recompute"),
         (["--rank", 16, "--fix", "rank=8"], "--fix rank=8 contradicts the option of that name, 16"),
         (["--quantization", "nf4", "--fix", "quantization=int8"], "contradicts the option of that name, nf4"),
+        (["--adapter", "full", "--rank", 16], "rank is 16, and adapter is full: every weight learns"),
+        (["--adapter", "full", "--min-rank", 32], "min_rank is 32, and adapter is full"),
+        (["--adapter", "full", "--target-modules", "attention"], "leave it out, or give --adapter lora"),
+        (["--adapter", "full", "--quantization", "nf4"], "quantization is nf4, and adapter is full"),
+        (["--adapter", "full", "--fix", "double_quantization=true"], "double_quantization is True, and adapter is"),
     ],
 )
 def test_contradictions_are_told(words: list[object], told: str, tiny_folder: Path) -> None:

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from shallowflow.planner.profiler.simulate import traced_peak
-from shallowflow.planner.strategies import Activations, Adapter, Configuration, TargetModules, WeightFormat
+from shallowflow.planner.strategies import (
+    Activations,
+    Adapter,
+    Configuration,
+    Optimizer,
+    TargetModules,
+    WeightFormat,
+)
 from shallowflow.runtime.build import empty_model, transformers_config
 from shallowflow.runtime.meter import MeasuredPeak, measure_peak
 from shallowflow.runtime.step import MicroBatch, make_trainee
@@ -88,6 +95,20 @@ def test_the_traced_peak_is_the_measured_one(
     )
 
     check(family, chosen)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("family", "loss_chunks"), [("llama", 1), ("llama", 4), ("gpt2", 1), ("gpt_neox", 4)])
+@pytest.mark.parametrize("activations", ["save", "recompute", "offload"])
+def test_so_it_is_where_every_weight_learns(
+    family: str, activations: Activations, loss_chunks: int, accumulation: int, optimizer: Optimizer
+) -> None:
+    """Gradients and moments of everything, embeddings and head included."""
+    chosen = configuration("fp32", activations, sequence_length=128, gradient_accumulation_steps=accumulation)
+    full = replace(chosen, adapter="full", rank=None, alpha=None, target_modules=None)
+
+    check(family, replace(full, loss_chunks=loss_chunks, optimizer=optimizer))
 
 
 def check(family: str, chosen: Configuration) -> None:

@@ -170,7 +170,7 @@ def unrolled(profile: StepProfile, num_layers: int, micro_batch_size: int, rank:
 
     outside, layer = (*profile.fixed, *profile.shared_state), (*profile.layer, *profile.state)
     resident = sum(map(blocks, outside)) + int(profile.workspaces.sum()) + num_layers * sum(map(blocks, layer))
-    gradients = num_layers * sum(map(blocks, profile.gradients))
+    gradients = num_layers * sum(map(blocks, profile.gradients)) + sum(map(blocks, profile.outside_gradients))
     inner = ["inner"] * (num_layers - 2)
     layers = ["first", *inner, "last"] if num_layers > 1 else ["first"]
     order = ["embed", *layers, "release", "head", *(f"{place}_back" for place in reversed(layers))]
@@ -314,7 +314,7 @@ def test_flops_are_those_of_the_real_step(family: str, activations: Activations)
     chosen = configuration("fp32", activations, num_layers=5, rank=12, micro_batch_size=4)
     profile = tiny.profiled(family, "cpu", Strategy(weight_format="fp32", activations=activations))
 
-    flops, _ = costs.operator_costs(profile, chosen.micro_batch_size, chosen.rank)
+    flops, _ = costs.operator_costs(profile, chosen.micro_batch_size, 12)
     segments = costs.segment_seconds(profile, flops.astype(np.float64))
     micro_batch, update = costs.total_seconds([(profile, chosen.num_layers)], [segments])
 

@@ -70,6 +70,19 @@ def test_a_4_bit_product_unpacks_its_weight(gpu: str, double: bool, constants: i
     assert sorted(temporaries(trace)) == sorted([2 * 128 * 256, *constants * [4 * 128 * 256 // 64]])
 
 
+@pytest.mark.parametrize(("gpu", "tokens", "sorts"), [("t4", 3072, False), ("t4", 3073, True), ("cpu", 4000, False)])
+def test_many_tokens_are_sorted_for_an_embeddings_gradient(gpu: str, tokens: int, sorts: bool) -> None:
+    """CUDA then sums them in rows of fp32 of their own, beside six lists of their numbers."""
+    table = empty(50, 8, dtype=torch.float32).requires_grad_()
+    chosen = torch.empty(tokens, dtype=torch.int64, device="meta")
+
+    def work() -> None:
+        functional.embedding(chosen, table).backward(empty(tokens, 8, dtype=torch.float32))
+
+    found = temporaries(recorded(gpu, work))
+    assert found == ([*(6 * [8 * tokens]), 4 * 8 * tokens] if sorts else [])
+
+
 def test_a_view_is_no_allocation() -> None:
     """What shares memory with its input is the same storage, though the schema of ``_unsafe_view`` hides it."""
     func = torch.ops.aten._unsafe_view.default

@@ -81,6 +81,48 @@ def test_attention_that_skips_nothing_costs_twice(backward: bool) -> None:
     assert both.num_bytes - plain.num_bytes == read / 2
 
 
+def test_a_fused_update_reads_all_and_writes_all_but_the_gradients() -> None:
+    """28 bytes a parameter."""
+    lists = [[meta(100), meta(20)] for _ in range(4)]
+    steps = [meta(), meta()]
+    args = (*lists, [], steps)
+
+    [found] = operators.costs(aten._fused_adamw_.default, args, {}, None)
+
+    assert (found.kind, found.num_bytes) == ("memory", 28 * 120)
+
+
+def test_an_embeddings_gradient_is_zeros_and_the_tokens_rows() -> None:
+    """Not twice a table of which few rows are touched."""
+    gradient, tokens = meta(5, 8), torch.zeros(5, dtype=torch.int64, device="meta")
+    args = (gradient, tokens, 100, -1, False)
+
+    [found] = operators.costs(
+        aten.embedding_dense_backward.default, args, {}, aten.embedding_dense_backward.default(*args)
+    )
+
+    assert found.num_bytes == 4 * 100 * 8 + 2 * 4 * 5 * 8
+
+
+def test_rows_that_are_added_to_a_table_are_all_that_moves() -> None:
+    """The rest of it is not touched."""
+    table, tokens, rows = meta(100, 8), torch.zeros(5, dtype=torch.int64, device="meta"), meta(5, 8)
+
+    [found] = operators.costs(aten.index_add_.default, (table, 0, tokens, rows), {}, table)
+
+    assert found.num_bytes == 3 * 4 * 5 * 8
+
+
+def test_a_product_added_to_a_finer_sum_is_one_of_16_bits() -> None:
+    """cuBLAS multiplies halves, and sums in fp32."""
+    total, left, right = meta(6, 7), meta(6, 4).half(), meta(4, 7).half()
+    args = (total, left, right, torch.float32)
+
+    [found] = operators.costs(aten.addmm.dtype_out, args, {"out": total}, total)
+
+    assert (found.kind, found.flops) == ("float16", 2 * 6 * 4 * 7)
+
+
 def test_what_launches_nothing_costs_nothing() -> None:
     """Views, and PyTorch's own notes for its profiler."""
     assert operators.is_view(aten.view.default)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallowflow.planner.wall_time import START_SECONDS, wall_time
+from shallowflow.planner.wall_time import DISK_BYTES_PER_SECOND, START_SECONDS, wall_time
 
 seconds = st.floats(0, 1e6)
 
@@ -22,6 +22,7 @@ def test_a_run_takes_its_parts(
         training_seconds=training,
         evaluation_seconds=evaluation,
         saved_bytes=saved_bytes,
+        checkpoint_bytes=0,
         host_to_device_bytes_per_second=1e10,
         disk_bytes_per_second=disk,
     )
@@ -39,7 +40,24 @@ def test_an_8b_model_loads_in_minutes_from_a_usual_disk() -> None:
         training_seconds=0,
         evaluation_seconds=0,
         saved_bytes=0,
+        checkpoint_bytes=0,
         host_to_device_bytes_per_second=6.7e9,
     )
 
     assert 120 < found.load_seconds < 130
+
+
+@pytest.mark.parametrize(("writing", "expected"), [(1.0, 12), (30.0, 12), (60.0, 6), (7200.0, 1)])
+def test_checkpoints_are_at_least_ten_minutes_apart(writing: float, expected: int) -> None:
+    """Of two hours' training, the last when it ends; those that take long to write come less often."""
+    found = wall_time(
+        num_parameters=1,
+        total_tokens=1,
+        training_seconds=2 * 3600 - 1,
+        evaluation_seconds=0,
+        saved_bytes=0,
+        checkpoint_bytes=int(writing * DISK_BYTES_PER_SECOND),
+        host_to_device_bytes_per_second=6.7e9,
+    )
+
+    assert found.save_seconds == pytest.approx(expected * writing)

@@ -81,7 +81,8 @@ class Told:
 
 def trainee(family: str, configuration: Configuration, compute_dtype: str) -> Trainee:
     """Ours, with random weights, norms, biases and adapters, so that each of them matters; lengths stay near theirs."""
-    made = build.empty_model(build.transformers_config(FAMILIES[family]), compute_dtype, "cpu")
+    dtype = build.weights_dtype(configuration, compute_dtype)
+    made = build.empty_model(build.transformers_config(FAMILIES[family]), dtype, "cpu")
     _randomise(made, scale=0.15)
     ours = make_trainee(made, configuration, compute_dtype, tiny.CPU)
     maker = torch.Generator().manual_seed(1)
@@ -110,16 +111,19 @@ def plain(family: str, ours: Trainee, configuration: Configuration) -> torch.nn.
     config = build.transformers_config(FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.requires_grad_(False)
-    held = dict(ours.model.named_modules())
+    held = dict(build.without_adapter(ours.model).named_modules())
     with torch.no_grad():
         for name, module in model.named_modules():
-            counterpart = held[f"base_model.model.{name}".rstrip(".")]
+            counterpart = held[name]
             base: Any = getattr(counterpart, "base_layer", counterpart)
             for key, parameter in module.named_parameters(recurse=False):
                 meant = _meant(base, key)
                 turned = isinstance(module, Conv1D) and not isinstance(base, Conv1D) and key == "weight"
                 parameter.copy_(meant.t() if turned else meant)
     names = configuration.target_modules
+    if names is None:
+        whole: torch.nn.Module = model.requires_grad_(True).train()
+        return whole
     lora = LoraConfig(
         r=configuration.rank,
         lora_alpha=configuration.alpha,

@@ -59,19 +59,19 @@ def place() -> Path:
 
 @functools.cache
 def planned(num_gpus: int, quantization: str = "fp16", activations: str | None = None) -> Plan:
-    """The tiny model's plan for so many CPUs, one sequence to a micro-batch."""
+    """The tiny model's plan for so many CPUs, one sequence to a micro-batch; with ``full`` every weight learns."""
+    learned: dict[str, Any] = {"quantization": quantization, "rank": 8}
     return shallowflow.plan(
         str(place() / "model"),
         "cpu",
         num_gpus=num_gpus,
-        quantization=quantization,
+        **({"adapter": "full"} if quantization == "full" else learned),
         activations=activations,
         micro_batch_size=1,
         loss_chunks=1,
         double_quantization=False if quantization == "nf4" else None,
         sequence_length=32,
         global_batch_size=GLOBAL_BATCH_SIZE,
-        rank=8,
     )
 
 

@@ -109,7 +109,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["learned.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over(
     name: str,
     damage: Callable[[Path], object],

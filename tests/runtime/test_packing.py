@@ -140,7 +140,7 @@ def test_attention_of_its_own_is_not_packed() -> None:
     model = build.load_model(tiny.CONFIG, compute_dtype="float32", device="cpu", attn_implementation="eager")
 
     with pytest.raises(ValueError, match="cannot be packed: its attention is its own"):
-        attention.pack(model)
+        attention.pack(model, torch.float32)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -75,6 +75,11 @@ def test_quantized_and_recomputed_layers_are_no_exception(quantization: str, act
     check_alike(ask("alike", quantization, activations, 2))
 
 
+def test_every_weight_may_learn(ask: Ask) -> None:
+    """Gradients of embeddings and head are shared like those of adapters."""
+    check_alike(ask("alike", "full", None, 2))
+
+
 def test_what_is_dropped_does_not_depend_on_the_process(ask: Ask) -> None:
     """A micro-batch draws the same random numbers wherever it is run."""
     dropped, whole = (ask("with_dropout", rate) for rate in (0.9, 0.0))
