@@ -69,6 +69,14 @@ def is_matrix_product(func: Any) -> bool:
     return known
 
 
+def makes_weights(func: Any) -> bool:
+    """Whether *func* makes quantized weights, or their constants, into numbers."""
+    return bool(func.namespace == "bitsandbytes") and func._overloadpacket.__name__ in _DEQUANTIZES
+
+
+_DEQUANTIZES = ("dequantize_4bit", "dequantize_blockwise")
+
+
 def is_transfer(func: Any) -> bool:
     """Whether *func* copies between host and device, as offloaded activations are, or waits for such a copy."""
     return bool(func.namespace == "shallowflow")
@@ -156,7 +164,7 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     num_bytes = _traffic(func, name, inputs, outputs)
     if is_transfer(func):
         return (OpCost("arrival", 0, 0) if name == "arrival" else OpCost("host", 0, num_bytes // 2),)
-    if name in ("dequantize_4bit", "dequantize_blockwise"):
+    if name in _DEQUANTIZES:
         return (OpCost("dequantize", math.prod(outputs[0].shape), num_bytes),)
     kind = _kind(name, inputs) if flops and outputs else "memory"
     if kind.startswith("attention"):
