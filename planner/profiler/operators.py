@@ -174,7 +174,16 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     weight = math.prod(args[2]) * args[0].itemsize
     packed = sum(map(_touched, inputs[1:]))
     product = _touched(args[0]) + _touched(outputs[0])
-    return OpCost("dequantize", math.prod(args[2]), packed + weight), OpCost(kind, flops, product + weight)
+    made = OpCost("dequantize", math.prod(args[2]), packed + weight)
+    return *_constants(kwargs.get("absmax_8bit")), made, OpCost(kind, flops, product + weight)
+
+
+def _constants(quantized: torch.Tensor | None) -> tuple[OpCost, ...]:
+    """Constants in 8 bits are made into fp32 first, and their mean is added (bitsandbytes' CUDA backend)."""
+    if quantized is None:
+        return ()
+    count = quantized.numel()
+    return OpCost("dequantize", count, 5 * count), OpCost("memory", 0, 8 * count)
 
 
 def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counted: OpCost) -> OpCost:
