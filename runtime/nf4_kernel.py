@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-PROGRAM_BYTES = 1024
-"""Packed bytes that one program unpacks."""
-MOST_ELEMENTS = 2**31 - 2 * PROGRAM_BYTES
-"""Places are counted in 32 bits."""
+BLOCKS = 32
+"""Blocks of weights, with a constant each, that one program unpacks."""
+MOST_ELEMENTS = 2**31 - 2**20
+"""Places are counted in 32 bits, a program's beyond the last included."""
 
 
 @functools.cache
@@ -23,26 +23,26 @@ def kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def unpack(
-        packed: Any, absmax: Any, table: Any, out: Any, num_elements: Any, block: tl.constexpr, at_once: tl.constexpr
-    ) -> None:
-        first = tl.program_id(0) * at_once
-        place = first + tl.arange(0, at_once)
-        pairs = tl.load(packed + place, mask=place * 2 < num_elements, other=0).to(tl.int32)
-        scale = tl.load(absmax + place * 2 // block, mask=place * 2 < num_elements, other=0)
+    @triton.jit  # reads annotations, too, and knows no others
+    def unpack(packed, absmax, table, out, num_bytes, num_blocks, half: tl.constexpr, blocks: tl.constexpr):  # type: ignore[no-untyped-def]
+        block = tl.program_id(0) * blocks + tl.arange(0, blocks)
+        scale = tl.load(absmax + block, mask=block < num_blocks, other=0)[:, None]
+        place = block[:, None] * half + tl.arange(0, half)[None, :]
+        pairs = tl.load(packed + place, mask=place < num_bytes, other=0).to(tl.int32)
         upper = tl.load(table + (pairs >> 4)) * scale
         lower = tl.load(table + (pairs & 15)) * scale
-        where = first * 2 + tl.arange(0, at_once * 2)
-        tl.store(out + where, tl.interleave(upper, lower).to(out.dtype.element_ty), mask=where < num_elements)
+        both = tl.interleave(upper, lower).to(out.dtype.element_ty)
+        where = block[:, None] * (half * 2) + tl.arange(0, half * 2)[None, :]
+        tl.store(out + where, both, mask=where < num_bytes * 2)
 
     return unpack
 
 
-def dequantize(
-    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block: int, out: torch.Tensor
-) -> torch.Tensor:
-    """Fill *out* with what *packed* stands for; *absmax* in fp32 for every *block* of weights, *table* nf4's."""
-    programs = -(-packed.numel() // PROGRAM_BYTES)
-    kernel()[(programs,)](packed, absmax, table, out, out.numel(), block=block, at_once=PROGRAM_BYTES)
-    return out
+def dequantize(packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block: int, out: torch.Tensor) -> None:
+    """Fill *out*, of an even number of elements, with what *packed* stands for.
+
+    *absmax* has a constant in fp32 for every *block* of them, *table* is nf4's.
+    """
+    programs = -(-absmax.numel() // BLOCKS)
+    sizes = {"half": block // 2, "blocks": BLOCKS, "enable_fp_fusion": False}
+    kernel()[(programs,)](packed, absmax, table, out, out.numel() // 2, absmax.numel(), **sizes)
