@@ -1,0 +1,144 @@
+"""A run on instances that may be interrupted: how long it is expected to take, and what part of that is billed.
+
+An instance is interrupted as likely at any moment as at any other (a Poisson process), the work since the last
+checkpoint that is safe is lost, and a replacement starts over from there. What a run comes to is worked out backwards
+from its end: what is left to do from a checkpoint on is a sum over where the next interruption finds it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .sessions import NOTICE_SECONDS, Sessions
+
+NINE_OF_TEN = 0.9
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run, in seconds of an instance.
+
+    Attributes:
+        num_steps, step_seconds: of training.
+        first_seconds: from an instance's start to the first step.
+        again_seconds: from a replacement's start to the step it goes on with.
+        last_seconds: after the last step.
+        checkpoint_seconds: for which a checkpoint holds training up.
+        upload_seconds: for which it is not safe yet, while training goes on.
+        waiting_seconds: from an interruption to the replacement's start, billed to nobody.
+        interruptions_per_second: while an instance runs.
+        noticed_share: of the interruptions, those whose notice comes in time for a checkpoint.
+    """
+
+    num_steps: int
+    step_seconds: float
+    first_seconds: float
+    again_seconds: float
+    last_seconds: float
+    checkpoint_seconds: float
+    upload_seconds: float
+    waiting_seconds: float
+    interruptions_per_second: float
+    noticed_share: float = 0.0
+
+    @property
+    def saved_by_notice(self) -> float:
+        """The share of interruptions before which a checkpoint is saved: none where two minutes are too short."""
+        in_time = self.checkpoint_seconds + self.upload_seconds <= NOTICE_SECONDS
+        return self.noticed_share if in_time else 0.0
+
+    @property
+    def undisturbed_seconds(self) -> float:
+        """All of it, if nothing interrupts and no checkpoint is written on the way."""
+        return self.first_seconds + self.num_steps * self.step_seconds + self.last_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """What a run comes to.
+
+    Attributes:
+        interval_steps: between two checkpoints; None where none is worth its time.
+        seconds, instance_seconds, billed_seconds: expected, on the wall, of all instances, and of those billed.
+        nine_of_ten_seconds, nine_of_ten_billed_seconds: that nine of ten runs do not exceed.
+        interruptions: expected.
+    """
+
+    interval_steps: int | None
+    seconds: float
+    instance_seconds: float
+    billed_seconds: float
+    nine_of_ten_seconds: float
+    nine_of_ten_billed_seconds: float
+    interruptions: float
+
+
+def expectation(job: Job, interval_steps: int | None = None) -> Expectation:
+    """What *job* comes to with a checkpoint every *interval_steps*, or as often as is best."""
+    steps = best_interval(job) if interval_steps is None else min(interval_steps, job.num_steps)
+    written = None if steps >= job.num_steps else steps
+    if job.interruptions_per_second == 0:
+        saves = -(-job.num_steps // steps) - 1
+        alone = job.undisturbed_seconds + saves * job.checkpoint_seconds
+        return Expectation(
+            interval_steps=written,
+            seconds=alone,
+            instance_seconds=alone,
+            billed_seconds=alone,
+            nine_of_ten_seconds=alone,
+            nine_of_ten_billed_seconds=alone,
+            interruptions=0.0,
+        )
+    sessions = Sessions(job, steps)
+    mean_wall, mean_billed, mean_live, interruptions = sessions.means()
+    most_wall, most_billed = sessions.quantiles(NINE_OF_TEN)
+    return Expectation(
+        interval_steps=written,
+        seconds=mean_wall,
+        instance_seconds=mean_live,
+        billed_seconds=mean_billed,
+        nine_of_ten_seconds=most_wall,
+        nine_of_ten_billed_seconds=most_billed,
+        interruptions=interruptions,
+    )
+
+
+def best_interval(job: Job) -> int:
+    """The steps between checkpoints under which a run is expected to end the soonest, of all numbers of them.
+
+    Uploads must keep up: no checkpoint is begun before the last one is safe. That a checkpoint is not safe until it is
+    uploaded costs as much at any interval and is left out of the choice, and so are interruptions that a checkpoint
+    precedes, which lose as little at any.
+    """
+    every = np.arange(1, job.num_steps + 1)
+    seconds = expected_seconds(job, every)
+    if job.upload_seconds > job.checkpoint_seconds:
+        least = math.ceil((job.upload_seconds - job.checkpoint_seconds) / max(job.step_seconds, 1e-9))
+        seconds[: min(least, job.num_steps) - 1] = math.inf
+    return int(every[int(np.argmin(seconds))])
+
+
+def expected_seconds(job: Job, interval_steps: npt.NDArray[np.int64]) -> Floats:
+    """On the wall, for each interval, uploads and notices left out: Daly's total with a last part of its own length.
+
+    A part of s seconds that starts over when it is interrupted, after a wait D and a restart of R seconds that may be
+    interrupted as well, takes (exp(s / M) - 1) exp(R / M) (M + D) with M seconds between interruptions (Daly, A higher
+    order estimate of the optimum checkpoint interval for restart dumps, 2006, for D = 0).
+    """
+    rate = job.interruptions_per_second * (1 - job.saved_by_notice)
+    parts = -(-job.num_steps // interval_steps)
+    whole = interval_steps * job.step_seconds + job.checkpoint_seconds
+    rest = (job.num_steps - (parts - 1) * interval_steps) * job.step_seconds + job.last_seconds
+    if rate == 0:
+        return (parts - 1) * whole + rest + job.first_seconds
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost = (1 / rate + job.waiting_seconds) * math.exp(min(rate * job.again_seconds, 700))
+        first = math.expm1(min(rate * job.first_seconds, 700)) * (1 / rate + job.waiting_seconds)
+        found: Floats = ((parts - 1) * np.expm1(rate * whole) + np.expm1(rate * rest)) * lost + first
+    return np.nan_to_num(found, nan=math.inf, posinf=math.inf)
