@@ -15,6 +15,8 @@ from typing import Literal
 Case = Literal["low", "middle", "high"]
 
 HOURS_PER_MONTH = 365.25 * 24 / 12
+MOST_PER_DAY = 240
+"""One in six minutes; under more hardly anything would end."""
 WORST_PER_HOUR = 74 / 135.7
 """Interruptions per hour of an instance in a published trace of g4dn spot nodes (AWS, 2020, 10.8 hours): 74 nodes lost
 in 135.7 hours of nodes. The upper end of the bucket ``>20%``, which has none of its own."""

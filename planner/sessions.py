@@ -7,6 +7,7 @@ is safe; between states, what a run comes to is taken to be straight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ CELLS = 512
 REACH = 6.0
 """Times the mean delay that are looked at first; doubled until the distribution has the mean that is known."""
 MOST_DOUBLINGS = 6
+LEAST_CHANCE = 1e-9
+"""Of a session that brings the run any further, below which it is said never to end."""
 
 Floats = npt.NDArray[np.float64]
 Whole = npt.NDArray[np.intp]
@@ -38,7 +41,7 @@ Waves = npt.NDArray[np.complex128]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """Interruptions of one kind, by cell: how likely, and how many states of work they leave safe, in whole and rest."""
+    """Interruptions of one kind, by cell: how likely, and how many states they leave safe, whole and rest."""
 
     chances: Floats
     whole: Whole
@@ -87,8 +90,10 @@ class Sessions:
         return float(self._finish(self.job.first_seconds)[0])
 
     def means(self) -> tuple[float, float, float, float]:
-        """Expected seconds on the wall, billed, and of all instances; expected interruptions."""
+        """Expected seconds on the wall, billed, and of all instances, and interruptions; infinite without an end."""
         job = self.job
+        if self._is_hopeless():
+            return math.inf, math.inf, math.inf, math.inf
         resolution = self.period / 8 if job.saved_by_notice else np.inf
         found = np.zeros((len(self.left), 4))
         for state, ages in self._backwards(resolution):
@@ -102,7 +107,7 @@ class Sessions:
                 for weights, targets in _moves(stream, cells, most):
                     again += float(weights[targets == 0].sum())
                     total = total + weights[targets > 0] @ found[state + targets[targets > 0]]
-            found[state] = _over(total, again)
+            found[state] = total / (1 - again)
         wall, billed, live, interruptions = (float(value) for value in found[0])
         return wall, billed, live, interruptions
 
@@ -111,26 +116,30 @@ class Sessions:
         alone = self.undisturbed_seconds
         if np.exp(-self.job.interruptions_per_second * alone) >= share:
             return alone, alone  # more runs than that are not interrupted at all, and few come to less
+        if self._is_hopeless():
+            return math.inf, math.inf
         mean_wall, mean_billed, _, _ = self.means()
         wall = self._quantile(share, self._wall, mean_wall, mean_wall - alone)
         billed = self._quantile(share, _billed, mean_billed, mean_wall - alone)
         return max(wall, alone), billed
 
     def _quantile(self, share: float, value: Callable[[Ages], Floats], mean: float, delay: float) -> float:
-        """By the distribution on a grid, made wider until it has the *mean*."""
-        span = self.undisturbed_seconds + REACH * delay
+        """By the distribution on a grid, made wider until it has the *mean*; runs that nothing interrupts lie on it."""
+        alone = self.undisturbed_seconds
+        span = alone + REACH * delay
         for _ in range(MOST_DOUBLINGS):
-            width = span / CELLS
+            place = max(1, int(alone / span * CELLS))
+            width = alone / place
             heights = self._distribution(value, width)
             if abs(float(heights @ np.arange(CELLS)) * width - mean) <= max(width, 0.002 * mean):
-                break
+                below = np.cumsum(heights)
+                first = min(int(np.searchsorted(below, share)), CELLS - 1)
+                if first == place:
+                    return alone
+                before = float(below[first] - heights[first])
+                return (first - 0.5 + (share - before) / float(heights[first])) * width
             span *= 2
-        else:
-            return float("inf")
-        below = np.cumsum(heights)
-        first = int(np.searchsorted(below, share))
-        before = below[first - 1] if first else 0.0
-        return float((first - 1 + (share - before) / (below[first] - before)) * width) if first else 0.0
+        return math.inf
 
     def _distribution(self, value: Callable[[Ages], Floats], width: float) -> Floats:
         """The chances of coming to 0, 1, 2, ... times *width*, each value shared between its two neighbours."""
@@ -163,7 +172,19 @@ class Sessions:
                     moved = targets > 0
                     total += (weights[moved] * found[state + targets[moved]]).sum(axis=0)
             found[state] = total / (1 - again)
-        return np.fft.irfft(found[0], CELLS)
+        heights: Floats = np.fft.irfft(found[0], CELLS)
+        return heights
+
+    def _is_hopeless(self) -> bool:
+        """Whether hardly any session gets to where something is safe."""
+        job = self.job
+        least = self.left[0] + job.last_seconds
+        if len(self.left) > 1:
+            least = min(least, self.period + job.upload_seconds)
+        if job.saved_by_notice:
+            least = min(least, NOTICE_SECONDS + self.unit)
+        setup = max(job.first_seconds, job.again_seconds)
+        return bool(np.exp(-job.interruptions_per_second * (setup + least)) < LEAST_CHANCE)
 
     def _backwards(self, resolution: float) -> list[tuple[int, Ages]]:
         """Every state from the last to the first, with the ages of sessions that begin there."""
@@ -263,14 +284,9 @@ def _parts(stream: Stream) -> list[tuple[int, Floats]]:
 
 
 def _sums(ages: Ages, shape: Waves) -> list[list[tuple[int, Waves]]]:
-    """For both streams, the waves of all cells before each one, by the part of the chances that goes a state further."""
+    """For both streams, the waves of all cells before each one, by how much further a part of the chances goes."""
     none = np.zeros((1, shape.shape[1]), dtype=np.complex128)
     return [
         [(further, np.vstack([none, np.cumsum(part[:, None] * shape, axis=0)])) for further, part in _parts(stream)]
         for stream in ages.streams
     ]
-
-
-def _over(total: Floats, again: float) -> Floats:
-    """What a state comes to that leads back to itself; infinity where nothing else is likely."""
-    return total / (1 - again) if again < 1 - 1e-12 else np.full_like(total, np.inf)

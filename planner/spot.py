@@ -79,34 +79,48 @@ class Expectation:
     interruptions: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """Expected seconds on the wall, of all instances, and of those billed, and expected interruptions."""
+
+    seconds: float
+    instance_seconds: float
+    billed_seconds: float
+    interruptions: float
+
+
+def means(job: Job, interval_steps: int) -> Means:
+    """What *job* is expected to come to with a checkpoint every *interval_steps*."""
+    steps = min(interval_steps, job.num_steps)
+    if job.interruptions_per_second == 0:
+        alone = _alone_seconds(job, steps)
+        return Means(seconds=alone, instance_seconds=alone, billed_seconds=alone, interruptions=0.0)
+    wall, billed, live, interruptions = Sessions(job, steps).means()
+    return Means(seconds=wall, instance_seconds=live, billed_seconds=billed, interruptions=interruptions)
+
+
 def expectation(job: Job, interval_steps: int | None = None) -> Expectation:
     """What *job* comes to with a checkpoint every *interval_steps*, or as often as is best."""
     steps = best_interval(job) if interval_steps is None else min(interval_steps, job.num_steps)
-    written = None if steps >= job.num_steps else steps
+    found = means(job, steps)
     if job.interruptions_per_second == 0:
-        saves = -(-job.num_steps // steps) - 1
-        alone = job.undisturbed_seconds + saves * job.checkpoint_seconds
-        return Expectation(
-            interval_steps=written,
-            seconds=alone,
-            instance_seconds=alone,
-            billed_seconds=alone,
-            nine_of_ten_seconds=alone,
-            nine_of_ten_billed_seconds=alone,
-            interruptions=0.0,
-        )
-    sessions = Sessions(job, steps)
-    mean_wall, mean_billed, mean_live, interruptions = sessions.means()
-    most_wall, most_billed = sessions.quantiles(NINE_OF_TEN)
+        most_wall = most_billed = found.seconds
+    else:
+        most_wall, most_billed = Sessions(job, steps).quantiles(NINE_OF_TEN)
     return Expectation(
-        interval_steps=written,
-        seconds=mean_wall,
-        instance_seconds=mean_live,
-        billed_seconds=mean_billed,
+        interval_steps=None if steps >= job.num_steps else steps,
+        seconds=found.seconds,
+        instance_seconds=found.instance_seconds,
+        billed_seconds=found.billed_seconds,
         nine_of_ten_seconds=most_wall,
         nine_of_ten_billed_seconds=most_billed,
-        interruptions=interruptions,
+        interruptions=found.interruptions,
     )
+
+
+def _alone_seconds(job: Job, interval_steps: int) -> float:
+    saves = -(-job.num_steps // interval_steps) - 1
+    return job.undisturbed_seconds + saves * job.checkpoint_seconds
 
 
 def best_interval(job: Job) -> int:
@@ -124,12 +138,27 @@ def best_interval(job: Job) -> int:
     return int(every[int(np.argmin(seconds))])
 
 
+def young_seconds(job: Job) -> float:
+    """The best training between checkpoints to the first order: sqrt(2 C M) (Young, 1974)."""
+    return math.sqrt(2 * job.checkpoint_seconds / job.interruptions_per_second)
+
+
+def daly_seconds(job: Job) -> float:
+    """The best training between checkpoints to a higher order, up to the next one's start (Daly, 2006)."""
+    between, saving = 1 / job.interruptions_per_second, job.checkpoint_seconds
+    if saving >= 2 * between:
+        return between
+    share = math.sqrt(saving / (2 * between))
+    return young_seconds(job) * (1 + share / 3 + share**2 / 9) - saving
+
+
 def expected_seconds(job: Job, interval_steps: npt.NDArray[np.int64]) -> Floats:
     """On the wall, for each interval, uploads and notices left out: Daly's total with a last part of its own length.
 
     A part of s seconds that starts over when it is interrupted, after a wait D and a restart of R seconds that may be
     interrupted as well, takes (exp(s / M) - 1) exp(R / M) (M + D) with M seconds between interruptions (Daly, A higher
-    order estimate of the optimum checkpoint interval for restart dumps, 2006, for D = 0).
+    order estimate of the optimum checkpoint interval for restart dumps, 2006, for D = 0). The first part begins with
+    the first instance's own set-up, each time.
     """
     rate = job.interruptions_per_second * (1 - job.saved_by_notice)
     parts = -(-job.num_steps // interval_steps)
@@ -137,8 +166,12 @@ def expected_seconds(job: Job, interval_steps: npt.NDArray[np.int64]) -> Floats:
     rest = (job.num_steps - (parts - 1) * interval_steps) * job.step_seconds + job.last_seconds
     if rate == 0:
         return (parts - 1) * whole + rest + job.first_seconds
+    several = parts > 1
     with np.errstate(over="ignore", invalid="ignore"):
-        lost = (1 / rate + job.waiting_seconds) * math.exp(min(rate * job.again_seconds, 700))
-        first = math.expm1(min(rate * job.first_seconds, 700)) * (1 / rate + job.waiting_seconds)
-        found: Floats = ((parts - 1) * np.expm1(rate * whole) + np.expm1(rate * rest)) * lost + first
-    return np.nan_to_num(found, nan=math.inf, posinf=math.inf)
+        first = np.expm1(
+            rate * (job.first_seconds + np.where(several, whole, rest))
+        )  # starts over without a checkpoint
+        later = np.maximum(parts - 2, 0) * np.expm1(rate * whole) + several * np.expm1(rate * rest)
+        found: Floats = (1 / rate + job.waiting_seconds) * (first + later * np.exp(rate * job.again_seconds))
+    found[np.isnan(found)] = math.inf
+    return found

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shallowflow.comparing import whatif
     from shallowflow.planner.plan import Plan, Workload
     from shallowflow.planner.profiler.user_step import simulate
     from shallowflow.planner.remedies import Infeasible
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from shallowflow.runtime.run import train
     from shallowflow.runtime.user_step import measure
     from shallowflow.session import RequestError
+    from shallowflow.tradeoffs import trade_offs
 
 __version__ = "0.1.0"
 
@@ -36,6 +38,7 @@ _HOMES = {
     "simulate": "planner.profiler.user_step",
     "trade_offs": "tradeoffs",
     "train": "runtime.run",
+    "whatif": "comparing",
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "simulate",
     "trade_offs",
     "train",
+    "whatif",
 ]
 
 
