@@ -64,11 +64,11 @@ class Comparison:
 
     def over_cheapest(self, outlook: Outlook) -> float:
         """The share by which *outlook* is dearer than the cheapest."""
-        return outlook.usd / min(other.usd for other in self.outlooks) - 1
+        return _over(outlook.usd, min(other.usd for other in self.outlooks))
 
     def over_fastest(self, outlook: Outlook) -> float:
         """The share by which *outlook* takes longer than the fastest."""
-        return outlook.hours / min(other.hours for other in self.outlooks) - 1
+        return _over(outlook.hours, min(other.hours for other in self.outlooks))
 
     def best_regions(self) -> tuple[Outlook, ...]:
         """Of every instance, market, number of GPUs and change, the best region alone."""
@@ -172,9 +172,13 @@ def within(
         cheapest = min(outlooks, key=lambda outlook: outlook.nine_of_ten_usd)
         option = f"--deadline-hours {_up(cheapest.nine_of_ten_hours)} --budget-usd {_up(cheapest.nine_of_ten_usd)}"
         options.append((option, cheapest))
-    asked = [f"within {deadline_hours:g} hours"] * (deadline_hours is not None)
-    asked += [f"for ${budget_usd:,.2f}"] * (budget_usd is not None)
+    asked = [] if deadline_hours is None else [f"within {deadline_hours:g} hours"]
+    asked += [] if budget_usd is None else [f"for ${budget_usd:,.2f}"]
     raise OutOfReach(f"none of {len(outlooks):,} ways ends {' and '.join(asked)} in nine of ten runs.", options)
+
+
+def _over(amount: float, least: float) -> float:
+    return amount / least - 1 if math.isfinite(amount) and least else math.inf
 
 
 def _told(outlook: Outlook) -> str:

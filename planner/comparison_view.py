@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from . import words
-from .comparison import Comparison, Planned
+from .comparison import By, Comparison, Planned, ordered
 from .outlook import Outlook
 
 FEW = 8
 """Ways that are shown where not all are asked for."""
+MANY = 8.995
 NEVER = "never"
 """What a run comes to that interruptions keep from ending."""
 MARKETS = {"on demand": "demand", "spot": "spot"}
@@ -25,7 +27,7 @@ WIDTHS = (-13, -14, -6, 7, 7, 9, 9, 5)
 
 def shown(comparison: Comparison, *, everything: bool) -> RenderableType:
     """The best ways, two lines each, the plans that they are for, and what the numbers rest on."""
-    best = comparison.outlooks if everything else comparison.best_regions()[:FEW]
+    best = comparison.outlooks if everything else few(comparison)
     lines: list[RenderableType] = [Text(title(comparison), style="bold"), Text(kept(comparison, len(best))), Text()]
     lines.append(Text(_row(HEADS), style="bold"))
     for outlook in best:
@@ -34,6 +36,14 @@ def shown(comparison: Comparison, *, everything: bool) -> RenderableType:
     lines += [Text(), _plans([p for p in comparison.plans if (p.gpu, p.num_gpus, p.what_if) in used])]
     lines += [Text(line) for line in unplanned(comparison)]
     return Group(*lines, Text(), *(Text(note, style="dim") for note in comparison.notes))
+
+
+def few(comparison: Comparison) -> tuple[Outlook, ...]:
+    """The best, each in its best region, and after them the best on demand, and those that no other beats."""
+    best = comparison.best_regions()
+    others = [next((outlook for outlook in best if outlook.market == market), None) for market in MARKETS]
+    others += [ordered(comparison.outlooks, by)[0] for by in get_args(By)]
+    return tuple(dict.fromkeys([*best[:FEW], *filter(None, others)]))
 
 
 def title(comparison: Comparison) -> str:
@@ -58,24 +68,31 @@ def cells(outlook: Outlook) -> tuple[str, ...]:
         MARKETS[outlook.market],
         *(f"{hours:.2f}" if math.isfinite(hours) else NEVER for hours in (outlook.hours, outlook.nine_of_ten_hours)),
         *(words.usd(usd) if math.isfinite(usd) else NEVER for usd in (outlook.usd, outlook.nine_of_ten_usd)),
-        f"{outlook.interruptions:.2f}" if outlook.market == "spot" else "-",
+        f"{outlook.interruptions:.2f}" if outlook.market == "spot" and math.isfinite(outlook.interruptions) else "-",
     )
 
 
 def details(comparison: Comparison, outlook: Outlook) -> list[str]:
     """What else is told of one way."""
     found = [gpus(outlook.num_gpus, outlook.gpu), f"{tokens(outlook.tokens_per_usd)} tokens/$"]
-    found += [f"{share:+.0%} {of}" for share, of in distances(comparison, outlook) if math.isfinite(share)]
+    found += [f"{further(share)} {of}" for share, of in distances(comparison, outlook)]
     if outlook.market == "spot":
         every = outlook.interval_seconds
         found.append("no checkpoints" if every is None else f"a checkpoint every {words.duration(every)}")
-    found += [] if outlook.disk_is_priced else ["without its disk's price"]
+    found += [] if outlook.disk_is_priced else ["disk unpriced"]
     return [*found, *([outlook.what_if] if outlook.what_if else [])]
 
 
 def distances(comparison: Comparison, outlook: Outlook) -> tuple[tuple[float, str], ...]:
     """By how much it is dearer than the cheapest, and slower than the fastest."""
     return (comparison.over_cheapest(outlook), "dollars"), (comparison.over_fastest(outlook), "hours")
+
+
+def further(share: float) -> str:
+    """``+12%``, or ``34x`` where that is many times as much."""
+    if not math.isfinite(share):
+        return NEVER
+    return f"{share:+.0%}" if share < MANY else f"{share + 1:.0f}x"
 
 
 def unplanned(comparison: Comparison) -> list[str]:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from .sessions import NOTICE_SECONDS, Sessions
 
 NINE_OF_TEN = 0.9
+MOST_TRIED = 50_000
+"""Intervals, and numbers of parts, that are all looked at."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -130,12 +132,18 @@ def best_interval(job: Job) -> int:
     uploaded costs as much at any interval and is left out of the choice, and so are interruptions that a checkpoint
     precedes, which lose as little at any.
     """
-    every = np.arange(1, job.num_steps + 1)
+    every = _intervals(job.num_steps)
     seconds = expected_seconds(job, every)
     if job.upload_seconds > job.checkpoint_seconds:
         least = math.ceil((job.upload_seconds - job.checkpoint_seconds) / max(job.step_seconds, 1e-9))
-        seconds[: min(least, job.num_steps) - 1] = math.inf
+        seconds[every < min(least, job.num_steps)] = math.inf
     return int(every[int(np.argmin(seconds))])
+
+
+def _intervals(num_steps: int) -> npt.NDArray[np.int64]:
+    """All numbers of steps; of very many, those that part them evenly, because no uneven parting is better."""
+    small = np.arange(1, min(num_steps, MOST_TRIED) + 1)
+    return small if num_steps <= MOST_TRIED else np.union1d(small, -(-num_steps // small))
 
 
 def young_seconds(job: Job) -> float:

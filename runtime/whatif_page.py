@@ -61,7 +61,7 @@ def _row(comparison: Comparison, outlook: Outlook) -> tuple[str, ...]:
     return (
         *(instance, region, outlook.market, view.gpus(outlook.num_gpus, outlook.gpu), *numbers, low, high, stops),
         view.tokens(outlook.tokens_per_usd),
-        *(f"{share:+.0%}" for share, _ in view.distances(comparison, outlook)),
+        *(view.further(share) for share, _ in view.distances(comparison, outlook)),
         "-" if seconds is None else words.duration(seconds),
         outlook.what_if,
     )
