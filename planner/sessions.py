@@ -195,7 +195,8 @@ class Sessions:
         return [*((state, again) for state in range(len(self.left) - 1, 0, -1)), (0, first)]
 
     def _finish(self, setup: float) -> Floats:
-        return setup + self.left + self.saves * self.job.checkpoint_seconds + self.job.last_seconds
+        found: Floats = setup + self.left + self.saves * self.job.checkpoint_seconds + self.job.last_seconds
+        return found
 
     def _wall(self, ages: Ages) -> Floats:
         return ages.means + self.job.waiting_seconds

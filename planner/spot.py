@@ -173,12 +173,11 @@ def expected_seconds(job: Job, interval_steps: npt.NDArray[np.int64]) -> Floats:
     whole = interval_steps * job.step_seconds + job.checkpoint_seconds
     rest = (job.num_steps - (parts - 1) * interval_steps) * job.step_seconds + job.last_seconds
     if rate == 0:
-        return (parts - 1) * whole + rest + job.first_seconds
+        undisturbed: Floats = (parts - 1) * whole + rest + job.first_seconds
+        return undisturbed
     several = parts > 1
     with np.errstate(over="ignore", invalid="ignore"):
-        first = np.expm1(
-            rate * (job.first_seconds + np.where(several, whole, rest))
-        )  # starts over without a checkpoint
+        first = np.expm1(rate * (job.first_seconds + np.where(several, whole, rest)))
         later = np.maximum(parts - 2, 0) * np.expm1(rate * whole) + several * np.expm1(rate * rest)
         found: Floats = (1 / rate + job.waiting_seconds) * (first + later * np.exp(rate * job.again_seconds))
     found[np.isnan(found)] = math.inf

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from shallowflow.runtime.run import train
     from shallowflow.runtime.user_step import measure
     from shallowflow.session import RequestError
-    from shallowflow.tradeoffs import trade_offs
 
 __version__ = "0.1.0"
 

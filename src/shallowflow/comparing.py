@@ -57,6 +57,7 @@ class Asked:
         gpus: of each instance, how many are used; None for one, and for all.
         by: what comes first.
         deadline_hours, budget_usd: what nine of ten runs must keep.
+        notes: on the works, which are carried along.
     """
 
     works: Mapping[str, Workload]
@@ -67,6 +68,7 @@ class Asked:
     deadline_hours: float | None = None
     budget_usd: float | None = None
     circumstances: Circumstances = field(default_factory=Circumstances)
+    notes: tuple[str, ...] = ()
 
 
 def whatif(
@@ -225,7 +227,7 @@ def compare(model: ModelSpec, asked: Asked, *, progress: Progress = lambda _mess
         num_ways=len(found),
         plans=tuple(plans),
         unplanned=tuple(unplanned),
-        notes=tuple(assumed.notes(kept, storage, asked.circumstances)),
+        notes=(*asked.notes, *assumed.notes(kept, storage, asked.circumstances)),
     )
 
 
@@ -267,15 +269,15 @@ def _kinds(instances: Sequence[InstanceSpec], asked: Asked) -> Iterator[tuple[st
 def _plan(model: ModelSpec, gpu: GpuSpec, work: Workload, progress: Progress) -> Plan:
     """The best plan for *work*, wherever it runs.
 
-    Where even the weights in 16 bits are too large, the leanest configuration is traced first: to find out in a search
-    that nothing fits, and what would, takes many times longer.
+    Where memory is short, because even the weights in 16 bits are too large or it was limited, the leanest
+    configuration is traced first: to find out in a search that nothing fits, and what would, takes many times longer.
     """
     region = next(price.region for instance in load_instances(gpu.name) for price in instance.prices)
     work = replace(work, region=region, deadline_hours=None, budget_usd=None)
     check(work, model, gpu)
     session = Session(model, gpu, progress, work.adapter, work.target_modules)
     budget = budget_bytes(gpu, work)
-    if session.num_parameters() * 2 > budget:
+    if session.num_parameters() * 2 > budget or work.max_process_bytes is not None:
         least = smallest_process_bytes(session, work)
         if least > budget + gpu.context_bytes:
             headroom = HEADROOM if work.headroom is None else work.headroom

@@ -120,8 +120,10 @@ def _asked(
 ) -> Asked:
     """What the options ask for."""
     case, hazard = circumstances_of(interruptions)
+    works, notes = _works(names, _values(knobs), work)
     return Asked(
-        works=_works(names, _values(knobs), work),
+        works=works,
+        notes=notes,
         instances=instances,
         regions=regions,
         gpus=gpus,
@@ -154,15 +156,17 @@ def _values(knobs: tuple[str, ...]) -> dict[str, list[str]]:
     return found
 
 
-def _works(names: tuple[str, str], values: Mapping[str, list[str]], work: Mapping[str, Any]) -> dict[str, Workload]:
-    """Every combination; data is counted anew at each sequence length."""
+def _works(
+    names: tuple[str, str], values: Mapping[str, list[str]], work: Mapping[str, Any]
+) -> tuple[dict[str, Workload], tuple[str, ...]]:
+    """Every combination, and notes on the work as it was asked for; data is counted anew at each sequence length."""
     where: dict[str, Any] = {"gpu": "t4", "gpus": 1, "region": "us-east-1", "deadline_hours": None, "budget_usd": None}
-    base = request(names, **where, **work)[1]
+    _, base, notes = request(names, **where, **work)
     at_length: dict[str, Workload] = {}
     for length in values.get("sequence_length", []):
         tokens = changed_in(base, "sequence_length", length).sequence_length
         at_length[length] = request(names, **where, **{**work, "sequence_length": tokens})[1]
-    return combinations(base, values, at_length)
+    return combinations(base, values, at_length), notes
 
 
 def _check_files(csv_file: Path | None, page: Path | None) -> None:

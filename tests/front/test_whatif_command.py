@@ -138,6 +138,21 @@ def test_each_value_has_its_own_plan(tiny_folder: Path) -> None:
     assert mine[0]["hours"] == wanted["hours"] and mine[0]["usd"] == wanted["usd"]
 
 
+def test_data_is_counted_at_each_length(tiny_folder: Path, data: Path) -> None:
+    """The hours of every length are those of the windows that its documents make there, and the file is told of."""
+    words = [word for word in SAVED if word not in ("--tokens", 5000, "--sequence-length", 32)]
+    narrow = ("--instance", "g4dn.xlarge", "--region", "us-east-1", "--json")
+    done = sfplan("whatif", tiny_folder, *words, "--data", data, "--what-if", "sequence_length=32,64", *narrow)
+
+    assert done.code == 0, done.errors
+    found = json.loads(done.output)
+    assert data.name in found["notes"][0]
+    for length in (32, 64):
+        alone = sfplan("whatif", tiny_folder, *words, "--data", data, "--sequence-length", length, *narrow)
+        hours = sorted(o["hours"] for o in found["outlooks"] if o["what_if"] == f"sequence_length={length}")
+        assert hours == sorted(o["hours"] for o in json.loads(alone.output)["outlooks"])
+
+
 def test_limits_that_nothing_keeps_are_told_with_ones_that_something_does(tiny_folder: Path) -> None:
     """Exit code 1; what is offered instead was computed and does leave something."""
     words = ("whatif", tiny_folder, *NARROW, "--gpus", 1)
@@ -160,11 +175,14 @@ def test_gpus_without_a_plan_are_listed_with_the_reason(tiny_folder: Path) -> No
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_every_reason(tiny_folder: Path) -> None:
-    """Exit code 1, a reason for each kind of GPU."""
-    done = sfplan("whatif", tiny_folder, *SAVED, "--max-process-gib", 0.15, "--instance", "g4dn.xlarge")
+    """Exit code 1, and a reason for each kind and number of GPUs."""
+    words = ("whatif", tiny_folder, *SAVED, "--max-process-gib", 0.15, "--region", "us-east-1")
+    one = sfplan(*words, "--instance", "g4dn.xlarge")
+    several = sfplan(*words, "--instance", "g4dn.12xlarge")
 
-    assert done.code == 1
-    assert "no plan fits" in done.errors
+    assert one.code == several.code == 1
+    assert re.search(r"no plan fits in 0.15 GiB: the smallest needs 0.\d\d GiB", one.errors)
+    assert "1 x t4: no plan fits" in several.errors and "4 x t4: no plan fits" in several.errors
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -135,7 +136,9 @@ def test_the_table_fits_80_columns(outlooks: list[Outlook]) -> None:
 @given(ways, ways)
 def test_what_never_ends_is_said_to(outlook: Outlook, other: Outlook) -> None:
     """No infinite dollars are shown, and no share of them."""
-    endless = dict.fromkeys(("hours", "nine_of_ten_hours", "usd", "nine_of_ten_usd", "interruptions"), math.inf)
+    endless: dict[str, Any] = dict.fromkeys(
+        ("hours", "nine_of_ten_hours", "usd", "nine_of_ten_usd", "interruptions"), math.inf
+    )
     never = replace(outlook, **endless)
     for others in ([never], [never, other]):
         told = " ".join([*view.cells(never), *view.details(compared(others), never)])
