@@ -97,7 +97,7 @@ def _attempt(
         learner = Learner.begin(work, progress, kept, path, trackers)
         if work.ranks.leads:
             folder.note_request(work.plan, work.request)
-        with interrupts.deferred(work.ranks, asked) as check:
+        with interrupts.deferred(work.ranks, asked, learner.must_stop) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
     except (torch.OutOfMemoryError, fallback.BeyondBudget) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +110,18 @@ def check_same(plan: Plan, request: RunRequest) -> bool:
         other = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.DecodeError:
         raise RunError(f"{path} is not what a run writes; give a new folder with --output") from None
+    return check_alike(plan, request, other, str(request.output))
+
+
+def check_alike(plan: Plan, request: RunRequest, other: Mapping[str, str], where: str) -> bool:
+    """As ``check_same``, with the run that has the fingerprint *other* and lies *where* people are told."""
     mine = fingerprint(plan, request)
     differing = {name for name in mine if other.get(name, "") != mine[name]}
     moves = _GPUS in differing and _COURSE not in differing
     for name in mine:
         if name in differing and name not in ({_GPUS, _COURSE, "plan"} if moves else {_GPUS, _COURSE}):
             raise RunError(
-                f"{request.output} holds a run whose {name} differs; give the same {name} as it began with, "
+                f"{where} holds a run whose {name} differs; give the same {name} as it began with, "
                 "or a new folder with --output"
             )
     return moves

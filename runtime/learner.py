@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from shallowflow.planner.plan import Plan
 
 from . import batches, checkpoint, fallback, folder, sample
 from .evaluate import mean_loss, perplexity
+from .guard import Guard
 from .joining import end_together
 from .meter import MeasuredPeak, highest
 from .precision import LEAST_SCALE
@@ -23,10 +24,12 @@ from .promise import Promise
 from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
 from .record import EvaluationRecord, StepRecord
 from .request import RunError, RunRequest
+from .spot import Wish
 from .step import Trainee, make_trainee
+from .storage import Vault
 from .trackers import Trackers
 from .train import train as training_steps
-from .watch import Watcher
+from .watch import Money, Watcher
 from .weights import WeightsSource, load_weights
 
 SAVE_SECONDS = 600.0
@@ -45,6 +48,8 @@ class Work:
         prompts: tokens of the prompts to answer.
         total: updates to make.
         ranks: the processes that share it; the first one alone writes and tells.
+        guard: what may end it before its time.
+        vault: its store, where it has one, in the process that writes.
     """
 
     plan: Plan
@@ -58,6 +63,8 @@ class Work:
     prompts: list[list[int]]
     total: int
     ranks: Ranks = ALONE
+    guard: Guard = field(default_factory=Guard)
+    vault: Vault | None = None
 
 
 @dataclass(slots=True)
@@ -139,7 +146,7 @@ class Learner:
             if len(progress.steps) < self.work.total:
                 progress.outcome = "stopped early"
         except KeyboardInterrupt:
-            progress.outcome = "interrupted"
+            progress.outcome = self.work.guard.outcome
             if self.updating:  # a second signal, which did not wait
                 progress.failure = "interrupted within an update, which is half made and not kept"
             else:
@@ -175,6 +182,7 @@ class Learner:
             seed=work.request.seed,
             first=done,
         )
+        work.guard.step_begins = True
         for record in made:
             self._hear(record)
             self._evaluate_when_due()
@@ -183,6 +191,7 @@ class Learner:
                 break
             if record.memory_measured and progress.peak is not None and len(progress.steps) < work.total:
                 fallback.check_budget(work.plan, self.promise.candidate, progress.peak)
+            work.guard.step_begins = True
 
     def _hear(self, record: StepRecord) -> None:
         scale = self.trainee.loss_scale
@@ -194,9 +203,11 @@ class Learner:
                 "--learning-rate in a new --output"
             )
         self.progress.steps.append(record)
+        self.work.guard.stepped(record.seconds)
         if record.memory_measured:
             self._share_peak()
         self.trackers.step(record)
+        self._tell_money()
         self.work.watcher.step(record, self.progress.peak)
 
     def _keep_peak(self, peak: MeasuredPeak) -> None:
@@ -277,5 +288,35 @@ class Learner:
         if progress.mark == progress.saved or not self.work.ranks.leads:
             return
         path = self.work.request.output / folder.CHECKPOINTS
-        checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)
+        began = time.perf_counter()
+        made = checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)
         progress.saved, progress.saved_at = progress.mark, time.perf_counter()
+        self.work.guard.saved(made, len(progress.steps), progress.saved_at - began)
+
+    # What may end a run before its time
+
+    def must_stop(self) -> bool:
+        """Save where a notice asks for it; returns whether to end, as after Ctrl-C. Asked before every micro-batch."""
+        guard = self.work.guard
+        wish = guard.wish()
+        for line in guard.news():
+            self.work.watcher.note(line)
+        if wish is Wish.SAVE:
+            self.save_state()
+            guard.insist()
+        return wish is Wish.STOP
+
+    def _tell_money(self) -> None:
+        guard, progress = self.work.guard, self.progress
+        if guard.spend is None:
+            return
+        left = max(0, self.work.total - len(progress.steps))
+        spent = guard.spend.usd(guard.session_seconds())
+        self.work.watcher.money(
+            Money(
+                usd=spent,
+                projected_usd=guard.projected_usd(left),
+                budget_usd=guard.spend.budget_usd,
+                interruptions=progress.interruptions,
+            )
+        )
