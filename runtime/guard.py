@@ -25,7 +25,7 @@ class Guard:
     """What a run asks before every micro-batch, and tells of every step and checkpoint.
 
     Attributes:
-        began, clock: of this session: ``time.perf_counter`` when it began, and what notices and budget go by.
+        clock, began: what notices and budget go by, and what it showed when this session began.
         leads: whether this process saves; one that does not has all end at once, on a notice to its machine.
         outcome: what a stop is called.
         notes: what the run's record shall say of it.
@@ -33,7 +33,7 @@ class Guard:
     """
 
     began: float = field(default_factory=time.perf_counter)
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.perf_counter
     leads: bool = True
     inbox: Inbox = field(default_factory=Inbox)
     uploads: Uploads | None = None
@@ -55,7 +55,7 @@ class Guard:
 
     def session_seconds(self) -> float:
         """How long this session has lasted."""
-        return time.perf_counter() - self.began
+        return self.clock() - self.began
 
     # Before every micro-batch
 

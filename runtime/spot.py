@@ -30,7 +30,7 @@ class Notice:
     Attributes:
         action: what happens to it: ``terminate``, ``stop`` or ``hibernate``.
         time: when, in the notice's words.
-        received, deadline: on this machine's monotonic clock, in seconds.
+        received, deadline: on this machine's own clock that only goes forward, in seconds.
     """
 
     action: str

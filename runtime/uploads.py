@@ -32,7 +32,7 @@ class Uploads:
         superseded: what to say where another writer has taken over; nothing is written from then on.
     """
 
-    def __init__(self, vault: Vault, spool: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, vault: Vault, spool: Path, clock: Callable[[], float] = time.perf_counter) -> None:
         self.vault, self._spool, self._clock = vault, spool, clock
         self.num_stored: int | None = None
         self.superseded: str | None = None

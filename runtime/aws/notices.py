@@ -43,7 +43,7 @@ class Metadata:
     """The service at *endpoint*, asked with a token that is renewed before it ends, and when it is refused."""
 
     endpoint: str
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.perf_counter
     _token: str = ""
     _good_until: float = 0.0
 
@@ -110,7 +110,7 @@ class Listener:
 
     inbox: Inbox
     metadata: Metadata
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.perf_counter
     wall: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)
     poll_seconds: float = POLL_SECONDS
     stopped: threading.Event = field(default_factory=threading.Event)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import uuid
 from collections.abc import Iterator
 
 import boto3
 import pytest
+
+os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"  # moto's own way to let parts of a test be small
+
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from shallowflow.runtime.aws.s3 import Place, S3Objects
 from tests.aws import planted
 
-pytest_plugins = ["tests.runtime.conftest"]
-
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[str]:
     """Where AWS is, for as long as the tests run."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
