@@ -48,6 +48,7 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
             fallback.free_memory()
     finally:
         trackers.finish()
+        progress.notes += trackers.news()
 
 
 def _following(work: Work, progress: Progress, failed: Promise) -> tuple[int, Promise] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,6 +118,10 @@ class Guard:
         return found if self.uploads is None else [*found, *self.uploads.news()]
 
     # What a run tells
+
+    def remember(self, seconds: Sequence[float]) -> None:
+        """Take over what the steps of earlier sessions took."""
+        self._steps = list(seconds[-NUM_RECENT:])
 
     def stepped(self, seconds: float) -> None:
         """Hear of a step that took so long."""

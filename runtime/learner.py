@@ -206,7 +206,10 @@ class Learner:
         self.work.guard.stepped(record.seconds)
         if record.memory_measured:
             self._share_peak()
-        self.trackers.step(record)
+        guard = self.work.guard
+        self.trackers.step(
+            record, self.progress.peak, None if guard.spend is None else guard.spend.usd(guard.session_seconds())
+        )
         self._tell_money()
         self.work.watcher.step(record, self.progress.peak)
 
@@ -299,7 +302,9 @@ class Learner:
         """Save where a notice asks for it; returns whether to end, as after Ctrl-C. Asked before every micro-batch."""
         guard = self.work.guard
         wish = guard.wish()
-        for line in guard.news():
+        untold = self.trackers.news()
+        self.progress.notes += untold
+        for line in (*guard.news(), *untold):
             self.work.watcher.note(line)
         if wish is Wish.SAVE:
             self.save_state()

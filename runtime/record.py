@@ -120,7 +120,8 @@ class RunRecord:
         usd: of all sessions, from their beginning to their end; of one that was killed up to half a minute too much.
         budget_usd: what it might be.
         projected_usd: what the whole run comes to, at the pace of this session; None where nothing tells.
-        interruptions: times that the run was ended before its end, this one included.
+        interruptions: times that the run was ended before its end, this one included; a session that learned nothing
+            counts for none.
     """
 
     format_version: int

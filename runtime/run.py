@@ -207,6 +207,7 @@ def _go_on(work: Work, progress: Progress, *, moves: bool) -> Path | None:
     if state is not None:
         progress.go_back_to(state)
         progress.started, progress.earlier_seconds = state.started, state.seconds
+        work.guard.remember([step.seconds for step in state.steps])
         progress.interruptions = state.interruptions + (len(state.steps) < state.total)
         if moves:
             progress.notes.append(f"on with {words.counted(work.plan.configuration.num_gpus, 'GPU')}, not as it began")

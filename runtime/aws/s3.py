@@ -24,6 +24,8 @@ import urllib3.exceptions
 
 from shallowflow.runtime.storage import FileEntry, StoreError, Taken
 
+from .errors import reason, status
+
 PART_BYTES = 16 * 2**20
 """Of a larger file, in one request: what a cut costs; S3 takes 5 MiB or more, and 10,000 parts."""
 NUM_ATTEMPTS = 8
@@ -89,9 +91,9 @@ class S3Objects:
             read_timeout=READ_SECONDS,
         )
         try:
-            self._client: Any = boto3.client("s3", config=config)
+            self._client: Any = boto3.Session().client("s3", config=config)
         except (botocore.exceptions.BotoCoreError, ValueError) as error:
-            raise StoreError(f"S3 cannot be used: {type(error).__name__}") from None
+            raise StoreError(f"S3 cannot be used: {reason(error)}") from None
         self._where, self._sleep, self._chance = where, sleep, chance
 
     # Small objects
@@ -271,39 +273,28 @@ class S3Objects:
             try:
                 return take(getattr(self._client, name)(Bucket=self._where.bucket, **arguments))
             except botocore.exceptions.ClientError as error:
-                trouble = _code(error)
+                trouble = reason(error)
                 if not _passes(error):
                     raise _meaning(error, name) from None
             except _ON_THE_WAY as error:
-                trouble = type(error).__name__
-            except botocore.exceptions.NoCredentialsError:
-                raise StoreError("no AWS credentials were found; a role, a profile or variables give them") from None
+                trouble = reason(error)
             except botocore.exceptions.BotoCoreError as error:
-                raise StoreError(f"S3 cannot be used: {type(error).__name__}") from None
+                raise StoreError(f"S3 cannot be used: {reason(error)}") from None
         raise StoreError(f"S3 did not do {name} in {NUM_ATTEMPTS} attempts: {trouble}")
 
 
-def _code(error: botocore.exceptions.ClientError) -> str:
-    """S3's code for what is wrong, or the answer's status."""
-    return str(error.response.get("Error", {}).get("Code") or _status(error))
-
-
-def _status(error: botocore.exceptions.ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
 def _passes(error: botocore.exceptions.ClientError) -> bool:
-    return _status(error) in _PASSES or _code(error) in _DAMAGED
+    return status(error) in _PASSES or reason(error) in _DAMAGED
 
 
 def _meaning(error: botocore.exceptions.ClientError, name: str) -> Exception:
     """What is raised for an answer to the request *name* that will not pass."""
-    code = _code(error)
-    if _status(error) == 412:
+    code = reason(error)
+    if status(error) == 412:
         return Taken()
     if code == "NoSuchBucket":
         return StoreError("S3 has no such bucket; make it first")
-    if _status(error) == 404:
+    if status(error) == 404:
         return _Missing()
     return StoreError(f"S3 answers {code} to {name}")
 

@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from shallowflow import __version__
+from shallowflow.cost_command import cost_command
 from shallowflow.data_command import data_command
 from shallowflow.evaluation import evaluate_command
 from shallowflow.exporting import export_command
@@ -67,6 +68,7 @@ def cli() -> None:
     sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
     sfplan evaluate RUN --tasks NAMES   how well the adapter does on tasks of lm-evaluation-harness
+    sfplan cost RUN                     what AWS billed for a run, beside what it reckoned
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
     sfplan frontier MODEL               what memory and finer weights buy
@@ -162,6 +164,7 @@ for _command in (
     train_command,
     merge_command,
     evaluate_command,
+    cost_command,
     export_command,
     data_command,
     weigh_command,
@@ -200,6 +203,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "user_step": "StepError",
         "sources": "WeightsError",
         "skypilot": "ExportError",
+        "aws.bills": "BillError",
     }
     return (*found, *_loaded(later))
 

@@ -62,7 +62,9 @@ _ENDS = {"interrupted": 130, "out of budget": 1}
     help="Evaluations without improvement to stop after, keeping the best.",
 )
 @click.option("--sample", "samples", multiple=True, metavar="PROMPT", help="Answer it before and after training.")
-@click.option("--track", multiple=True, type=click.Choice(["tensorboard", "wandb"]), help="Tell it every step.")
+@click.option(
+    "--track", multiple=True, type=click.Choice(["tensorboard", "wandb", "cloudwatch"]), help="Tell it every step."
+)
 @click.option(
     "--nodes",
     type=click.IntRange(1),

@@ -9,6 +9,7 @@ each fork is a machine. Prints JSON: for each scenario what came of it, and whet
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ import torch
 
 import shallowflow
 from shallowflow.planner.plan import Plan
+from shallowflow.runtime import folder as folder_of_a_run
 from shallowflow.runtime import storage
 from shallowflow.runtime.aws import notices
 from shallowflow.runtime.record import RunRecord
@@ -38,7 +40,7 @@ from shallowflow.runtime.step import MicroBatch, Trainee
 from tests.aws import metadata
 from tests.runtime import tiny
 
-NUM_STEPS, SAVE_EVERY, NUM_MICRO_BATCHES = 10, 2, 4
+NUM_STEPS, SAVE_EVERY, NUM_MICRO_BATCHES = 12, 2, 4
 MICRO_BATCH_SECONDS = 0.03
 BUCKET = "spotted"
 _FOR_EVER = contextlib.ExitStack()
@@ -125,6 +127,11 @@ def outcome(record: RunRecord, output: Path) -> dict[str, Any]:
 # What befalls a machine
 
 
+def replace_in(owner: object, name: str, value: object) -> None:
+    """Give *owner* another attribute, for as long as this process lives."""
+    setattr(owner, name, value)
+
+
 def slowly(act: Callable[[int], None] = lambda _number: None) -> Callable[[], None]:
     """Make micro-batches take a while, so that something can happen beside them; *act* is told the number of each."""
 
@@ -138,7 +145,7 @@ def slowly(act: Callable[[int], None] = lambda _number: None) -> Callable[[], No
                 time.sleep(MICRO_BATCH_SECONDS)
             return real(trainee, batch)
 
-        Trainee.loss = loss  # type: ignore[method-assign]
+        replace_in(Trainee, "loss", loss)
 
     return prepare
 
@@ -158,7 +165,7 @@ def noticed(at: int, seconds: float) -> Callable[[], None]:
             listener.poll_seconds = 0.01
             real(listener)
 
-        notices.Listener.start = start_often  # type: ignore[method-assign]
+        replace_in(notices.Listener, "start", start_often)
 
         def act(number: int) -> None:
             if number == at:
@@ -179,10 +186,10 @@ def dying_in_an_upload(number: int, requests: int) -> Callable[[], None]:
         def save(vault: storage.Vault, folder: Path, num_steps: int) -> None:
             count[0] += 1
             if count[0] == number:
-                vault.objects = Dying(vault.objects, requests)  # type: ignore[assignment]
+                vault.objects = Dying(vault.objects, requests)
             real(vault, folder, num_steps)
 
-        storage.Vault.save = save  # type: ignore[method-assign]
+        replace_in(storage.Vault, "save", save)
 
     return prepare
 
@@ -200,21 +207,37 @@ class Dying:
         return getattr(self._objects, name)
 
 
+@functools.cache
+def _client() -> Any:
+    return boto3.client("s3")
+
+
 def stored_steps(prefix: str) -> list[int]:
     """The steps of the checkpoints that the store names, newest first."""
+    client = _client()
     try:
-        body = boto3.client("s3").get_object(Bucket=BUCKET, Key=f"{prefix}/LATEST")["Body"].read()
-    except boto3.client("s3").exceptions.NoSuchKey:
+        body = client.get_object(Bucket=BUCKET, Key=f"{prefix}/LATEST")["Body"].read()
+    except client.exceptions.NoSuchKey:
         return []
     return [entry["num_steps"] for entry in json.loads(body)["checkpoints"]]
 
 
+def damage(prefix: str) -> None:
+    """Change a bit of the newest stored checkpoint."""
+    client = _client()
+    entry = json.loads(client.get_object(Bucket=BUCKET, Key=f"{prefix}/LATEST")["Body"].read())["checkpoints"][0]
+    key = f"{prefix}/{entry['prefix']}optimizer.safetensors"
+    body = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    body[len(body) // 2] ^= 1
+    client.put_object(Bucket=BUCKET, Key=key, Body=bytes(body))
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Until it holds; a minute at most."""
-    until = time.monotonic() + 60
+    """Until it holds; two minutes at most."""
+    until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until, "it never came to that"
-        time.sleep(0.01)
+        time.sleep(0.03)
 
 
 # Scenarios
@@ -288,12 +311,7 @@ def damaged(stage: Stage) -> dict[str, Any]:
     os.kill(machine.process, signal.SIGKILL)
     first = machine.wait()
     at = stored_steps("damaged")
-    client = boto3.client("s3")
-    entry = json.loads(client.get_object(Bucket=BUCKET, Key="damaged/LATEST")["Body"].read())["checkpoints"][0]
-    key = f"damaged/{entry['prefix']}optimizer.safetensors"
-    body = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
-    body[len(body) // 2] ^= 1
-    client.put_object(Bucket=BUCKET, Key=key, Body=bytes(body))
+    damage("damaged")
     resumed, last = stage.go_on("damaged")
     return {"first": first["outcome"], "at": at, "resumed": resumed, "last": last}
 
@@ -313,8 +331,35 @@ def two_at_once(stage: Stage) -> dict[str, Any]:
     return {"first": first["outcome"], "error": first.get("error"), "at": at, "resumed": resumed, "last": last}
 
 
+def one_after_another(stage: Stage) -> dict[str, Any]:
+    """All of it in one run, whose machines each begin with an empty disk: five of them until it is done."""
+    name = "chain"
+    found: dict[str, Any] = {}
+    told = start(stage.plan, stage.request(name, resume=False, save_every=100), noticed(14, 120))
+    wait_for(lambda: bool(stored_steps(name)))
+    found["told at"] = stored_steps(name)[0]
+    wait_for(lambda: told.noting.num_steps() > found["told at"] + 1)
+    os.kill(told.process, signal.SIGKILL)
+    told.wait()
+    dying = start(stage.plan, stage.request(name), dying_in_an_upload(2, 3))
+    found["dying"] = dying.wait()["outcome"]
+    found["died after"], found["stored before"] = dying.noting.num_steps(), stored_steps(name)
+    damage(name)
+    frozen = start(stage.plan, stage.request(name), slowly())
+    wait_for(lambda: stored_steps(name)[0] > found["told at"] and frozen.noting.num_steps() > 1)
+    os.kill(frozen.process, signal.SIGSTOP)
+    found["frozen"] = frozen.noting.path.read_text(encoding="utf-8").splitlines()
+    late = start(stage.plan, stage.request(name), noticed(18, 6))
+    wait_for(lambda: late.noting.num_steps() > 1)
+    os.kill(frozen.process, signal.SIGCONT)
+    found["zombie"], found["late"] = frozen.wait(), late.wait()
+    resumed, last = stage.go_on(name)
+    return {**found, "resumed": resumed, "last": last}
+
+
 SCENARIOS: dict[str, Callable[[Stage], dict[str, Any]]] = {
-    scene.__name__: scene for scene in (told_in_time, told_late, killed_in_an_upload, damaged, two_at_once)
+    scene.__name__: scene
+    for scene in (one_after_another, told_in_time, told_late, killed_in_an_upload, damaged, two_at_once)
 }
 
 
@@ -336,7 +381,8 @@ def main(names: list[str]) -> None:
         save_every=SAVE_EVERY,
         usd_per_hour=3.6,
     )
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    _client().create_bucket(Bucket=BUCKET)
+    replace_in(folder_of_a_run, "step_timeline", lambda _plan: None)  # a page is none of this test's affairs
     expected = start(plan, whole).wait()
     found = {}
     for name in names:

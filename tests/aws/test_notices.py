@@ -37,11 +37,12 @@ def test_a_notice_is_heard(service: Service) -> None:
     """Nothing before it, and then its action and two minutes or what is left of them."""
     ear = listener(service)
     ear.poll()
-    assert ear.inbox.interruption is None
+    before = ear.inbox.interruption
     service.notice(90, "stop")
     ear.poll()
     heard = ear.inbox.interruption
 
+    assert before is None
     assert heard is not None and heard.action == "stop"
     assert 85 <= heard.deadline - heard.received <= 91
     assert [one for one in service.asked if one[0] == "PUT"] == [("PUT", "/latest/api/token", 200)]
@@ -200,7 +201,7 @@ def test_a_guard_saves_once_and_then_stops(service: Service) -> None:
     guard.inbox.interrupt(Notice(action="stop", time="12:00", received=1000.0, deadline=1100.0))
     assert guard.wish() is Wish.SAVE
     guard.saved(Path("x"), 1, 3.0)
-    wishes = []
+    wishes: list[Wish] = []
     while not wishes or wishes[-1] is Wish.GO_ON:
         now[0] += 4.0
         wishes.append(guard.wish())

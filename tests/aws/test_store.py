@@ -68,6 +68,7 @@ def test_two_are_kept_and_nothing_else(objects: S3Objects, tmp_path: Path) -> No
         named = [entry.prefix for entry in vault.latest.checkpoints]
         assert {key.rpartition("/")[0] + "/" for key in objects.keys("checkpoints/")} == set(named)
 
+    assert vault.latest is not None
     assert [entry.num_steps for entry in vault.latest.checkpoints] == [6, 4]
 
 

@@ -138,7 +138,7 @@ def test_a_plan_that_recomputes_is_run_as_planned(
 
 
 def test_the_folder_holds_everything(plans: dict[str, Plan], request_for: Callable[..., RunRequest]) -> None:
-    """Adapter, record, plan, page and what was spent lie in the new folder, and the record in JSON is the record returned."""
+    """All of a run lies in the new folder, what it spent too, and the record in JSON is the record returned."""
     plan, request = plans["nf4"], request_for(usd_per_hour=36.0)
 
     record = train(plan, request)
