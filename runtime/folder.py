@@ -20,6 +20,7 @@ from .files import new_folder, write_text
 from .record import RunRecord, to_json
 from .request import RunError, RunRequest
 from .simulated import step_timeline
+from .spend import SPENDING_FOLDER
 from .step import Trainee
 
 CHECKPOINTS = "checkpoints"
@@ -28,6 +29,8 @@ REQUEST = "request.json"
 """What tells whether a folder holds the run that is to be resumed."""
 _HELD = ".running"
 """Held while a run writes; one that was killed leaves it behind."""
+_LEFT = (_HELD, SPENDING_FOLDER)
+"""What a run that was refused may leave behind: its seconds are paid."""
 _GPUS, _COURSE = "GPUs", "course"
 """Of what tells a run from others, that which lets it go on with a plan for another number of GPUs."""
 BEST = "best"
@@ -43,7 +46,7 @@ def check_output(output: Path, resume: bool) -> None:
     for path in (output, *output.parents):
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --output")
-    if output.is_dir() and any(path.name != _HELD for path in output.iterdir()):
+    if output.is_dir() and any(path.name not in _LEFT for path in output.iterdir()):
         if not (output / REQUEST).is_file():
             raise RunError(f"{output} is not empty; give a new folder with --output")
         if not resume:

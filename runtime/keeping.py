@@ -27,12 +27,16 @@ RESULTS = ("adapter", folder.BEST, "run.json", "plan.json", "report.html")
 @contextmanager
 def _told(request: RunRequest) -> Iterator[None]:
     """A store that cannot be used is a run that cannot start."""
-    from .aws.s3 import shown
-
     try:
         yield
     except StoreError as error:
-        raise RunError(f"--store {shown(str(request.store))}: {error}") from error
+        raise RunError(f"{_shown(request)}: {error}") from error
+
+
+def _shown(request: RunRequest) -> str:
+    from .aws.s3 import shown
+
+    return f"--store {shown(str(request.store))}"
 
 
 def look(request: RunRequest) -> Vault | None:
@@ -47,7 +51,7 @@ def look(request: RunRequest) -> Vault | None:
         from .aws.s3 import S3Objects, place
 
         vault = Vault.look(S3Objects(place(request.store)))
-        if vault.latest is not None and not request.resume:
+        if vault.latest is not None and not (vault.latest.is_empty or request.resume):
             raise StoreError("it holds a run; go on with it by --resume, or give another prefix")
     return vault
 
@@ -59,15 +63,15 @@ def same(plan: Plan, request: RunRequest, vault: Vault | None) -> bool:
         RunError: in what they differ.
     """
     moves = folder.check_same(plan, request)
-    if vault is None or vault.latest is None:
+    if vault is None or vault.latest is None or vault.latest.is_empty:
         return moves
-    return folder.check_alike(plan, request, vault.latest.request, f"--store {request.store}") or moves
+    return folder.check_alike(plan, request, vault.latest.request, _shown(request)) or moves
 
 
 def take_over(plan: Plan, request: RunRequest, vault: Vault, guard: Guard) -> list[str]:
     """Become the one who writes to the store, and bring its newest checkpoint here, where it is newer than any here.
 
-    Returns why newer ones are not believed.
+    Returns why newer ones are not believed, and what else is to be noted.
 
     Raises:
         RunError: the store cannot be used.
@@ -77,7 +81,7 @@ def take_over(plan: Plan, request: RunRequest, vault: Vault, guard: Guard) -> li
     if kept.is_file():
         mine = msgspec.json.decode(kept.read_bytes(), type=dict[str, str])
     with _told(request):
-        vault.claim(mine)
+        left = vault.claim(mine)
         assert vault.latest is not None
         if not kept.is_file():
             write_text(kept, msgspec.json.format(msgspec.json.encode(vault.latest.request), indent=2).decode() + "\n")
@@ -91,7 +95,7 @@ def take_over(plan: Plan, request: RunRequest, vault: Vault, guard: Guard) -> li
     guard.uploads.num_stored = stored[0].num_steps if stored else None
     if newest is not None and (not stored or here > stored[0].num_steps):
         guard.submit(newest, here)
-    return doubts
+    return [*([left] if left else []), *doubts]
 
 
 def open_books(request: RunRequest, vault: Vault | None, guard: Guard) -> None:

@@ -104,6 +104,11 @@ class Latest:
     checkpoints: tuple[Entry, ...] = ()
     results: Entry | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever learned here, so that any run may begin."""
+        return not self.checkpoints and self.results is None
+
 
 def session_name() -> str:
     """A name by chance, which tells nothing of the machine."""
@@ -147,10 +152,10 @@ class Vault:
         except msgspec.DecodeError:
             raise StoreError(f"its object {LATEST} is not what a run writes; give another prefix") from None
 
-    def claim(self, request: Mapping[str, str]) -> None:
+    def claim(self, request: Mapping[str, str]) -> str | None:
         """Become the one writer, of a new run that *request* tells from others, or of the one that is there.
 
-        Whoever claims last is it. What dead writers left unfinished is removed.
+        Whoever claims last is it. What dead writers left unfinished is removed; returned is why that cannot be.
 
         Raises:
             Superseded: others claim all the time.
@@ -158,7 +163,8 @@ class Vault:
         """
         for _ in range(NUM_TRIES):
             was = self.latest or Latest(writer="", sequence=0, request=dict(request))
-            mine = replace(was, writer=self.writer, sequence=was.sequence + 1)
+            known = dict(request) if was.is_empty else was.request
+            mine = replace(was, writer=self.writer, sequence=was.sequence + 1, request=known)
             try:
                 content = msgspec.json.encode(mine)
                 if self.etag is None:
@@ -171,7 +177,11 @@ class Vault:
                 self._look()
         else:
             raise Superseded("others begin to write the same run all the time; let one of them go on")
-        self._clean()
+        try:
+            self._clean()
+        except StoreError as error:
+            return f"what dead writers left stays in the store: {error}"
+        return None
 
     def _clean(self) -> None:
         """Remove what no LATEST will ever name: all that was begun before this session claimed the store."""

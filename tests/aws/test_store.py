@@ -146,6 +146,34 @@ def test_dead_uploads_are_removed(objects: S3Objects, bucket: str, tmp_path: Pat
     assert fetched(objects, tmp_path / "back") == (2, [])
 
 
+def test_a_store_where_nothing_was_learned_is_as_good_as_new(objects: S3Objects, tmp_path: Path) -> None:
+    """A run that was refused after it had begun does not refuse the next, whatever that is."""
+    claimed(objects)
+    vault = Vault.look(objects)
+    vault.claim({"plan": "another"})
+    vault.save(checkpoint(tmp_path, 2), 2)
+    assert vault.latest is not None and vault.latest.request == {"plan": "another"}
+
+    assert claimed(objects).latest == Vault.look(objects).latest
+    latest = Vault.look(objects).latest
+    assert latest is not None and latest.request == {"plan": "another"}
+
+
+def test_what_cannot_be_removed_is_no_failure(
+    objects: S3Objects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role that may not list uploads can write all the same, and it is said."""
+
+    def forbidden(_self: S3Objects) -> int:
+        raise StoreError("S3 answers AccessDenied to list_multipart_uploads")
+
+    monkeypatch.setattr(S3Objects, "abandon_uploads", forbidden)
+    vault = Vault.look(objects)
+
+    assert "stays in the store: S3 answers AccessDenied" in (vault.claim(REQUEST) or "")
+    vault.save(checkpoint(tmp_path, 2), 2)
+
+
 def test_results_take_the_place_of_results(objects: S3Objects, tmp_path: Path) -> None:
     """Those of an earlier session go, checkpoints stay."""
     vault = claimed(objects)
