@@ -31,6 +31,8 @@ PART_BYTES = 16 * 2**20
 NUM_ATTEMPTS = 8
 """Of one request, some half a minute apart at most, as S3's own clients wait for it to scale."""
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 10.0
+MOST_KEYS = 1000
+"""In one list, and in one request to remove, as S3 takes them."""
 CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
 
 _PASSES = {408, 409, 429, 500, 502, 503, 504}
@@ -229,7 +231,7 @@ class S3Objects:
         found: list[str] = []
         more: dict[str, Any] = {}
         while True:
-            answer = self._ask("list_objects_v2", Prefix=self._where.prefix + prefix, **more)
+            answer = self._ask("list_objects_v2", Prefix=self._where.prefix + prefix, MaxKeys=MOST_KEYS, **more)
             found += [one["Key"].removeprefix(self._where.prefix) for one in answer.get("Contents", ())]
             if not answer.get("IsTruncated"):
                 return found
@@ -237,8 +239,8 @@ class S3Objects:
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove them; what is not there is no failure."""
-        for first in range(0, len(keys), 1000):  # as many as one request may name
-            named = [{"Key": self._where.prefix + key} for key in keys[first : first + 1000]]
+        for first in range(0, len(keys), MOST_KEYS):
+            named = [{"Key": self._where.prefix + key} for key in keys[first : first + MOST_KEYS]]
             self._ask("delete_objects", Delete={"Objects": named, "Quiet": True})
 
     def abandon_uploads(self) -> int:
