@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from shallowflow.runtime.run import RunRequest
 from shallowflow.runtime.trackers import Trackers, missing_package
 from tests.aws import planted
 from tests.front.shell import sfplan
+from tests.front.tree import ROOT
 
 
 def step(index: int, **changes: Any) -> StepRecord:
@@ -222,3 +225,25 @@ def test_no_bill_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.delenv(name)
     done = sfplan("cost", run_folder(tmp_path / "fifth"))
     assert done.code == 2 and "no AWS credentials were found" in done.error()
+
+
+def test_who_does_not_use_aws_needs_no_boto3() -> None:
+    """Command line, run, guard and notices load where it is missing, and say so where it is asked for."""
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("boto3", "botocore"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import shallowflow.cli, shallowflow.runtime.guard, shallowflow.runtime.aws.notices, shallowflow.runtime.storage
+import shallowflow.runtime.spend, shallowflow.runtime.uploads
+assert "boto3" not in sys.modules
+shallowflow.cli.main(["cost", "run"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+    assert done.returncode == 2
+    assert (
+        done.stderr == "Error: run holds no finished run: there is no run/run.json; give the --output of sfplan train\n"
+    )
