@@ -146,6 +146,35 @@ def test_dead_uploads_are_removed(objects: S3Objects, bucket: str, tmp_path: Pat
     assert fetched(objects, tmp_path / "back") == (2, [])
 
 
+class Deaf(S3Objects):
+    """Replaces what it is told to, and does not hear so the first time after a claim."""
+
+    deaf = False
+
+    def replace(self, key: str, content: bytes, etag: str) -> str:
+        """As S3Objects does."""
+        found = super().replace(key, content, etag)
+        if self.deaf:
+            self.deaf = False
+            raise StoreError("away")
+        return found
+
+
+def test_an_answer_that_never_came_is_no_other_writer(bucket: str, tmp_path: Path) -> None:
+    """What was obeyed without a word is found out with the next checkpoint, and both are kept."""
+    objects = Deaf(Place(bucket, "some/run/"))
+    vault = claimed(objects)
+    objects.deaf = True
+    with pytest.raises(StoreError, match="away"):
+        vault.save(checkpoint(tmp_path, 2), 2)
+
+    vault.save(checkpoint(tmp_path, 4), 4)
+
+    assert vault.latest is not None
+    assert [entry.num_steps for entry in vault.latest.checkpoints] == [4, 2]
+    assert fetched(objects, tmp_path / "back") == (4, [])
+
+
 def test_a_store_where_nothing_was_learned_is_as_good_as_new(objects: S3Objects, tmp_path: Path) -> None:
     """A run that was refused after it had begun does not refuse the next, whatever that is."""
     claimed(objects)
