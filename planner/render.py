@@ -75,9 +75,9 @@ def model_profile(profile: ModelProfile) -> RenderableType:
 
 def _layer_costs(kind: LayerKind) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("strategy", no_wrap=True)
+    table.add_column("strategy")
     for name in ("held", "saved", "forward", "backward", "recomp.", "host", "ms", "ms back"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for strategy, cost in kind.costs:
         sizes = (
             cost.resident_bytes,
