@@ -29,7 +29,7 @@ Sharding = Literal["none", "weights"]
 ``weights`` is ZeRO-3's treatment of what fills the memory, and FSDP2's ``reshard_after_forward=True``: what is gathered
 for a pass is let go of at once. FSDP2's ``False`` would hold all of it from the forward to the backward pass, at the
 peak as much as ``none`` does and the parts besides, so it is not offered. ZeRO-2, which shares gradients and the
-optimizer's state, saves nothing of a frozen base; an adapter's are a few hundredths of the memory.
+optimizer's state, saves nothing of a frozen base, and an adapter's are whole everywhere.
 """
 MODULE_NAME = r"^\w+(\.\w+)*$"
 Name = Annotated[str, Meta(pattern=MODULE_NAME, max_length=200)]

@@ -7,8 +7,8 @@ allocator keeps apart, and knows parameters only, which a quantized module's con
 
 While a matrix is used, the next one of its layer is on its way. Nothing of a layer is gathered while another computes:
 what a layer takes does not depend on its neighbours, which is what plans of mixed layers are composed from. So the
-first matrix of each pass is waited for. The adapters are not shared out: theirs are a hundredth of the weights, and
-with them whole in every process, updates, checkpoints and the loss scale are what they are without sharding.
+first matrix of each pass is waited for. The adapters are not shared out: with them whole
+in every process, updates, checkpoints and the loss scale are what they are without sharding.
 """
 
 from __future__ import annotations
