@@ -29,6 +29,7 @@ def test_whatever_happens(endpoint: str, bucket: str, tmp_path: Path, monkeypatc
         for number in range(FIRST_CASE, FIRST_CASE + NUM_CASES):
             case = faults.run_case(number, bucket, tmp_path, way, service)
             ends.update(case.found)
+            print(number, *case.found, flush=True)
         met = dict(way.met)
 
     print(ends, met)
