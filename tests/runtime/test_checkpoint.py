@@ -238,7 +238,7 @@ def test_another_adapter_is_refused_before_the_best_one_is_touched(
     narrow = shallowflow.plan(str(tiny_folder), "cpu", target_modules="attention", **fixed)
     monkeypatch.setattr(folder, "check_same", lambda *_: True)
 
-    with pytest.raises(RunError, match=r"holds another adapter than the plan's; .*--output"):
+    with pytest.raises(RunError, match=r"holds other weights than the plan's; .*--output"):
         train(narrow, replace(request, num_steps=3, resume=True))
 
     assert {path: path.read_bytes() for path in request.output.rglob("*") if path.is_file()} == held
