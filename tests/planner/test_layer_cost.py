@@ -196,7 +196,7 @@ def test_kinds_of_layers_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_strategy_of_a_device() -> None:
-    """Four formats and five policies; where host and device are one, nothing is offloaded."""
+    """Four formats and five policies, and three more for nf4; where host and device are one, nothing is offloaded."""
     assert len(set(every_strategy(T4))) == 26
     assert len(every_strategy(load_gpu("cpu"))) == 22
     assert {s.weight_format for s in every_strategy(load_gpu("cpu"))} == {"fp32", "int8", "nf4"}
