@@ -37,7 +37,8 @@ def add_rows(model: torch.nn.Module) -> None:
     """Let the plain embeddings of *model* add their tokens' gradients to the table's; on CUDA in no fixed order."""
     for module in model.modules():
         if type(module) is torch.nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
-            module.forward = functools.partial(_looked_up, module)
+            table: Any = module
+            table.forward = functools.partial(_looked_up, table)
 
 
 def _looked_up(module: torch.nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
