@@ -37,7 +37,12 @@ lint: setup
 	$(BIN)/mypy tests benchmarks examples
 	$(BIN)/lint-imports --no-cache
 
-test: lint
+# In a place of its own: PyTorch and bitsandbytes load Triton wherever they find it, and on a CPU nothing needs it.
+$(VENV)/triton/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==3.9.0
+	touch $@
+
+test: lint $(VENV)/triton/.installed
 	$(BIN)/python -m pytest -q
 
 accuracy: setup

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, product
 from typing import get_args
 
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
@@ -70,19 +70,30 @@ def formats(gpu: GpuSpec, method: Method) -> tuple[tuple[WeightFormat, bool], ..
     return ((plain, False), *(() if method == "full" else QUANTIZED))
 
 
+def every_strategy(gpu: GpuSpec, method: Method = "lora") -> tuple[Strategy, ...]:
+    """All that can be done to a layer on *gpu*.
+
+    Where host and device are one, nothing is offloaded. Only nf4's weights are reused: int8's are multiplied as they
+    are in the forward pass, and made into numbers once, for the backward pass.
+    """
+    found = [
+        Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
+        for (weight_format, twice), policy in product(formats(gpu, method), get_args(Activations))
+        if policy != "offload" or gpu.device_type == "cuda"
+    ]
+    return tuple(strategy for strategy in found if strategy.weight_format == "nf4" or not strategy.reuses_weights)
+
+
 def strategies(workload: Workload, gpu: GpuSpec) -> tuple[Strategy, ...]:
-    """Those that *workload* allows; where host and device are one, nothing is offloaded."""
+    """Those that *workload* allows."""
     plain = unquantized_format(gpu, workload.adapter)
     wanted = plain if workload.quantization == "fp16" else workload.quantization
-    policies: tuple[Activations, ...] = ("save", "recompute attention", "recompute mlp", "recompute")
-    if gpu.device_type == "cuda":
-        policies = (*policies, "offload")
     return tuple(
-        Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
-        for weight_format, twice in formats(gpu, workload.adapter)
-        if wanted in ("any", weight_format) and workload.double_quantization in (None, twice)
-        for policy in policies
-        if workload.activations in (None, policy)
+        strategy
+        for strategy in every_strategy(gpu, workload.adapter)
+        if wanted in ("any", strategy.weight_format)
+        and workload.double_quantization in (None, strategy.double_quantization)
+        and workload.activations in (None, strategy.activations)
     )
 
 

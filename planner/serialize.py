@@ -108,6 +108,8 @@ def _formats(plan: Plan, configuration: Configuration) -> list[str]:
             )
         if run.strategy.double_quantization and run.strategy.weight_format != "nf4":
             found.append(f"double_quantization of a layer whose weights are {run.strategy.weight_format}, not nf4")
+        if run.strategy.reuses_weights and run.strategy.weight_format != "nf4":
+            found.append(f"a layer would {run.strategy.activations}, which are {run.strategy.weight_format}, not nf4")
     return found
 
 

@@ -9,7 +9,16 @@ from typing import Annotated, Literal
 from .bounds import Meta
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
-Activations = Literal["save", "recompute attention", "recompute mlp", "recompute", "offload"]
+Activations = Literal[
+    "save",
+    "recompute attention",
+    "recompute attention reusing weights",
+    "recompute mlp",
+    "recompute mlp reusing weights",
+    "recompute",
+    "recompute reusing weights",
+    "offload",
+]
 Adapter = Literal["lora", "rslora", "dora"]
 Method = Literal["lora", "rslora", "dora", "full"]
 """What learns: an adapter of some kind, or, in full fine-tuning, every weight."""
@@ -20,6 +29,14 @@ TargetGroup = Literal["all-linear", "attention"]
 TargetModules = TargetGroup | Annotated[tuple[Name, ...], Meta(min_length=1)]
 """Which linear modules of the decoder layers learn: all, those in attention, or those whose names end like these."""
 Positive = Annotated[int, Meta(ge=1)]
+PARTIAL: tuple[Activations, ...] = (
+    "recompute attention",
+    "recompute attention reusing weights",
+    "recompute mlp",
+    "recompute mlp reusing weights",
+)
+"""Policies that need a module of their own in each layer, which some architectures lack."""
+_REUSING = " reusing weights"
 MOST_LAYERS = 10_000
 MOST_TOKENS = 2**24
 MOST_RANK = 2**16
@@ -33,13 +50,24 @@ class Strategy:
 
     Attributes:
         activations: ``recompute`` means the whole layer's, ``recompute attention`` and ``recompute mlp`` those inside
-            that module; ``offload`` means held in host memory from the forward to the backward pass.
+            that module, and ``reusing weights`` that what was dequantized for it is kept until its backward pass has
+            used it; ``offload`` means held in host memory from the forward to the backward pass.
         double_quantization: nf4's constants are quantized, too (the QLoRA paper's section 3).
     """
 
     weight_format: WeightFormat
     activations: Activations
     double_quantization: bool = False
+
+    @property
+    def reuses_weights(self) -> bool:
+        """Whether weights that were made to recompute activations are kept for the backward pass."""
+        return self.activations.endswith(_REUSING)
+
+    @property
+    def recomputes(self) -> str:
+        """What is computed again: ``recompute``, ``recompute attention``, ``recompute mlp``, or nothing."""
+        return self.activations.removesuffix(_REUSING) if self.activations.startswith("recompute") else ""
 
     def __str__(self) -> str:
         twice = " double-quantized" if self.double_quantization else ""

@@ -10,9 +10,8 @@ from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
 from . import allowed, money, problem, proof, quality, wall_time
 from .plan import Plan
+from .strategies import PARTIAL
 
-PARTIAL = ("recompute attention", "recompute mlp")
-"""Policies that some models' code does not allow, so that a proof need not speak of them."""
 ROUNDED = 1e-9
 """What seconds may lose, as a share, where they are summed in another order."""
 
@@ -27,7 +26,7 @@ def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[
     divisible = not model_facts.changes_logits(plan.model_config)
     expected = allowed.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible)
     spoken, able = set(plan.proof.strategies), allowed.strategies(plan.workload, gpu)
-    missing = [s for s in able if s not in spoken and s.activations not in PARTIAL]
+    missing = [s for s in able if s not in spoken and s.activations not in PARTIAL]  # as some models' code refuses
     if missing:
         found.append(f"the proof does not speak of {missing[0]}")
     budget = allowed.budget_bytes(gpu, plan.workload)

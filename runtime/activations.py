@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from shallowflow.planner.strategies import Activations, Strategy
+from shallowflow.planner.strategies import Strategy
 
 from . import quantized
+from .again import Part
 from .offload import Offload
 
 _PARTS = {
@@ -34,8 +35,8 @@ def has_dropout(model: torch.nn.Module) -> bool:
     return named or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 
 
-def part(layer: torch.nn.Module, policy: Activations) -> torch.nn.Module:
-    """The module of *layer* that *policy* computes again: itself, its attention or its MLP.
+def part(layer: torch.nn.Module, policy: str) -> torch.nn.Module:
+    """The module of *layer* that *policy*, a strategy's ``recomputes``, computes again: itself, its attention or MLP.
 
     Raises:
         ValueError: the layer has no such module of its own.
@@ -59,10 +60,16 @@ def apply_policies(model: torch.nn.Module, layers: Iterable[torch.nn.Module], st
     for layer, strategy in zip(layers, strategies, strict=True):
         if strategy.activations == "offload":
             layer.forward = offload.around(layer.forward)
-        elif strategy.activations != "save":
-            module = part(layer, strategy.activations)
+        elif strategy.recomputes:
+            module = part(layer, strategy.recomputes)
+            if strategy.reuses_weights:
+                quantized.reuse_weights(module)
             module.forward = functools.partial(
-                checkpoint, module.forward, use_reentrant=False, preserve_rng_state=random
+                checkpoint,
+                module.forward,
+                use_reentrant=False,
+                preserve_rng_state=random,
+                context_fn=Part().contexts,
             )
     if any(strategy.activations == "offload" for strategy in strategies):
         _keep_model(model, offload)

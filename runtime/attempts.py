@@ -10,7 +10,7 @@ import torch
 
 from shallowflow.planner.plan import Plan
 
-from . import checkpoint, fallback, folder, interrupts, promise, quantized
+from . import checkpoint, dequantizing, fallback, folder, interrupts, promise, quantized
 from .joining import together
 from .learner import Diverged, Learner, Work
 from .progress import Progress
@@ -47,6 +47,7 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
             del learner
             fallback.free_memory()
     finally:
+        dequantizing.restore()
         trackers.finish()
 
 

@@ -46,13 +46,13 @@ def is_ours(module: Any, name: str) -> bool:
     return name in module.lora_magnitude_vector and hasattr(module.lora_magnitude_vector[name], "squares")
 
 
-def row_lengths(module: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """Of ``W + scaling * up @ down``, from the three terms of their squares, with products of W in *dtype*.
+def row_lengths(module: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Of ``W + scaling * up @ down``, from the three terms of their squares, with products of W in its dtype.
 
     A profile takes for linear what is square in the rank: up to thousandths of the layer's own products at rank 128.
     """
     down, up = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
-    crossed = torch.mm(quantized.weight_of(module.get_base_layer(), dtype), down.to(dtype).t())
+    crossed = torch.mm(weight, down.to(weight.dtype).t())
     terms = torch.mm(up, torch.mm(down, down.t())).mul_(module.scaling[name]).add_(crossed, alpha=2).mul_(up).sum(1)
     squares = terms.mul_(module.scaling[name]).add_(module.lora_magnitude_vector[name].squares)
     return squares.clamp_(min=LEAST_SQUARE).sqrt_()

@@ -14,7 +14,7 @@ import torch
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.wall_time import save_interval_seconds
 
-from . import batches, build, checkpoint, fallback, folder, sample
+from . import batches, build, checkpoint, dequantizing, fallback, folder, sample
 from .evaluate import mean_loss, perplexity
 from .joining import end_together
 from .meter import MeasuredPeak, highest
@@ -90,6 +90,7 @@ class Learner:
         rate = learning_rate(plan, request)
         trainee = make_trainee(model, configuration, plan.compute_dtype, work.device, rate)
         trainee.ranks = work.ranks
+        progress.dequantizing = dequantizing.choose(trainee.model, work.device)
         made = cls(work, progress, promise, trainee, trackers)
         trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
         trainee.optimizer.register_step_post_hook(lambda *_: made._update(begins=False))

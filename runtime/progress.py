@@ -11,7 +11,7 @@ import torch
 
 from . import checkpoint
 from .meter import MeasuredPeak
-from .record import EvaluationRecord, FallbackRecord, Outcome, StepRecord
+from .record import DequantizeRecord, EvaluationRecord, FallbackRecord, Outcome, StepRecord
 from .step import Trainee
 
 LEAST_IMPROVEMENT = 1e-3
@@ -50,6 +50,7 @@ class Progress:
     moved_at: int = 0
     peak: MeasuredPeak | None = None
     peaks: list[MeasuredPeak] = field(default_factory=list)
+    dequantizing: DequantizeRecord | None = None
     outcome: Outcome = "completed"
     failure: str | None = None
     lost: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, Literal
 
@@ -154,6 +155,39 @@ def weight_of(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         return rows.mul_(held.SCB.unsqueeze(1).mul(1.0 / 127.0))
     plain: torch.Tensor = weight.t() if isinstance(module, Conv1D) else weight
     return plain.to(dtype)
+
+
+def is_made(module: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether *module* multiplies activations in *dtype* by a weight that it makes anew each time, as nf4 does.
+
+    For few tokens bitsandbytes might multiply without making it, to the same result up to rounding.
+    """
+    state = getattr(module.weight, "quant_state", None)
+    return state is not None and state.dtype == dtype
+
+
+def reuses_weight(module: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether *module* keeps the weight that it makes for activations in *dtype* until it goes back through them."""
+    return getattr(module, "is_reusing", False) and is_made(module, dtype)
+
+
+def reuse_weights(module: torch.nn.Module) -> None:
+    """Let the nf4 modules inside *module* save the weights that they make, for their backward passes.
+
+    That is for modules which are computed again, where all that is saved lives from then on and not before.
+    """
+    for inside in module.modules():
+        if type(inside).__name__ == "Linear4bit":
+            inside.is_reusing = True  # type: ignore[assignment]
+            inside.forward = functools.partial(_by_kept_weight, inside, inside.forward)
+
+
+def _by_kept_weight(module: Any, others: Any, x: torch.Tensor) -> torch.Tensor:
+    """A module's product without an adapter, by a weight that autograd keeps where it needs one."""
+    if torch.is_grad_enabled() and x.requires_grad and reuses_weight(module, x.dtype):
+        return torch.nn.functional.linear(x, weight_of(module, x.dtype), module.bias)
+    result: torch.Tensor = others(x)
+    return result
 
 
 def stored(

@@ -87,6 +87,20 @@ class FallbackRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DequantizeRecord:
+    """Which kernel dequantizes nf4 weights on this GPU, and what each takes for the largest.
+
+    Attributes:
+        own_seconds: None where ours does not give what bitsandbytes' gives.
+    """
+
+    kernel: Literal["bitsandbytes", "own"]
+    num_elements: int
+    bitsandbytes_seconds: float
+    own_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """One quantity, predicted before the run and measured in it."""
 
@@ -117,6 +131,7 @@ class RunRecord:
             to have allocated.
         peaks: the measured memory of each process, in the order of ranks; comparisons have the highest.
         best_step: the updates behind the saved adapter, where it is the best of the evaluated ones.
+        dequantizing: None where there was nothing to choose.
     """
 
     format_version: int
@@ -138,6 +153,7 @@ class RunRecord:
     evaluations: tuple[EvaluationRecord, ...] = ()
     samples: tuple[SampleRecord, ...] = ()
     fallbacks: tuple[FallbackRecord, ...] = ()
+    dequantizing: DequantizeRecord | None = None
     configuration: Configuration | None = None
     evaluation_micro_batch_size: int | None = None
     evaluation_peak_bytes: int | None = None

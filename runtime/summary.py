@@ -57,6 +57,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         evaluations=tuple(progress.evaluations),
         samples=_samples(request, progress),
         fallbacks=tuple(progress.fallbacks),
+        dequantizing=progress.dequantizing,
         configuration=kept.candidate.configuration,
         evaluation_micro_batch_size=kept.evaluation_micro_batch_size if work.eval_windows else None,
         evaluation_peak_bytes=kept.evaluation_peak_bytes if work.eval_windows else None,

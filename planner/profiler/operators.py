@@ -69,6 +69,14 @@ def is_matrix_product(func: Any) -> bool:
     return known
 
 
+def makes_weights(func: Any) -> bool:
+    """Whether *func* makes quantized weights, or their constants, into numbers."""
+    return bool(func.namespace == "bitsandbytes") and func._overloadpacket.__name__ in _DEQUANTIZES
+
+
+_DEQUANTIZES = ("dequantize_4bit", "dequantize_blockwise")
+
+
 def is_transfer(func: Any) -> bool:
     """Whether *func* copies between host and device, as offloaded activations are, or waits for such a copy."""
     return bool(func.namespace == "shallowflow")
@@ -168,7 +176,7 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     num_bytes = _traffic(func, name, inputs, outputs) if changed is None else changed
     if is_transfer(func):
         return (OpCost("arrival", 0, 0) if name == "arrival" else OpCost("host", 0, num_bytes // 2),)
-    if name in ("dequantize_4bit", "dequantize_blockwise"):
+    if name in _DEQUANTIZES:
         return (OpCost("dequantize", math.prod(outputs[0].shape), num_bytes),)
     kind = _kind(name, inputs) if flops and outputs else "memory"
     if kind.startswith("attention"):
@@ -178,7 +186,16 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     weight = math.prod(args[2]) * args[0].itemsize
     packed = sum(map(_touched, inputs[1:]))
     product = _touched(args[0]) + _touched(outputs[0])
-    return OpCost("dequantize", math.prod(args[2]), packed + weight), OpCost(kind, flops, product + weight)
+    made = OpCost("dequantize", math.prod(args[2]), packed + weight)
+    return *_constants(kwargs.get("absmax_8bit")), made, OpCost(kind, flops, product + weight)
+
+
+def _constants(quantized: torch.Tensor | None) -> tuple[OpCost, ...]:
+    """Constants in 8 bits are made into fp32 first, and their mean is added (bitsandbytes' CUDA backend)."""
+    if quantized is None:
+        return ()
+    count = quantized.numel()
+    return OpCost("dequantize", count, 5 * count), OpCost("memory", 0, 8 * count)
 
 
 def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counted: OpCost) -> OpCost:

@@ -237,6 +237,8 @@ class Recorder(TorchDispatchMode):
             self._share(out, args[0])
         if self.target.device_type == "cpu" or not operators.leaves_device(func):
             self._follow_all(out)
+        if operators.makes_weights(func) and (number := self.follow(out)) is not None:
+            self.trace.stages[number] = "temporaries"  # in a recomputed layer, too
         if operators.is_matrix_product(func):
             thread = "autograd" if self.phase == "backward" else "main"
             wanted = kernels.library_workspaces(self.target, func, args, kwargs)

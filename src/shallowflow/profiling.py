@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import get_args
 
-from shallowflow.planner.allowed import formats
+from shallowflow.planner.allowed import every_strategy
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LENGTH_STRIDE, LayerKind, LengthProfile, ModelProfile, layer_cost
 from shallowflow.planner.plan import Workload
-from shallowflow.planner.strategies import Activations, Method, Strategy, TargetModules
+from shallowflow.planner.strategies import PARTIAL, Method, Strategy, TargetModules
 from shallowflow.profiles.load import load_gpu, load_model
-from shallowflow.profiles.specs import GpuSpec
-from shallowflow.session import PARTIAL, Progress, RequestError, Session
+from shallowflow.session import Progress, RequestError, Session
 from shallowflow.workloads import check_method, check_sizes
 
 USUAL_RANK = 16
@@ -86,15 +83,6 @@ def model_profile(session: Session, sequence_length: int, micro_batch_size: int,
         target_modules=None if session.adapter == "full" else session.target_modules,
         kinds=tuple(kinds),
         refused=tuple(refused.items()),
-    )
-
-
-def every_strategy(gpu: GpuSpec, method: Method = "lora") -> tuple[Strategy, ...]:
-    """All that can be done to a layer on *gpu*; where host and device are one, nothing is offloaded."""
-    policies: list[Activations] = [p for p in get_args(Activations) if p != "offload" or gpu.device_type == "cuda"]
-    return tuple(
-        Strategy(weight_format=weight_format, activations=policy, double_quantization=twice)
-        for (weight_format, twice), policy in product(formats(gpu, method), policies)
     )
 
 

@@ -14,6 +14,7 @@ from shallowflow.planner.plan import Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import (
+    PARTIAL,
     Cell,
     Configuration,
     Method,
@@ -29,8 +30,6 @@ from shallowflow.profiles.specs import GpuSpec, ModelSpec
 
 Progress = Callable[[str], None]
 
-PARTIAL = ("recompute attention", "recompute mlp")
-"""Policies that need a module of their own in each layer, which some architectures lack."""
 FP32_BYTES = 4
 UPDATED_LENGTH = 32
 """Of the sequences before an update, which knows nothing of them."""

@@ -98,6 +98,11 @@ def _check_strategies(workload: Workload, gpu: GpuSpec) -> None:
         return
     if workload.activations == "offload" and gpu.device_type == "cpu":
         raise RequestError("a CPU has no other memory to offload to; try --fix activations=recompute")
+    if workload.activations is not None and workload.activations.endswith("reusing weights"):
+        raise RequestError(
+            f"weights in {workload.quantization} are not dequantized to recompute with, so none are reused; "
+            f"try --quantization nf4, or --fix activations={workload.activations.removesuffix(' reusing weights')!r}"
+        )
     raise RequestError(
         f"weights in {workload.quantization} have no double quantization; "
         "try --quantization nf4, or --fix double_quantization=false"

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 import shallowflow
 from shallowflow.planner import costs
+from shallowflow.planner.allowed import every_strategy
 from shallowflow.planner.costs import StepProfile
 from shallowflow.planner.layer_cost import LayerCost, LengthProfile, Unlike, layer_cost
 from shallowflow.planner.strategies import Activations, Adapter, Strategy, TargetModules, WeightFormat
 from shallowflow.profiles import ModelSpec, load_gpu, load_model
-from shallowflow.profiling import every_strategy, length_profile
+from shallowflow.profiling import length_profile
 from shallowflow.runtime import build
 from shallowflow.session import RequestError, Session
 from tests.planner import tiny
@@ -184,7 +185,7 @@ def test_kinds_of_layers_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
     spec = ModelSpec(name="tiny", config=config)
     monkeypatch.setattr("shallowflow.profiling.load_model", lambda _name: spec)
     one = (Strategy(weight_format="fp16", activations="save"),)
-    monkeypatch.setattr("shallowflow.profiling.every_strategy", lambda _gpu: one)
+    monkeypatch.setattr("shallowflow.profiling.every_strategy", lambda *_: one)
 
     found = shallowflow.profile("tiny", sequence_length=64)
 

@@ -127,7 +127,7 @@ def test_rows_are_as_long_as_they_are(weight_format: WeightFormat) -> None:
         held: Any = module
         base = quantized.weight_of(held.base_layer, torch.float32)
         summed = base + held.scaling["default"] * held.lora_B["default"].weight @ held.lora_A["default"].weight
-        torch.testing.assert_close(dora.row_lengths(held, "default", torch.float32), summed.norm(dim=1))
+        torch.testing.assert_close(dora.row_lengths(held, "default", base), summed.norm(dim=1))
         torch.testing.assert_close(held.lora_magnitude_vector["default"].squares.sqrt(), base.norm(dim=1))
 
 
