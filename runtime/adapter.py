@@ -52,7 +52,7 @@ def _forward(module: Any, others: Any, x: torch.Tensor, *args: Any, **kwargs: An
     lengths = dora.row_lengths(module, name, weight)
     magnitude = module.lora_magnitude_vector[name].weight
     made = weight if quantized.is_made(base, x.dtype) else None
-    scaled = _applied(_Rescaled, x, *matrices, magnitude, lengths, base, module.scaling[name], made)
+    scaled: torch.Tensor = _applied(_Rescaled, x, *matrices, magnitude, lengths, base, module.scaling[name], made)
     return scaled if base.bias is None else scaled + base.bias
 
 
@@ -61,9 +61,11 @@ def _adapted(
 ) -> torch.Tensor:
     """``_Adapted``, or, where computing again may end with *module*, the same in two parts."""
     if not again.ends_with(module):
-        return _applied(_Adapted, x, down, up, base, scaling)
+        whole: torch.Tensor = _applied(_Adapted, x, down, up, base, scaling)
+        return whole
     stand_in, inner, kept = _applied(_Ahead, x, down, up, base, scaling)
-    return _applied(_After, stand_in, x, inner, up, base, kept)
+    result: torch.Tensor = _applied(_After, stand_in, x, inner, up, base, kept)
+    return result
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:

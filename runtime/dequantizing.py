@@ -109,7 +109,7 @@ def _constants(state: Any) -> torch.Tensor:
 
 def _largest(model: torch.nn.Module) -> Any:
     made = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and quantized.is_quantized(m)]
-    return max(made, key=lambda module: module.weight.numel(), default=None)  # type: ignore[operator, union-attr]
+    return max(made, key=lambda module: module.weight.numel(), default=None)  # type: ignore[operator]
 
 
 def _on_device(run: Callable[[], object]) -> float:
@@ -120,4 +120,5 @@ def _on_device(run: Callable[[], object]) -> float:
         run()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000 / NUM_TIMED
+    seconds: float = begin.elapsed_time(end) / 1000 / NUM_TIMED
+    return seconds

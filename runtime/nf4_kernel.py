@@ -23,7 +23,7 @@ def kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit  # reads annotations, too, and knows no others
+    @triton.jit  # type: ignore[untyped-decorator]  # reads annotations, too, and knows no others
     def unpack(packed, absmax, table, out, num_bytes, num_blocks, half: tl.constexpr, blocks: tl.constexpr):  # type: ignore[no-untyped-def]
         block = tl.program_id(0) * blocks + tl.arange(0, blocks)
         scale = tl.load(absmax + block, mask=block < num_blocks, other=0)[:, None]

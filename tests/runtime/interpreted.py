@@ -18,7 +18,7 @@ def main(dtype: torch.dtype) -> None:
         for double_quantization in (False, True):
             torch.manual_seed(0)
             parent = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
-            parent[0].weight.data[0, :5] = 0
+            torch.nn.init.zeros_(parent.get_submodule("0").get_parameter("weight").data[0, :5])
             quantized.quantize_linears(parent, "nf4", dtype, double_quantization)
             module: Any = parent[0]
             state = module.weight.quant_state
