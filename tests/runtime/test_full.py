@@ -110,13 +110,13 @@ def test_a_state_goes_over_to_the_other_optimizer(before: Optimizer, after: Opti
         optimizers.restore(new.optimizer, optimizers.state(old.optimizer))
     moments = ("exp_avg" if after == "adamw" else "state1", "exp_avg" if before == "adamw" else "state1")
     embeddings = [next(iter(one.model.parameters())) for one in (new, same)]
-    kept = [one.optimizer.state[p][name] for one, p, name in zip((new, same), embeddings, moments, strict=True)]
+    kept = [one.optimizer.state[p][moment] for one, p, moment in zip((new, same), embeddings, moments, strict=True)]
     assert kept[0].equal(kept[1])
     same.step([batch])
     new.step([batch])
-    for name, tensor in checkpoint.learned(new).items():
-        moved = (tensor - checkpoint.learned(same)[name]).abs().max()
-        assert float(moved) <= (0 if before == after else 2e-4), name
+    for path, tensor in checkpoint.learned(new).items():
+        moved = (tensor - checkpoint.learned(same)[path]).abs().max()
+        assert float(moved) <= (0 if before == after else 2e-4), path
 
 
 # Runs
