@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from . import calibrated
 from .check import BadFacts, FactsError, UnknownName, validate_config
-from .specs import GpuSpec, InstanceSpec, ModelSpec, Price, Source, Trust
+from .specs import GpuSpec, InstanceSpec, ModelSpec, Price, Source, StoragePrices, StorageSpec, Trust
 
 __all__ = [
     "BadFacts",
@@ -28,6 +28,7 @@ __all__ = [
     "load_instance",
     "load_instances",
     "load_model",
+    "load_storage",
     "model_names",
     "validate_config",
 ]
@@ -91,6 +92,25 @@ def load_instance(name: str) -> InstanceSpec:
         if instance.name == name.strip().lower():
             return instance
     raise UnknownName(_unknown("instance", name, instance_names()))
+
+
+@cache
+def load_storage(cloud: str = "aws") -> StorageSpec:
+    """What storage costs at one provider."""
+    path = FACTS / "storage" / f"{cloud}.toml"
+    facts = _read_toml(path)
+    try:
+        return StorageSpec(cloud=facts["cloud"], volume=_storage(facts["volume"]), bucket=_storage(facts["bucket"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadFacts(f"{path.name}: incomplete or broken: {error}") from error
+
+
+def _storage(facts: Mapping[str, Any]) -> StoragePrices:
+    prices = {row["region"]: float(row["usd_per_gb_month"]) for row in facts["prices"]}
+    for region, price in prices.items():
+        if not (math.isfinite(price) and price > 0):
+            raise ValueError(f"{region} = {price}")
+    return StoragePrices(name=facts["name"], usd_per_gb_month=prices, date=facts["date"], source=facts["source"])
 
 
 def model_names() -> list[str]:

@@ -96,6 +96,25 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoragePrices:
+    """What one kind of storage costs by region; regions whose price could not be sourced are left out."""
+
+    name: str
+    usd_per_gb_month: Mapping[str, float]
+    date: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageSpec:
+    """Storage of one provider: *volume* is an instance's own disk, *bucket* keeps what outlives it."""
+
+    cloud: str
+    volume: StoragePrices
+    bucket: StoragePrices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceSpec:
     """One cloud instance type: what it holds, and its price by region.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from shallowflow.planner import words
+from shallowflow.planner import outlook, words
 from shallowflow.planner.plan import Plan
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
@@ -28,11 +28,6 @@ ACCELERATORS = {
 }
 """SkyPilot's names of the GPUs in shipped instances (its catalog's AcceleratorName)."""
 
-SYSTEM_BYTES = 60 * 10**9
-"""Of the disk, for the system, CUDA and Python's packages."""
-LEARNED_BYTES = 3 * 12 + 4
-"""For each parameter that learns: weight and two moments in fp32 in two checkpoints and one that is being written, and
-the model. Of an adapter they are few enough."""
 MOST_RESTARTS = 2
 """After an error that is no interruption."""
 BUCKET = re.compile(r"(?!\d+\.\d+\.\d+\.\d+$)(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -120,12 +115,10 @@ def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ..
 
 
 def _fields(plan: Plan, job: Job, num_gpus: int) -> dict[str, Any]:
-    weights_bytes = 2 * plan.num_parameters
-    learned_bytes = LEARNED_BYTES * plan.num_parameters if plan.configuration.is_full else 0
     resources: dict[str, Any] = {
         "infra": "aws",
         "accelerators": {ACCELERATORS[plan.gpu]: num_gpus},
-        "disk_size": math.ceil((SYSTEM_BYTES + 2 * weights_bytes + learned_bytes) / 1e9),
+        "disk_size": outlook.disk_gb(plan),
         "use_spot": job.spot,
         "job_recovery": {"max_restarts_on_errors": MOST_RESTARTS},
     }

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shallowflow.comparing import whatif
     from shallowflow.planner.plan import Plan, Workload
     from shallowflow.planner.profiler.user_step import simulate
     from shallowflow.planner.remedies import Infeasible
@@ -36,6 +37,7 @@ _HOMES = {
     "simulate": "planner.profiler.user_step",
     "trade_offs": "tradeoffs",
     "train": "runtime.run",
+    "whatif": "comparing",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "simulate",
     "trade_offs",
     "train",
+    "whatif",
 ]
 
 

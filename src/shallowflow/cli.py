@@ -36,6 +36,7 @@ from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
 from shallowflow.weigh_command import weigh_command
+from shallowflow.whatif_command import whatif_command
 
 
 class Commands(click.Group):
@@ -70,6 +71,7 @@ def cli() -> None:
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
     sfplan frontier MODEL               what memory and finer weights buy
+    sfplan whatif MODEL                 every instance, region, spot or on demand, in hours and dollars
     sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
@@ -159,6 +161,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
 
 for _command in (
     frontier_command,
+    whatif_command,
     train_command,
     merge_command,
     evaluate_command,

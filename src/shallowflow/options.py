@@ -130,9 +130,16 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
 def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     """Every option that a ``Workload`` is made from, and the GPU's."""
     count = click.IntRange(min=1)
+    gpu = click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
+    gpus = click.option("--gpus", type=count, default=1, show_default=True, help="How many of them.")
+    region = click.option("--region", default=DEFAULTS.region, show_default=True, help="Where prices are taken from.")
+    return gpu(gpus(work_options(region(command))))
+
+
+def work_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Every option that a ``Workload`` is made from, but for those that say where it runs."""
+    count = click.IntRange(min=1)
     options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
-        click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu."),
-        click.option("--gpus", type=count, default=1, show_default=True, help="How many of them."),
         click.option(
             "--sequence-length",
             type=click.IntRange(min=2),
@@ -196,7 +203,6 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="KEY=VALUE",
             help=f"Pin a decision: {', '.join(FIXABLE)}.",
         ),
-        click.option("--region", default=DEFAULTS.region, show_default=True, help="Where prices are taken from."),
     ]
     for option in reversed(options):
         command = option(command)

@@ -25,6 +25,7 @@ from shallowflow.profiles.load import (
     load_instance,
     load_instances,
     load_model,
+    load_storage,
     model_names,
 )
 from shallowflow.profiles.specs import Trust
@@ -157,6 +158,33 @@ def test_g4dn_xlarge_is_as_aws_states_it() -> None:
     assert (instance.network_bits_per_second, instance.disk_bytes_per_second) == (5e9, 118.75e6)
     assert prices["us-east-1"].on_demand_usd_per_hour == 0.526
     assert prices["us-east-1"].spot_usd_per_hour == 0.202
+
+
+def test_storage_has_its_prices_dates_and_sources() -> None:
+    """A bucket's price in every region with instances; a disk's where one could be sourced; all of them plausible."""
+    storage = load_storage()
+    regions = {price.region for instance in load_instances() for price in instance.prices}
+
+    assert set(storage.bucket.usd_per_gb_month) == regions
+    assert {"us-east-1", "us-west-2", "eu-west-1"} <= set(storage.volume.usd_per_gb_month) <= regions
+    for kind, least, most in ((storage.bucket, 0.02, 0.05), (storage.volume, 0.07, 0.15)):
+        assert kind.date and kind.source
+        assert all(least < price < most for price in kind.usd_per_gb_month.values())
+
+
+def test_broken_storage_prices_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One line with the file, for a price that is none, and for a provider without a file."""
+    (tmp_path / "storage").mkdir()
+    rows = 'name = "disk"\ndate = "today"\nsource = "a list"\nprices = [{ region = "here", usd_per_gb_month = -1 }]\n'
+    (tmp_path / "storage" / "mine.toml").write_text(
+        f'cloud = "mine"\n[volume]\n{rows}[bucket]\n{rows}', encoding="utf-8"
+    )
+    monkeypatch.setattr("shallowflow.profiles.load.FACTS", tmp_path)
+
+    for cloud in ("mine", "nobody"):
+        with pytest.raises(BadFacts, match=f"{cloud}.toml") as caught:
+            load_storage(cloud)
+        assert one_line(caught.value)
 
 
 def test_instances_are_found_by_gpu() -> None:
