@@ -164,7 +164,7 @@ def learned_bytes(plan: Plan) -> int:
 
 
 def state_bytes(plan: Plan) -> int:
-    """What a checkpoint holds: what was learned, the optimizer's state, and, where text is held out, the best so far."""
+    """What a checkpoint holds: what was learned, the optimizer's state, and the best so far where text is held out."""
     optimizer = sum(part.num_bytes for part in plan.memory if part.category == "optimizer")
     return learned_bytes(plan) * (2 if plan.workload.num_eval_sequences else 1) + optimizer
 

@@ -49,6 +49,7 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
     finally:
         dequantizing.restore()
         trackers.finish()
+        progress.notes += trackers.news()
 
 
 def _following(work: Work, progress: Progress, failed: Promise) -> tuple[int, Promise] | None:
@@ -98,7 +99,7 @@ def _attempt(
         learner = Learner.begin(work, progress, kept, path, trackers)
         if work.ranks.leads:
             folder.note_request(work.plan, work.request)
-        with interrupts.deferred(work.ranks, asked) as check:
+        with interrupts.deferred(work.ranks, asked, learner.must_stop) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
     except (torch.OutOfMemoryError, fallback.BeyondBudget) as error:

@@ -43,7 +43,8 @@ class State:
         seconds: on the wall, all sessions together.
         loss_scale, num_skipped, num_calm: see LossScale.
         before: answers to the prompts before training.
-        alternative, best_step, moved_at, plan: see Progress.
+        alternative, best_step, moved_at, plan, interruptions: see Progress.
+        total: updates that the run was to make.
     """
 
     steps: tuple[StepRecord, ...]
@@ -59,6 +60,8 @@ class State:
     best_step: int | None = None
     moved_at: int = 0
     plan: str = ""
+    interruptions: int = 0
+    total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,7 @@ def finish(folder: Path) -> None:
     """Give a checkpoint in *folder* its name that lacks nothing else, its process killed; only for who writes there."""
     for left in folder.glob(".step-????????.partial"):
         final = folder / left.name.removeprefix(".").removesuffix(".partial")
-        if not final.exists() and _doubt(left) is None:
+        if not final.exists() and doubt(left) is None:
             left.rename(final)
 
 
@@ -119,10 +122,10 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in *folder* that is what its manifest says; and why newer ones are not believed."""
     doubts: list[str] = []
     for path in _found(folder):
-        doubt = _doubt(path)
-        if doubt is None:
+        found = doubt(path)
+        if found is None:
             return path, doubts
-        doubts.append(f"checkpoint {path.name} is passed over: {doubt}")
+        doubts.append(f"checkpoint {path.name} is passed over: {found}")
     return None, doubts
 
 
@@ -180,7 +183,7 @@ def _found(folder: Path) -> list[Path]:
     return sorted(names, key=lambda path: path.name, reverse=True)
 
 
-def _doubt(path: Path) -> str | None:
+def doubt(path: Path) -> str | None:
     """Why *path* is not to be believed; None if it is."""
     try:
         manifest = msgspec.json.decode((path / _MANIFEST).read_bytes(), type=dict[str, str])

@@ -56,6 +56,7 @@ def _lines(work: Work, kept: Promise) -> list[str]:
     price = "" if request.usd_per_hour is None else f", ${seconds / 3600 * request.usd_per_hour:,.2f}"
     longer = " or more" if plan.configuration.is_full else ""  # where writing them takes a minute
     saves = f"{request.save_every} steps" if request.save_every else f"{words.duration(SAVE_SECONDS)}{longer}"
+    places = [str(request.output), *([request.store] if request.store else [])]
     found = [
         f"{plan.model_name} on {plan.gpu}: {words.summary(plan.configuration)}",
         "the step, traced: as planned, to the byte" if not kept.notes else "the step, traced: fits",
@@ -63,7 +64,7 @@ def _lines(work: Work, kept: Promise) -> list[str]:
         f"data: {words.counted(len(work.windows), 'sequence')}, {targets:,} tokens to learn",
         f"training: {words.counted(work.total, 'step')} of {plan.configuration.global_batch_size} sequences, "
         f"{words.duration(seconds)}{price}",
-        f"checkpoints: every {saves}, in {request.output}",
+        f"checkpoints: every {saves}, in {' and '.join(places)}",
     ]
     if work.eval_windows:
         every = f"every {words.counted(request.eval_every, 'step')} and " if request.eval_every else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .files import new_folder, write_text
 from .record import RunRecord, to_json
 from .request import RunError, RunRequest, learning_rate
 from .simulated import step_timeline
+from .spend import SPENDING_FOLDER
 from .step import Trainee
 from .weights import plain, write_model
 
@@ -29,6 +30,8 @@ REQUEST = "request.json"
 """What tells whether a folder holds the run that is to be resumed."""
 _HELD = ".running"
 """Held while a run writes; one that was killed leaves it behind."""
+_LEFT = (_HELD, SPENDING_FOLDER)
+"""What a run that was refused may leave behind: its seconds are paid."""
 _GPUS, _COURSE = "GPUs", "course"
 """Of what tells a run from others, that which lets it go on with a plan for another number of GPUs."""
 BEST = "best"
@@ -46,7 +49,7 @@ def check_output(output: Path, resume: bool) -> None:
     for path in (output, *output.parents):
         if path.is_file():
             raise RunError(f"{path} is a file; give a folder with --output")
-    if output.is_dir() and any(path.name != _HELD for path in output.iterdir()):
+    if output.is_dir() and any(path.name not in _LEFT for path in output.iterdir()):
         if not (output / REQUEST).is_file():
             raise RunError(f"{output} is not empty; give a new folder with --output")
         if not resume:
@@ -113,13 +116,18 @@ def check_same(plan: Plan, request: RunRequest) -> bool:
         other = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.DecodeError:
         raise RunError(f"{path} is not what a run writes; give a new folder with --output") from None
+    return check_alike(plan, request, other, str(request.output))
+
+
+def check_alike(plan: Plan, request: RunRequest, other: Mapping[str, str], where: str) -> bool:
+    """As ``check_same``, with the run that has the fingerprint *other* and lies *where* people are told."""
     mine = fingerprint(plan, request)
     differing = {name for name in mine if other.get(name, "") != mine[name]}
     moves = _GPUS in differing and _COURSE not in differing
     for name in mine:
         if name in differing and name not in ({_GPUS, _COURSE, "plan"} if moves else {_GPUS, _COURSE}):
             raise RunError(
-                f"{request.output} holds a run whose {name} differs; give the same {name} as it began with, "
+                f"{where} holds a run whose {name} differs; give the same {name} as it began with, "
                 "or a new folder with --output"
             )
     return moves

@@ -14,12 +14,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def deferred(ranks: Ranks = ALONE, asked: list[int] | None = None) -> Iterator[Callable[[], None]]:
+def deferred(
+    ranks: Ranks = ALONE, asked: list[int] | None = None, must_stop: Callable[[], bool] = lambda: False
+) -> Iterator[Callable[[], None]]:
     """Within, a first SIGINT or SIGTERM is kept until the function given is called, which raises KeyboardInterrupt.
 
     A second one raises it at once. Of several processes, all raise it at the same call when one of them was asked, and
     a second signal changes nothing: launchers pass on what a terminal may have sent already. *asked* gets every signal,
-    for who leaves before it was obeyed. In any thread but the main one, signals stay as they are.
+    for who leaves before it was obeyed. What *must_stop* answers at such a call counts like a first signal. In any
+    thread but the main one, signals stay as they are.
     """
     asked = [] if asked is None else asked
 
@@ -29,7 +32,8 @@ def deferred(ranks: Ranks = ALONE, asked: list[int] | None = None) -> Iterator[C
             raise KeyboardInterrupt
 
     def check() -> None:
-        if ranks.vote(STOP if asked else WELL) == STOP:
+        stops = must_stop()
+        if ranks.vote(STOP if asked or stops else WELL) == STOP:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

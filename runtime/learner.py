@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shallowflow.planner.wall_time import save_interval_seconds
 
 from . import batches, build, checkpoint, dequantizing, fallback, folder, sample
 from .evaluate import mean_loss, perplexity
+from .guard import Guard
 from .joining import end_together
 from .meter import MeasuredPeak, highest
 from .precision import LEAST_SCALE
@@ -24,10 +25,12 @@ from .promise import Promise
 from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
 from .record import EvaluationRecord, StepRecord
 from .request import RunError, RunRequest, learning_rate
+from .spot import Wish
 from .step import Trainee, make_trainee
+from .storage import Vault
 from .trackers import Trackers
 from .train import train as training_steps
-from .watch import Watcher
+from .watch import Money, Watcher
 from .weights import WeightsSource, load_weights
 
 
@@ -43,6 +46,8 @@ class Work:
         prompts: tokens of the prompts to answer.
         total: updates to make.
         ranks: the processes that share it; the first one alone writes and tells.
+        guard: what may end it before its time.
+        vault: its store, where it has one, in the process that writes.
     """
 
     plan: Plan
@@ -56,6 +61,8 @@ class Work:
     prompts: list[list[int]]
     total: int
     ranks: Ranks = ALONE
+    guard: Guard = field(default_factory=Guard)
+    vault: Vault | None = None
 
 
 @dataclass(slots=True)
@@ -140,7 +147,7 @@ class Learner:
             if len(progress.steps) < self.work.total:
                 progress.outcome = "stopped early"
         except KeyboardInterrupt:
-            progress.outcome = "interrupted"
+            progress.outcome = self.work.guard.outcome
             if self.updating:  # a second signal, which did not wait
                 progress.failure = "interrupted within an update, which is half made and not kept"
             else:
@@ -176,6 +183,7 @@ class Learner:
             seed=work.request.seed,
             first=done,
         )
+        work.guard.step_begins = True
         for record in made:
             self._hear(record)
             self._evaluate_when_due()
@@ -184,6 +192,7 @@ class Learner:
                 break
             if record.memory_measured and progress.peak is not None and len(progress.steps) < work.total:
                 fallback.check_budget(work.plan, self.promise.candidate, progress.peak)
+            work.guard.step_begins = True
 
     def _hear(self, record: StepRecord) -> None:
         scale = self.trainee.loss_scale
@@ -195,9 +204,14 @@ class Learner:
                 "--learning-rate in a new --output"
             )
         self.progress.steps.append(record)
+        self.work.guard.stepped(record.seconds)
         if record.memory_measured:
             self._share_peak()
-        self.trackers.step(record)
+        guard = self.work.guard
+        self.trackers.step(
+            record, self.progress.peak, None if guard.spend is None else guard.spend.usd(guard.session_seconds())
+        )
+        self._tell_money()
         self.work.watcher.step(record, self.progress.peak)
 
     def _keep_peak(self, peak: MeasuredPeak) -> None:
@@ -279,6 +293,37 @@ class Learner:
         if progress.mark == progress.saved or not self.work.ranks.leads:
             return
         path, began = self.work.request.output / folder.CHECKPOINTS, time.perf_counter()
-        checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)
+        made = checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)
         progress.saved, progress.saved_at = progress.mark, time.perf_counter()
         progress.saving_seconds = progress.saved_at - began
+        self.work.guard.saved(made, len(progress.steps), progress.saving_seconds)
+
+    # What may end a run before its time
+
+    def must_stop(self) -> bool:
+        """Save where a notice asks for it; returns whether to end, as after Ctrl-C. Asked before every micro-batch."""
+        guard = self.work.guard
+        wish = guard.wish()
+        untold = self.trackers.news()
+        self.progress.notes += untold
+        for line in (*guard.news(), *untold):
+            self.work.watcher.note(line)
+        if wish is Wish.SAVE:
+            self.save_state()
+            guard.insist()
+        return wish is Wish.STOP
+
+    def _tell_money(self) -> None:
+        guard, progress = self.work.guard, self.progress
+        if guard.spend is None:
+            return
+        left = max(0, self.work.total - len(progress.steps))
+        spent = guard.spend.usd(guard.session_seconds())
+        self.work.watcher.money(
+            Money(
+                usd=spent,
+                projected_usd=guard.projected_usd(left),
+                budget_usd=guard.spend.budget_usd,
+                interruptions=progress.interruptions,
+            )
+        )

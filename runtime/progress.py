@@ -34,6 +34,8 @@ class Progress:
         clock: when this session began.
         failure: why the run cannot go on.
         lost: whether that is another process's end.
+        interruptions: times that the run was ended before its end and gone on with.
+        total: updates to make.
     """
 
     started: str
@@ -54,6 +56,8 @@ class Progress:
     outcome: Outcome = "completed"
     failure: str | None = None
     lost: bool = False
+    interruptions: int = 0
+    total: int = 0
     clock: float = field(default_factory=time.perf_counter)
     earlier_seconds: float = 0.0
     saved: tuple[int, int, int] = (0, 0, 0)
@@ -91,6 +95,8 @@ class Progress:
             best_step=self.best_step,
             moved_at=self.moved_at,
             plan=self.plan,
+            interruptions=self.interruptions,
+            total=self.total,
         )
 
     def go_back_to(self, state: checkpoint.State) -> None:

@@ -15,7 +15,7 @@ from .meter import MeasuredPeak
 
 RUN_FORMAT_VERSION = 1
 
-Outcome = Literal["completed", "stopped early", "interrupted", "failed"]
+Outcome = Literal["completed", "stopped early", "interrupted", "out of budget", "failed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +132,11 @@ class RunRecord:
         peaks: the measured memory of each process, in the order of ranks; comparisons have the highest.
         best_step: the updates behind the saved adapter, where it is the best of the evaluated ones.
         dequantizing: None where there was nothing to choose.
+        usd: of all sessions, from their beginning to their end; of one that was killed up to half a minute too much.
+        budget_usd: what it might be.
+        projected_usd: what the whole run comes to, at the pace of this session; None where nothing tells.
+        interruptions: times that the run was ended before its end, this one included; a session that learned nothing
+            counts for none.
     """
 
     format_version: int
@@ -159,6 +164,9 @@ class RunRecord:
     evaluation_peak_bytes: int | None = None
     best_step: int | None = None
     peaks: tuple[MeasuredPeak, ...] = ()
+    budget_usd: float | None = None
+    projected_usd: float | None = None
+    interruptions: int = 0
 
     @property
     def tokens_per_second(self) -> float | None:

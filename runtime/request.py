@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class RunRequest:
         patience: evaluations without improvement after which training stops; the best one's is the result then.
         samples: prompts that are answered before and after training.
         track: Accelerate's trackers that hear of every step.
+        store: where checkpoints and results go as well, such as ``s3://bucket/prefix``.
+        budget_usd: what all sessions together may cost at most; needs the price.
         data_format: how the rows of both data files are read; None tells it from their columns.
     """
 
@@ -63,6 +66,8 @@ class RunRequest:
     samples: tuple[str, ...] = ()
     track: tuple[str, ...] = ()
     data_format: Format | None = None
+    store: str | None = None
+    budget_usd: float | None = None
 
 
 def check_request(request: RunRequest) -> None:
@@ -78,8 +83,7 @@ def check_request(request: RunRequest) -> None:
         raise RunError(f"the learning rate is {rate}; give a positive number, such as {LEARNING_RATE}")
     if request.num_steps is not None and not 1 <= request.num_steps <= MOST_STEPS:
         raise RunError(f"the number of steps is {request.num_steps}; give one from 1 to {MOST_STEPS:,}")
-    if request.usd_per_hour is not None and not (math.isfinite(request.usd_per_hour) and request.usd_per_hour >= 0):
-        raise RunError(f"the price is {request.usd_per_hour} dollars an hour; give a number with --usd-per-hour")
+    _check_money_and_store(request)
     if not all(prompt.strip() for prompt in request.samples):
         raise RunError("a prompt to sample is empty; give some words with --sample")
     every = {"--save-every": request.save_every, "--eval-every": request.eval_every, "--patience": request.patience}
@@ -100,6 +104,18 @@ def learning_rate(plan: Plan, request: RunRequest) -> float:
     """That of the run: as asked for, or the usual one of what learns in *plan*."""
     usual = FULL_LEARNING_RATE if plan.configuration.is_full else LEARNING_RATE
     return usual if request.learning_rate is None else request.learning_rate
+
+
+def _check_money_and_store(request: RunRequest) -> None:
+    if request.usd_per_hour is not None and not (math.isfinite(request.usd_per_hour) and request.usd_per_hour >= 0):
+        raise RunError(f"the price is {request.usd_per_hour} dollars an hour; give a number with --usd-per-hour")
+    if request.budget_usd is not None:
+        if not (math.isfinite(request.budget_usd) and request.budget_usd > 0):
+            raise RunError(f"the budget is {request.budget_usd} dollars; give a positive number with --budget-usd")
+        if request.usd_per_hour is None:
+            raise RunError("--budget-usd needs the machine's price; give it with --usd-per-hour")
+    if request.store is not None and importlib.util.find_spec("boto3") is None:
+        raise RunError("--store needs the package boto3; install it with: pip install boto3")
 
 
 def device_of(plan: Plan, local_rank: int = 0) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.profiler import cache
 
-from . import batches, checkpoint, folder, joining, sample, summary
+from . import batches, checkpoint, folder, joining, keeping, sample, summary
 from .attempts import found, learned
 from .documents import read_documents
 from .folder import CHECKPOINTS
+from .guard import Guard, guarding
 from .heap import keeping_freed_memory
 from .learner import Work
 from .progress import Progress
 from .ranks import ALONE, Lost, Ranks
 from .record import RunRecord
 from .request import RunError, RunFailed, RunLost, RunRequest, check_processes, check_request, device_of
+from .storage import Vault
 from .watch import Silent, Watcher
 from .weights import find_weights, load_tokenizer
 
@@ -50,40 +53,48 @@ def train(plan: Plan, request: RunRequest, watcher: Watcher | None = None) -> Ru
     ranks = joining.join()
     told = watcher if watcher is not None and ranks.leads else Silent()
     try:
-        work = joining.together(ranks, lambda: _begun(plan, request, told, ranks))
-        ranks.connect(work.device)
-        record = _trained(work)
+        with guarding(ranks) as guard:
+            work = joining.together(ranks, lambda: _begun(plan, request, told, ranks, guard))
+            ranks.connect(work.device)
+            record = _trained(work)
     except Lost as lost:
         raise RunLost(f"{lost}; {_saved(plan, request, 0, has_results=False)}") from lost
     return record
 
 
-def _begun(plan: Plan, request: RunRequest, watcher: Watcher, ranks: Ranks) -> Work:
+def _begun(plan: Plan, request: RunRequest, watcher: Watcher, ranks: Ranks, guard: Guard) -> Work:
     check_processes(plan, ranks.size)
-    return prepared(plan, request, watcher, device_of(plan, ranks.local_rank), ranks)
+    work = prepared(plan, request, watcher, device_of(plan, ranks.local_rank), ranks)
+    return replace(work, guard=guard)
 
 
 def _trained(work: Work) -> RunRecord:
     plan, request, ranks = work.plan, work.request, work.ranks
     progress = Progress(
-        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), plan=folder.plan_digest(plan)
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        plan=folder.plan_digest(plan),
+        clock=work.guard.began,
+        total=work.total,
     )
     _check_alike(work)
     with contextlib.ExitStack() as held:
         moves = False
         if ranks.leads:
             held.enter_context(folder.claimed(request.output))
-            moves = folder.check_same(plan, request)
+            moves = keeping.same(plan, request, work.vault)
+            progress.notes += _held_store(work)
         if work.device.type == "cpu":
             held.enter_context(keeping_freed_memory())
         path = _go_on(work, progress, moves=ranks.led(moves)) if request.resume else None
         for note in progress.notes:
             work.watcher.note(note)
         learner, kept = learned(work, progress, path)
+        _settle(work, progress)
         record = summary.record_of(work, progress, kept)
         if learner is not None and ranks.leads and not progress.lost:
             work.watcher.stage("saving")
             folder.save(plan, request.output, learner.trainee, record, work.tokenizer)
+            _keep_results(work, progress)
     if progress.lost:
         raise RunLost(f"{progress.failure}; {_saved(plan, request, len(progress.steps), has_results=False)}")
     joining.end_together()
@@ -93,6 +104,37 @@ def _trained(work: Work) -> RunRecord:
     return record
 
 
+def _held_store(work: Work) -> list[str]:
+    """Take the store over, where there is one, and open the books, where there is a price; returns what to note."""
+    notes: list[str] = []
+    if work.vault is not None:
+        work.watcher.stage("looking into the store")
+        notes = keeping.take_over(work.plan, work.request, work.vault, work.guard)
+    keeping.open_books(work.request, work.vault, work.guard)
+    return notes
+
+
+def _settle(work: Work, progress: Progress) -> None:
+    """Wait for the last checkpoint to be stored, and take over what the guard has to say of the run."""
+    guard = work.guard
+    if guard.uploads is not None:
+        work.watcher.stage("storing")
+    guard.settle(len(progress.steps))
+    progress.notes += guard.notes
+    if guard.uploads is not None and guard.uploads.superseded is not None:
+        progress.outcome, progress.failure = "failed", guard.uploads.superseded
+
+
+def _keep_results(work: Work, progress: Progress) -> None:
+    """Store the results as well, unless the machine is about to be taken: the next one goes on."""
+    uploads = work.guard.uploads
+    if uploads is None or uploads.superseded is not None or work.guard.inbox.interruption is not None:
+        return
+    trouble = keeping.keep_results(work.request.output, len(progress.steps), uploads)
+    if trouble is not None and progress.failure is None:
+        progress.failure = f"the results are not in the store: {trouble}"
+
+
 def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.device, ranks: Ranks = ALONE) -> Work:
     """Everything that *plan* and *request* ask for, checked and read, but for the weights.
 
@@ -100,9 +142,11 @@ def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.de
         RunError, DataError, WeightsError: what is missing or wrong.
     """
     check_request(request)
+    vault: Vault | None = None
     if ranks.leads:
         folder.check_output(request.output, request.resume)
         folder.check_writable(request.output)
+        vault = keeping.look(request)
     documents = read_documents(request.data, request.data_format)
     held_out = read_documents(request.eval_data, request.data_format) if request.eval_data else []
     watcher.stage("reading data and tokenizer")
@@ -125,6 +169,7 @@ def prepared(plan: Plan, request: RunRequest, watcher: Watcher, device: torch.de
         prompts=[sample.prompt_tokens(tokenizer, prompt, length) for prompt in request.samples],
         total=request.num_steps or -(-len(windows) // plan.configuration.global_batch_size),
         ranks=ranks,
+        vault=vault,
     )
 
 
@@ -163,6 +208,8 @@ def _go_on(work: Work, progress: Progress, *, moves: bool) -> Path | None:
     if state is not None:
         progress.go_back_to(state)
         progress.started, progress.earlier_seconds = state.started, state.seconds
+        work.guard.remember([step.seconds for step in state.steps])
+        progress.interruptions = state.interruptions + (len(state.steps) < state.total)
         if moves:
             progress.notes.append(f"on with {words.counted(work.plan.configuration.num_gpus, 'GPU')}, not as it began")
         if state.plan == progress.plan or not (state.plan or moves):  # without its digest, it is the one it began with

@@ -29,6 +29,7 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
     before = [e.perplexity for e in progress.evaluations if e.step == 0]
     result = len(progress.steps) if request.patience is None else progress.best_step
     after = [e.perplexity for e in progress.evaluations if e.step == result]
+    left = max(0, work.total - len(progress.steps))
     ended = progress.outcome in ("completed", "stopped early")
     return RunRecord(
         format_version=RUN_FORMAT_VERSION,
@@ -37,7 +38,10 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         outcome=progress.outcome,
         started=progress.started,
         seconds=seconds,
-        usd=None if request.usd_per_hour is None else seconds / 3600 * request.usd_per_hour,
+        usd=_usd(work, progress, seconds),
+        budget_usd=request.budget_usd,
+        projected_usd=None if work.guard.spend is None or ended else work.guard.projected_usd(left),
+        interruptions=progress.interruptions + (progress.outcome == "interrupted"),
         peaks=tuple(progress.peaks),
         comparisons=compare.comparisons(prediction, progress.peak, under, on_cpu=plan.gpu == "cpu"),
         perplexity_before=before[0] if before else None,
@@ -63,6 +67,12 @@ def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:
         evaluation_peak_bytes=kept.evaluation_peak_bytes if work.eval_windows else None,
         best_step=progress.best_step if request.patience is not None and ended else None,
     )
+
+
+def _usd(work: Work, progress: Progress, seconds: float) -> float | None:
+    """Of a run that has lasted *seconds* on the wall; sessions that left no checkpoint behind are paid all the same."""
+    spend = work.guard.spend
+    return None if spend is None else spend.usd(seconds - progress.earlier_seconds)
 
 
 def _of_the_mean_step(plan: Plan, prediction: Prediction) -> Prediction:

@@ -1,25 +1,32 @@
-"""Accelerate's trackers, told of every step and evaluation."""
+"""Accelerate's trackers and CloudWatch, told of every step and evaluation."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .meter import MeasuredPeak
 from .record import EvaluationRecord, StepRecord
+
+if TYPE_CHECKING:
+    from .aws.cloudwatch import CloudWatch
 
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
 """What may be asked for, by the names of the packages, and Accelerate's classes for them."""
+CLOUDWATCH = "cloudwatch"
+"""What may be asked for as well, of the package boto3."""
 PROJECT = "shallowflow"
 
 
 def missing_package(name: str) -> str | None:
     """Why the tracker *name* cannot be used here; None if it can."""
-    if name not in TRACKERS:
-        return f"there is no tracker {name!r}; give one of {', '.join(TRACKERS)}"
-    if importlib.util.find_spec(name) is None:
-        return f"--track {name} needs the package {name}; install it with: pip install {name}"
+    if name not in (*TRACKERS, CLOUDWATCH):
+        return f"there is no tracker {name!r}; give one of {', '.join((*TRACKERS, CLOUDWATCH))}"
+    package = "boto3" if name == CLOUDWATCH else name
+    if importlib.util.find_spec(package) is None:
+        return f"--track {name} needs the package {package}; install it with: pip install {package}"
     return None
 
 
@@ -29,6 +36,7 @@ class Trackers:
     def __init__(self, names: Sequence[str], output: Path, settings: dict[str, Any]) -> None:
         self.names, self.output, self.settings = names, output, settings
         self.made: list[Any] | None = None
+        self.cloudwatch: CloudWatch | None = None
 
     def _started(self) -> list[Any]:
         """All of them, made when there is something to tell: a run that is refused leaves nothing behind."""
@@ -36,7 +44,13 @@ class Trackers:
 
         if self.made is None:
             self.made = []
+            if CLOUDWATCH in self.names:
+                from .aws.cloudwatch import CloudWatch
+
+                self.cloudwatch = CloudWatch(self.output.resolve().name)
             for name in self.names:
+                if name == CLOUDWATCH:
+                    continue
                 place = {"logging_dir" if name == "tensorboard" else "dir": str(self.output)}
                 tracker = getattr(tracking, TRACKERS[name])(name if name == "tensorboard" else PROJECT, **place)
                 tracker.start()
@@ -45,8 +59,8 @@ class Trackers:
                 self.made.append(tracker)
         return self.made
 
-    def step(self, record: StepRecord) -> None:
-        """Tell all of one update: everything that its record holds."""
+    def step(self, record: StepRecord, peak: MeasuredPeak | None = None, usd: float | None = None) -> None:
+        """Tell all of one update: everything that its record holds; of *peak* and all dollars so far CloudWatch."""
         values: dict[str, float] = {
             "loss": record.loss,
             "gradient_norm": record.gradient_norm,
@@ -59,15 +73,25 @@ class Trackers:
         if record.usd is not None:
             values["usd"] = record.usd
         self._log({f"step/{name}": value for name, value in values.items()}, record.index)
+        if self.cloudwatch is not None:
+            self.cloudwatch.step(record, peak, usd)
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Tell all of one evaluation."""
         self._log({"evaluation/loss": record.loss, "evaluation/perplexity": record.perplexity}, record.step)
+        if self.cloudwatch is not None:
+            self.cloudwatch.evaluation(record)
+
+    def news(self) -> list[str]:
+        """What a person should know: why something was not told."""
+        return [] if self.cloudwatch is None else self.cloudwatch.news()
 
     def finish(self) -> None:
         """Write what is pending."""
         for tracker in self.made or ():
             tracker.finish()
+        if self.cloudwatch is not None:
+            self.cloudwatch.finish()
 
     def _log(self, values: dict[str, float], step: int) -> None:
         for tracker in self._started():

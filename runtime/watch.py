@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from .meter import MeasuredPeak
 from .record import EvaluationRecord, StepRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Money:
+    """What a run has cost and will have: dollars of all its sessions, by the time that really passed.
+
+    Attributes:
+        interruptions: times that it was ended before its end and gone on with.
+    """
+
+    usd: float
+    projected_usd: float | None
+    budget_usd: float | None
+    interruptions: int
 
 
 class Watcher(Protocol):
@@ -19,6 +34,9 @@ class Watcher(Protocol):
 
     def step(self, record: StepRecord, peak: MeasuredPeak | None) -> None:
         """One optimizer update is done."""
+
+    def money(self, money: Money) -> None:
+        """What the run has cost so far."""
 
     def evaluated(self, record: EvaluationRecord) -> None:
         """One evaluation is done."""
@@ -38,6 +56,9 @@ class Silent:
 
     def step(self, record: StepRecord, peak: MeasuredPeak | None) -> None:
         """Hear of a step."""
+
+    def money(self, money: Money) -> None:
+        """Hear of dollars."""
 
     def evaluated(self, record: EvaluationRecord) -> None:
         """Hear of an evaluation."""

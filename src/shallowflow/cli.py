@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from shallowflow import __version__
+from shallowflow.cost_command import cost_command
 from shallowflow.data_command import data_command
 from shallowflow.evaluation import evaluate_command
 from shallowflow.exporting import export_command
@@ -68,6 +69,7 @@ def cli() -> None:
     sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
     sfplan evaluate RUN --tasks NAMES   how well it does on tasks of lm-evaluation-harness
+    sfplan cost RUN                     what AWS billed for a run, beside what it reckoned
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
     sfplan frontier MODEL               what memory and finer weights buy
@@ -165,6 +167,7 @@ for _command in (
     train_command,
     merge_command,
     evaluate_command,
+    cost_command,
     export_command,
     data_command,
     weigh_command,
@@ -203,6 +206,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "user_step": "StepError",
         "sources": "WeightsError",
         "skypilot": "ExportError",
+        "aws.bills": "BillError",
     }
     return (*found, *_loaded(later))
 

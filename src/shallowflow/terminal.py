@@ -23,6 +23,7 @@ from shallowflow.planner.plan import Plan
 if TYPE_CHECKING:
     from shallowflow.runtime.meter import MeasuredPeak
     from shallowflow.runtime.record import EvaluationRecord, RunRecord, StepRecord
+    from shallowflow.runtime.watch import Money
 
 PLAIN_WIDTH = 100
 PLAIN_SECONDS = 30.0
@@ -123,6 +124,10 @@ class Watcher:
             told.append(self.figures.remaining())
             self.target.print(", ".join(part for part in told if part), soft_wrap=True)
 
+    def money(self, money: Money) -> None:
+        """Show what the run has cost."""
+        self.figures.spent = money
+
     def evaluated(self, record: EvaluationRecord) -> None:
         """Show what an evaluation came to."""
         self.figures.evaluated = f"after step {record.step}: loss {record.loss:.4f}, perplexity {record.perplexity:.2f}"
@@ -144,6 +149,7 @@ class Figures:
     peak_bytes: int | None = None
     evaluated: str = ""
     usd: float = 0.0
+    spent: Money | None = None
     seconds: list[float] = field(default_factory=list)
 
     def step(self, record: StepRecord, peak_bytes: int | None) -> None:
@@ -169,6 +175,8 @@ class Figures:
 
     def money(self) -> str:
         """Dollars so far, and at the end at the pace of the last steps; nothing where there is no price."""
+        if self.spent is not None:
+            return _dollars(self.spent)
         last = self.last
         if last is None or last.usd is None:
             return ""
@@ -183,6 +191,18 @@ class Figures:
         """All of it, on lines for the space below the bars."""
         below = "   ".join(part for part in (self.money(), self.skipped()) if part)
         return [line for line in ("   ".join(self.parts()), below, self.evaluated) if line]
+
+
+def _dollars(spent: Money) -> str:
+    """All sessions' dollars so far and at the end, the budget, and how often the run was interrupted."""
+    found = [f"${spent.usd:.4f} so far"]
+    if spent.projected_usd is not None:
+        found.append(f"${spent.projected_usd:.4f} at the end")
+    if spent.budget_usd is not None:
+        found.append(f"${spent.budget_usd:.4f} at most")
+    if spent.interruptions:
+        found.append(words.counted(spent.interruptions, "interruption"))
+    return ", ".join(found)
 
 
 @contextlib.contextmanager
@@ -220,6 +240,8 @@ def results(record: RunRecord, output: Path) -> RenderableType:
     where = [Text(f"results in {output}: {_learned(record)}, run.json, plan.json, report.html")]
     if not record.steps:
         where = [Text(f"nothing was learned; the record is in {output}")]
+    if record.outcome == "out of budget":
+        where.append(Text("go on with the same command, --resume and a higher --budget-usd"))
     if record.outcome == "interrupted":
         where.append(Text("go on with the same command and --resume"))
     compared: list[RenderableType] = [Text(), table, Text()] if record.comparisons else []

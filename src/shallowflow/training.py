@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from shallowflow.runtime.request import RunRequest
 
 
+_ENDS = {"interrupted": 130, "out of budget": 1}
+"""Exit codes of runs that are to be gone on with."""
+
+
 @click.command("train")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="A file to learn, or hf:ORG/NAME.")
@@ -36,6 +40,12 @@ if TYPE_CHECKING:
     help="AdamW's.  [default: 2e-4 for an adapter, 2e-5 where every weight learns]",
 )
 @click.option("--usd-per-hour", type=click.FloatRange(min=0), help="What the machine costs, for the meter.")
+@click.option(
+    "--budget-usd",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Save and end before all sessions together cost more.",
+)
+@click.option("--store", metavar="s3://BUCKET/PREFIX", help="Keep checkpoints and results there as well.")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
@@ -54,7 +64,9 @@ if TYPE_CHECKING:
     help="Evaluations without improvement to stop after, keeping the best.",
 )
 @click.option("--sample", "samples", multiple=True, metavar="PROMPT", help="Answer it before and after training.")
-@click.option("--track", multiple=True, type=click.Choice(["tensorboard", "wandb"]), help="Tell it every step.")
+@click.option(
+    "--track", multiple=True, type=click.Choice(["tensorboard", "wandb", "cloudwatch"]), help="Tell it every step."
+)
 @click.option(
     "--nodes",
     type=click.IntRange(1),
@@ -74,6 +86,8 @@ def train_command(
     steps: int | None,
     learning_rate: float | None,
     usd_per_hour: float | None,
+    budget_usd: float | None,
+    store: str | None,
     seed: int,
     resume: bool,
     save_every: int | None,
@@ -88,14 +102,15 @@ def train_command(
     """Run PLAN: fine-tune on real text, with predicted beside measured.
 
     Writes the adapter (safetensors, for PEFT), or, where every weight learns, the whole model (a folder in Hugging
-    Face's layout), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C
-    saves; the same command with --resume goes on. A plan for several GPUs starts a process for each, by torchrun's
-    launcher, and runs under torchrun or accelerate launch as well.
+    Face's layout), run.json, plan.json, report.html, and checkpoints as it goes. Ctrl-C, or a spot instance's notice of
+    its end, saves; the same command with --resume goes on. A plan for several GPUs starts a process for each, by
+    torchrun's launcher, and runs under torchrun or accelerate launch as well.
 
     \b
     sfplan train plan.json --data train.jsonl --output run
     sfplan train plan.json --data train.jsonl --output run --resume
     sfplan train plan.json --data train.jsonl --output run --eval-data held.jsonl --eval-every 50 --patience 3
+    sfplan train plan.json --data train.jsonl --output run --store s3://bucket/run --resume
     sfplan train plan.json --data train.jsonl --output run --dry-run
     """
     from shallowflow.terminal import results, show, watching
@@ -124,6 +139,8 @@ def train_command(
         samples=samples,
         track=track,
         data_format=data_format,
+        store=store,
+        budget_usd=budget_usd,
     )
     leads = processes.leads()
     if dry_run:
@@ -138,8 +155,8 @@ def train_command(
         click.echo((output / "run.json").read_text(encoding="utf-8"), nl=False)
     elif leads:
         show(results(record, output))
-    if record.outcome == "interrupted":
-        sys.exit(130)
+    if record.outcome in _ENDS:
+        sys.exit(_ENDS[record.outcome])
 
 
 def _tell_machines(line: str, nodes: int, output: Path, as_json: bool) -> None:

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from shallowflow.runtime.guard import Guard
+from shallowflow.runtime.record import Outcome
+from shallowflow.runtime.spot import Wish
 from shallowflow.runtime.step import MicroBatch, Trainee
 from tests.front.shell import AS_PROGRAM, Done, sfplan
 
@@ -279,3 +282,35 @@ def test_a_prediction_that_is_not_kept_is_told(train: Callable[..., Done], tmp_p
     assert done.code == 2
     assert "the step built from the plan is not the predicted one" in done.error()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "told"),
+    [
+        ("interrupted", 130, "go on with the same command and --resume"),
+        ("out of budget", 1, "go on with the same command, --resume and a higher --budget-usd"),
+    ],
+)
+def test_a_run_that_is_ended_tells_how_to_go_on(
+    outcome: Outcome,
+    code: int,
+    told: str,
+    train: Callable[..., Done],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A notice ends with the code of Ctrl-C, a budget with that of what had to end; the record is there."""
+
+    def wish(guard: Guard) -> Wish:
+        guard.outcome = outcome
+        return Wish.STOP if guard._num_steps else Wish.GO_ON
+
+    monkeypatch.setattr(Guard, "wish", wish)
+
+    done = train("--usd-per-hour", 1, "--budget-usd", 100)
+
+    assert done.code == code
+    assert done.output.splitlines()[-1] == told
+    record = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert (record["outcome"], len(record["steps"]), record["budget_usd"]) == (outcome, 1, 100)
+    assert "$100.0000 at most" in done.errors

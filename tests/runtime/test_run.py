@@ -138,12 +138,12 @@ def test_a_plan_that_recomputes_is_run_as_planned(
 
 
 def test_the_folder_holds_everything(plans: dict[str, Plan], request_for: Callable[..., RunRequest]) -> None:
-    """Adapter, record, plan and page lie in the new folder, and the record in JSON is the record returned."""
+    """All of a run lies in the new folder, what it spent too, and the record in JSON is the record returned."""
     plan, request = plans["nf4"], request_for(usd_per_hour=36.0)
 
     record = train(plan, request)
 
-    names = {"adapter", "run.json", "plan.json", "report.html", "request.json", "checkpoints"}
+    names = {"adapter", "run.json", "plan.json", "report.html", "request.json", "checkpoints", "spending"}
     assert {path.name for path in request.output.iterdir()} == names
     assert serialize.from_json((request.output / "plan.json").read_bytes()) == plan
     written = json.loads((request.output / "run.json").read_text(encoding="utf-8"))

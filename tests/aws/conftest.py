@@ -1,0 +1,50 @@
+"""What the tests of AWS share: S3 on this machine, over HTTP, and credentials that must not be seen anywhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+
+import boto3
+import pytest
+
+os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"  # moto's own way to let parts of a test be small
+
+from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+from shallowflow.runtime.aws.s3 import Place, S3Objects
+from tests.aws import planted
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """Where AWS is, for as long as the tests run."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _aws(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have boto3 find the server, planted credentials, and no metadata service."""
+    for name, value in planted.environment(endpoint).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def bucket(endpoint: str, _aws: None) -> str:
+    """A new bucket."""
+    name = f"runs-{uuid.uuid4().hex[:8]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def objects(bucket: str) -> S3Objects:
+    """A prefix of the bucket, as the runtime sees it."""
+    return S3Objects(Place(bucket, "some/run/"))
