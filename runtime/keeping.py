@@ -21,7 +21,7 @@ from .uploads import Uploads, link
 
 SPOOL = ".uploading"
 """The folder inside a run's that holds what is on its way to the store."""
-RESULTS = ("adapter", folder.BEST, "run.json", "plan.json", "report.html")
+RESULTS = (folder.ADAPTER, folder.MODEL, folder.BEST, "run.json", "plan.json", "report.html")
 
 
 @contextmanager

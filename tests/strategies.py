@@ -44,7 +44,11 @@ from shallowflow.profiles import load_gpu
 T4 = load_gpu("t4")
 FORMATS: tuple[WeightFormat, ...] = ("fp16", "int8", "nf4")
 POLICIES: tuple[Activations, ...] = get_args(Activations)
-STRATEGIES = [Strategy(weight_format=f, activations=p) for f in FORMATS for p in POLICIES]
+STRATEGIES = [
+    strategy
+    for strategy in (Strategy(weight_format=f, activations=p) for f in FORMATS for p in POLICIES)
+    if strategy.weight_format == "nf4" or not strategy.reuses_weights
+]
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 counts = st.integers(1, 10**9)
