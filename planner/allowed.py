@@ -9,12 +9,23 @@ from typing import get_args
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
 from .plan import Workload
-from .strategies import Activations, Cell, Configuration, Method, Optimizer, Strategy, StrategyRun, WeightFormat
+from .strategies import (
+    Activations,
+    Cell,
+    Configuration,
+    Method,
+    Optimizer,
+    Sharding,
+    Strategy,
+    StrategyRun,
+    WeightFormat,
+)
 
 LOSS_CHUNKS = (1, 4, 16)
 """Parts that the loss may be computed in."""
 
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 ALPHA: dict[Method, int | None] = {"lora": 32, "rslora": 8, "dora": 32, "full": None}
 """The alpha at every rank; of rsLoRA one that scales an adapter of rank 16 as LoRA's does.
@@ -98,7 +109,7 @@ def strategies(workload: Workload, gpu: GpuSpec) -> tuple[Strategy, ...]:
 
 
 def cells(workload: Workload, gpu: GpuSpec, rank: int | None, *, divisible_loss: bool = True) -> tuple[Cell, ...]:
-    """Every way to cut each GPU's share of the global batch into micro-batches, to compute the loss, and to update."""
+    """Every way to share the weights, to cut a GPU's share of the global batch, to compute the loss, and to update."""
     share = workload.global_batch_size // workload.num_gpus
     chunks = [n for n in LOSS_CHUNKS if n == 1 or (divisible_loss and workload.sequence_length % n == 0)]
     if workload.loss_chunks is not None:
@@ -110,12 +121,21 @@ def cells(workload: Workload, gpu: GpuSpec, rank: int | None, *, divisible_loss:
             rank=rank,
             loss_chunks=parts,
             optimizer=optimizer,
+            sharding=sharding,
         )
+        for sharding in shardings(workload)
         for n in range(1, share + 1)
         if share % n == 0 and workload.micro_batch_size in (None, n)
         for parts in chunks
         for optimizer in optimizers(workload, gpu)
     )
+
+
+def shardings(workload: Workload) -> tuple[Sharding, ...]:
+    """Those that *workload* allows; one GPU has nothing to share, and only frozen weights are shared."""
+    if workload.num_gpus == 1 or workload.adapter == "full":
+        return ("none",)
+    return SHARDINGS if workload.sharding is None else (workload.sharding,)
 
 
 def optimizers(workload: Workload, gpu: GpuSpec) -> tuple[Optimizer, ...]:
@@ -148,4 +168,5 @@ def configured(workload: Workload, cell: Cell, layers: Sequence[Strategy]) -> Co
         adapter=workload.adapter,
         optimizer=cell.optimizer,
         target_modules=None if workload.adapter == "full" else workload.target_modules,
+        sharding=cell.sharding,
     )

@@ -7,7 +7,7 @@ import numpy as np
 from shallowflow.profiles.specs import GpuSpec
 
 from . import costs, latency
-from .costs import OP_KINDS, LayerRuns
+from .costs import OP_KINDS, LayerRuns, StepProfile
 from .plan import LayerTime, StepTime, TimePart
 
 KIND_NAMES = {
@@ -24,6 +24,7 @@ KIND_NAMES = {
     "dequantize": "dequantizing",
     "memory": "element-wise and copies",
     "host": "copies to and from the host that nothing hides",
+    "gather": "gathering weights that nothing hides",
 }
 HEAD_FORWARD_SHARE, LEARNED_HEAD_FORWARD_SHARE = 1 / 2, 1 / 3
 """Of the head's and the loss's time: logits are computed, then as many operations lead back through them, and as many
@@ -87,8 +88,8 @@ def _kinds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec, accu
                 seconds = latency.operator_seconds(profile.op_kind, flops, num_bytes, gpu)
                 of_kind = profile.op_kind == index
                 seconds -= (1 - gaps) * gpu.kernel_gap_seconds * of_kind
-                if index == latency.COPY:
-                    segments.append(latency.waiting_seconds(profile, seconds))
+                if index in latency.CROSSING:
+                    segments.append(_waiting(profile, seconds, index))
                 else:
                     segments.append(costs.segment_seconds(profile, np.where(of_kind, seconds, 0.0)))
             micro_batch, update = costs.total_seconds(runs, segments)
@@ -97,6 +98,15 @@ def _kinds(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec, accu
             share = min(1.0, max(0.0, sums[0] / sums[1]))
             found.append(TimePart(kind=KIND_NAMES[kind], seconds=sums[1], roofline_share=share))
     return tuple(sorted(found, key=lambda part: -part.seconds))
+
+
+def _waiting(profile: StepProfile, seconds: latency.Seconds, kind: int) -> dict[str, float]:
+    """How long the computing waits for what crosses of one *kind*; for gathers, beyond its waiting for copies."""
+    copies = latency.waiting_seconds(profile, np.where(profile.op_kind == latency.GATHER, 0.0, seconds))
+    if kind == latency.COPY:
+        return copies
+    both = latency.waiting_seconds(profile, seconds)
+    return {name: both[name] - copies[name] for name in both}
 
 
 def _layers(runs: LayerRuns, micro_batch_size: int, rank: int, gpu: GpuSpec) -> tuple[LayerTime, ...]:

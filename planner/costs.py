@@ -48,10 +48,12 @@ OP_KINDS = (
     "memory",
     "host",
     "arrival",
+    "gather",
+    "gathered",
 )
 """What an operator's time is counted by: matrix products, batches of them and fused attention by dtype, weights made
 into numbers again, everything that only moves bytes on the device, what crosses between device and host, and where the
-device first needs something that crosses."""
+device first needs something that crosses; then the same of what comes from other devices."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,11 +9,13 @@ import numpy.typing as npt
 
 from shallowflow.profiles.specs import GpuSpec
 
-from . import costs
+from . import communication, costs
 from .costs import OP_KINDS, Ints, LayerRuns, StepProfile
 
 Seconds = npt.NDArray[np.float64]
-COPY, ARRIVAL = OP_KINDS.index("host"), OP_KINDS.index("arrival")
+COPY, ARRIVAL, GATHER, GATHERED = (OP_KINDS.index(kind) for kind in ("host", "arrival", "gather", "gathered"))
+CROSSING = (COPY, GATHER)
+"""Kinds that go on beside the computing, on the device's one link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +60,15 @@ def profile_seconds(
         flops = np.where(np.isin(profile.op_kind, _QUADRATIC), flops * length_share, flops)
     seconds = operator_seconds(profile.op_kind, flops, num_bytes, gpu)
     waiting = waiting_seconds(profile, seconds)
-    computing = costs.segment_seconds(profile, np.where(profile.op_kind == COPY, 0.0, seconds))
+    computing = costs.segment_seconds(profile, np.where(np.isin(profile.op_kind, CROSSING), 0.0, seconds))
     device = {name: computing[name] + waiting[name] for name in computing}
     return device, costs.segment_seconds(profile, launch_seconds(profile.op_kind, gpu))
 
 
 def waiting_seconds(profile: StepProfile, seconds: Seconds) -> dict[str, float]:
-    """How long the computing of every segment waits for copies, where each operator takes its *seconds*."""
+    """How long the computing of every segment waits for what crosses, where each operator takes its *seconds*."""
     found = dict.fromkeys(costs.SEGMENTS, 0.0)
-    for segment in np.unique(profile.op_segment[profile.op_kind == COPY]):
+    for segment in np.unique(profile.op_segment[np.isin(profile.op_kind, CROSSING)]):
         here = profile.op_segment == segment
         found[costs.SEGMENTS[segment]] = unhidden_seconds(profile.op_kind[here], seconds[here])
     return found
@@ -77,23 +79,25 @@ def unhidden_seconds(kinds: Ints, seconds: Seconds) -> float:
 
     List scheduling on two machines (Graham, 1966): the device computes, the link copies, each one thing after the
     other. A copy starts when what was issued before it is computed and the link is free; computing goes on beside it.
-    The n-th arrival holds the computing up until the n-th copy is done, the segment ends when both have.
+    The n-th arrival holds the computing up until the n-th copy is done, the segment ends when both have. So it is with
+    what is gathered from other devices, over the same link.
 
     That copies arrive in the order of their first uses holds but for those that one operator needs together. Left out:
-    that a copy takes memory bandwidth from the computing, and what else the link carries.
+    that a copy takes memory bandwidth from the computing, and what else the link carries; that a link carries two ways
+    at once is not counted on.
     """
-    computed = np.cumsum(np.where(kinds == COPY, 0.0, seconds))
-    done: list[float] = []
+    computed = np.cumsum(np.where(np.isin(kinds, CROSSING), 0.0, seconds))
+    done: dict[int, list[float]] = {ARRIVAL: [], GATHERED: []}
+    num_arrived = {ARRIVAL: 0, GATHERED: 0}
     late = free = 0.0
-    num_arrived = 0
-    for at in np.flatnonzero((kinds == COPY) | (kinds == ARRIVAL)):
-        now = computed[at] + late
-        if kinds[at] == COPY:
+    for at in np.flatnonzero(np.isin(kinds, (*CROSSING, ARRIVAL, GATHERED))):
+        kind, now = int(kinds[at]), computed[at] + late
+        if kind in CROSSING:
             free = max(free, now) + seconds[at]
-            done.append(free)
+            done[ARRIVAL if kind == COPY else GATHERED].append(free)
         else:
-            num_arrived += 1
-            late += max(0.0, max(done[:num_arrived], default=0.0) - now)
+            num_arrived[kind] += 1
+            late += max(0.0, max(done[kind][: num_arrived[kind]], default=0.0) - now)
     return float(max(late, free - computed[-1]))
 
 
@@ -112,8 +116,9 @@ def operator_seconds(kinds: Ints, flops: Ints, num_bytes: Ints, gpu: GpuSpec) ->
     rates = np.array([_rate(gpu, kind) for kind in OP_KINDS])
     moved = np.array([_bandwidth(gpu, kind) for kind in OP_KINDS])
     computing, moving = flops / rates[kinds], num_bytes / moved[kinds]
-    busy = computing + moving if gpu.device_type == "cpu" else np.maximum(computing, moving)
-    seconds: Seconds = np.where(kinds == ARRIVAL, 0.0, gpu.kernel_gap_seconds + busy)
+    in_turn = np.isin(kinds, GATHER) if gpu.device_type == "cuda" else np.True_  # a message's latency, then its bytes
+    busy = np.where(in_turn, computing + moving, np.maximum(computing, moving))
+    seconds: Seconds = np.where(np.isin(kinds, (ARRIVAL, GATHERED)), 0.0, gpu.kernel_gap_seconds + busy)
     return seconds
 
 
@@ -142,10 +147,11 @@ def _rate(gpu: GpuSpec, kind: str) -> float:
         "attention bfloat16": gpu.attention_bf16_flops_per_second,
         "attention float32": gpu.attention_fp32_flops_per_second,
         "dequantize": gpu.dequantized_elements_per_second,
+        "gather": 1 / communication.pcie(gpu.pcie_bytes_per_second).latency_seconds,
     }.get(kind, np.inf)
 
 
 def _bandwidth(gpu: GpuSpec, kind: str) -> float:
-    if kind == "host":
+    if kind in ("host", "gather"):
         return gpu.pcie_bytes_per_second
     return gpu.fp32_matmul_bytes_per_second if kind == "float32" else gpu.dram_bytes_per_second

@@ -15,6 +15,7 @@ from .strategies import (
     Method,
     Optimizer,
     Positive,
+    Sharding,
     TargetModules,
 )
 from .weighed import MOST_ERROR, Weighed
@@ -46,8 +47,8 @@ class Workload:
             rank and modules; see Configuration.
         quantization: ``fp16`` means not quantized: bf16 where the chip has it, fp32 on a CPU.
         region: where prices are taken from.
-        micro_batch_size, loss_chunks, activations, double_quantization, optimizer: decisions that are fixed; None
-            leaves them to the planner.
+        micro_batch_size, loss_chunks, activations, double_quantization, optimizer, sharding: decisions that are fixed;
+            None leaves them to the planner.
         max_weight_error: the coarsest that the base weights may become, as a root mean square over layers.
         headroom: the share of the device's memory that stays free; None for the planner's own.
         max_process_bytes: what the process may take.
@@ -75,6 +76,7 @@ class Workload:
     double_quantization: bool | None = None
     packing: bool | None = None
     optimizer: Optimizer | None = None
+    sharding: Sharding | None = None
     max_weight_error: Annotated[float, Meta(ge=0, le=MOST_ERROR)] | None = None
     headroom: Annotated[float, Meta(ge=0, lt=1)] | None = None
     max_process_bytes: Positive | None = None

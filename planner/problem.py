@@ -16,7 +16,7 @@ from .chain import Chain, Choice, Group, Limits
 from .costs import LayerRuns, StepProfile
 from .layer_cost import sent_to_host
 from .plan import Prediction, Workload
-from .strategies import Cell, Configuration, Optimizer, Strategy
+from .strategies import Cell, Configuration, Optimizer, Sharding, Strategy
 from .weighed import LayerErrors
 
 SECOND = 10**12
@@ -37,6 +37,7 @@ class Problem:
         host_bytes: of host memory that activations may be sent to.
         beside_seconds: what a run takes on the wall beside its steps, where a deadline is set.
         weighed: for each layer the errors of its own weights, where they were measured.
+        sharded, sharded_heads: as *profiles* and *heads*, where the GPUs share the weights.
     """
 
     workload: Workload
@@ -49,6 +50,17 @@ class Problem:
     beside_seconds: float = 0.0
     updates: Mapping[tuple[Optimizer, int | None, int], StepProfile] = field(default_factory=dict)
     weighed: tuple[LayerErrors, ...] = ()
+    sharded: Mapping[tuple[Strategy, int], StepProfile] = field(default_factory=dict)
+    sharded_heads: Mapping[int, StepProfile] = field(default_factory=dict)
+
+    @property
+    def strategies(self) -> set[Strategy]:
+        """Those that a layer may be given."""
+        return {strategy for strategy, _ in (*self.profiles, *self.sharded)}
+
+    def under(self, sharding: Sharding) -> Problem:
+        """The same with the profiles of *sharding*."""
+        return self if sharding == "none" else replace(self, profiles=self.sharded, heads=self.sharded_heads)
 
     @property
     def num_layers(self) -> int:
@@ -74,12 +86,13 @@ class Problem:
     def runs(self, configuration: Configuration) -> LayerRuns:
         """The profiles of *configuration*'s layers in order, the last with the loss as it is configured."""
         pairs = zip(configuration.strategies(), self.kinds, strict=True)
+        own = self.under(configuration.sharding)
         runs = [
-            (self.updated(self.profiles[pair], configuration.optimizer, pair[1]), len(list(alike)))
+            (self.updated(own.profiles[pair], configuration.optimizer, pair[1]), len(list(alike)))
             for pair, alike in groupby(pairs)
         ]
         last, count = runs[-1]
-        runs[-1] = (costs.with_head(last, self.heads[configuration.loss_chunks]), count)
+        runs[-1] = (costs.with_head(last, own.heads[configuration.loss_chunks]), count)
         return runs
 
     def updated(self, profile: StepProfile, optimizer: Optimizer, kind: int) -> StepProfile:
@@ -91,12 +104,13 @@ class Problem:
 
 def chains(problem: Problem, considered: tuple[Cell, ...], price: int | None = None) -> dict[Cell, Chain]:
     """The inner problem of every cell, with *price* for harm; None takes that of the fastest step there might be."""
-    groups: dict[int, tuple[Group, ...]] = {}
+    groups: dict[tuple[int, Sharding], tuple[Group, ...]] = {}
     found: dict[Cell, Chain] = {}
     for cell in considered:
-        if cell.micro_batch_size not in groups:
-            groups[cell.micro_batch_size] = _groups(problem, cell)
-        found[cell] = _around(problem, cell, groups[cell.micro_batch_size])
+        own, alike = problem.under(cell.sharding), (cell.micro_batch_size, cell.sharding)
+        if alike not in groups:
+            groups[alike] = _groups(own, cell)
+        found[cell] = _around(own, cell, groups[alike])
     if not found:
         return found
     if price is None:
@@ -104,9 +118,12 @@ def chains(problem: Problem, considered: tuple[Cell, ...], price: int | None = N
         each = problem.weighed or [None] * problem.num_layers
         coarsest = sum(quality.harm(COARSEST, own) for own in each)
         price = int(quality.WORTH[problem.workload.objective] * fastest / max(1, coarsest))
-    priced = {size: _priced(made, price) for size, made in groups.items()}
+    priced = {alike: _priced(made, price) for alike, made in groups.items()}
     told = price if problem.weighed else 0
-    return {c: replace(chain, groups=priced[c.micro_batch_size], harm_price=told) for c, chain in found.items()}
+    return {
+        cell: replace(chain, groups=priced[cell.micro_batch_size, cell.sharding], harm_price=told)
+        for cell, chain in found.items()
+    }
 
 
 def harm_price(chain: Chain) -> int:

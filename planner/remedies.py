@@ -73,8 +73,10 @@ class Change:
     gpu: GpuSpec
 
 
-def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterator[tuple[Change, ...]]:
-    """Groups of changes to try; within a group the first that fits is enough."""
+def changes(
+    workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec], counts: Sequence[int] = ()
+) -> Iterator[tuple[Change, ...]]:
+    """Groups of changes to try; within a group the first that fits is enough. More GPUs are as many as *counts* say."""
     if workload.optimizer == "adamw":
         yield (Change("--optimizer adamw8bit", replace(workload, optimizer="adamw8bit"), gpu),)
     is_full = workload.adapter == "full"
@@ -86,6 +88,8 @@ def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterat
         yield (Change(f"--rank {SMALLEST_RANK}", replace(workload, rank=SMALLEST_RANK), gpu),)
     elif workload.rank is None and workload.min_rank > SMALLEST_RANK:
         yield (Change(f"--min-rank {SMALLEST_RANK}", replace(workload, min_rank=SMALLEST_RANK), gpu),)
+    if workload.sharding == "none" and workload.num_gpus > 1:
+        yield (Change("--sharding weights", replace(workload, sharding="weights"), gpu),)
     free = replace(
         workload, micro_batch_size=None, loss_chunks=None, activations=None, double_quantization=None, packing=None
     )
@@ -102,6 +106,8 @@ def changes(workload: Workload, gpu: GpuSpec, gpus: Sequence[GpuSpec]) -> Iterat
         key=lambda g: (g.memory_bytes, g.name),
     )
     yield tuple(Change(f"--gpu {g.name}", workload, g) for g in larger)
+    several = {n: replace(workload, num_gpus=n) for n in counts}
+    yield tuple(Change(f"--gpus {n}", work, gpu) for n, work in several.items())
 
 
 def of_length(workload: Workload, sequence_length: int) -> Workload:

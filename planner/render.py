@@ -157,6 +157,8 @@ def _headline(value: Plan) -> RenderableType:
         f" x {gpus} GPU{plural}"
         f" = {configuration.global_batch_size} sequences of {configuration.sequence_length} tokens per step",
     )
+    if configuration.sharding == "weights":
+        grid.add_row("sharing", f"each GPU holds 1/{configuration.num_gpus} of every frozen matrix")
     if configuration.packing:
         grid.add_row("packing", _packing(value.workload))
     if configuration.loss_chunks > 1:

@@ -70,7 +70,7 @@ def _contradictions(plan: Plan) -> list[str]:
         )
     found += _disorder(plan)
     found += _mixed(plan)
-    found += _formats(plan, plan.configuration)
+    found += _formats(plan, plan.configuration) + _sharing(plan.configuration)
     for number, candidate in enumerate(plan.alternatives):
         found += [f"alternatives[{number}]: {problem}" for problem in _unlike(plan, candidate.configuration)]
     total = sum(part.num_bytes for part in plan.memory)
@@ -125,7 +125,7 @@ def _adapter(configuration: Configuration) -> list[str]:
 
 def _unlike(plan: Plan, other: Configuration) -> list[str]:
     """How an alternative is none to *plan*: what a run goes on with has its layers, adapter, data and GPUs."""
-    found = _gaps(other) + _adapter(other) + _formats(plan, other)
+    found = _gaps(other) + _adapter(other) + _formats(plan, other) + _sharing(other)
     for name in (
         "num_layers",
         "sequence_length",
@@ -139,6 +139,11 @@ def _unlike(plan: Plan, other: Configuration) -> list[str]:
         if mine != its:
             found.append(f"configuration.{name} is {its}, the plan's own {mine}")
     return found
+
+
+def _sharing(configuration: Configuration) -> list[str]:
+    alone = configuration.num_gpus == 1 and configuration.sharding != "none"
+    return [f"configuration.sharding is {configuration.sharding}, configuration.num_gpus 1"] if alone else []
 
 
 def _overflow(plan: Plan) -> list[str]:

@@ -23,6 +23,14 @@ Adapter = Literal["lora", "rslora", "dora"]
 Method = Literal["lora", "rslora", "dora", "full"]
 """What learns: an adapter of some kind, or, in full fine-tuning, every weight."""
 Optimizer = Literal["adamw", "adamw8bit"]
+Sharding = Literal["none", "weights"]
+"""What of the model each GPU has only its part of: nothing, or the frozen weights.
+
+``weights`` is ZeRO-3's treatment of what fills the memory, and FSDP2's ``reshard_after_forward=True``: what is gathered
+for a pass is let go of at once. FSDP2's ``False`` would hold all of it from the forward to the backward pass, at the
+peak as much as ``none`` does and the parts besides, so it is not offered. ZeRO-2, which shares gradients and the
+optimizer's state, saves nothing of a frozen base; an adapter's are a few hundredths of the memory.
+"""
 MODULE_NAME = r"^\w+(\.\w+)*$"
 Name = Annotated[str, Meta(pattern=MODULE_NAME, max_length=200)]
 TargetGroup = Literal["all-linear", "attention"]
@@ -97,6 +105,7 @@ class Configuration:
         micro_batch_size: sequences per forward pass and GPU.
         gradient_accumulation_steps: micro-batches per optimizer update and GPU.
         num_gpus: data-parallel replicas.
+        sharding: what of the model each of them has only its part of.
         loss_chunks: parts into which a micro-batch's tokens are divided for the head and the loss.
         packing: several documents to a sequence, none of which sees another.
         optimizer: ``adamw8bit`` keeps its two moments in 8 bits (Dettmers et al., 2022).
@@ -114,6 +123,7 @@ class Configuration:
     adapter: Method = "lora"
     optimizer: Optimizer = "adamw"
     target_modules: TargetModules | None = "all-linear"
+    sharding: Sharding = "none"
 
     @property
     def scaling(self) -> float:
@@ -140,6 +150,7 @@ class Configuration:
             rank=self.rank,
             loss_chunks=self.loss_chunks,
             optimizer=self.optimizer,
+            sharding=self.sharding,
         )
 
     @property
@@ -161,6 +172,7 @@ class Cell:
     rank: Positive | None
     loss_chunks: Positive
     optimizer: Optimizer = "adamw"
+    sharding: Sharding = "none"
 
 
 def uniform(strategy: Strategy, num_layers: int) -> tuple[StrategyRun, ...]:

@@ -51,6 +51,8 @@ def _decisions(plan: Plan) -> list[str]:
         ("target_modules", None if work.adapter == "full" else work.target_modules, chosen.target_modules),
         ("alpha", allowed.ALPHA[work.adapter], chosen.alpha),
         ("rank", rank, chosen.rank),
+        ("num_gpus", work.num_gpus, chosen.num_gpus),
+        ("sharding", chosen.sharding if work.sharding is None else work.sharding, chosen.sharding),
         ("packing", chosen.packing if work.packing is None else work.packing, chosen.packing),
     ]
     return [f"{name} is {found}, the workload's is {wanted}" for name, wanted, found in asked if found != wanted]

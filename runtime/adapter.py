@@ -48,10 +48,11 @@ def _forward(module: Any, others: Any, x: torch.Tensor, *args: Any, **kwargs: An
     matrices, base = (module.lora_A[name].weight, module.lora_B[name].weight), module.get_base_layer()
     if name not in module.lora_variant:
         return _adapted(module, x, *matrices, base, module.scaling[name])
-    weight = quantized.weight_of(base, x.dtype)
+    is_made = quantized.is_made(base, x.dtype)
+    weight = quantized.weight_of(base, x.dtype, quantized.ahead() if is_made else "twice")
     lengths = dora.row_lengths(module, name, weight)
     magnitude = module.lora_magnitude_vector[name].weight
-    made = weight if quantized.is_made(base, x.dtype) else None
+    made = weight if is_made else None
     scaled: torch.Tensor = _applied(_Rescaled, x, *matrices, magnitude, lengths, base, module.scaling[name], made)
     return scaled if base.bias is None else scaled + base.bias
 
@@ -180,7 +181,7 @@ def _keeps(ctx: Any, base: torch.nn.Module, x: torch.Tensor) -> bool:
 
 
 def _kept(ctx: Any, base: torch.nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    return quantized.weight_of(base, x.dtype) if _keeps(ctx, base, x) else None
+    return quantized.weight_of(base, x.dtype, quantized.ahead()) if _keeps(ctx, base, x) else None
 
 
 def _base_product(x: torch.Tensor, base: torch.nn.Module, made: torch.Tensor | None) -> torch.Tensor:

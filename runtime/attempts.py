@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from .joining import together
 from .learner import Diverged, Learner, Work
 from .progress import Progress
 from .promise import Promise
-from .ranks import SHORT, WELL, GivenUp, Ranks
+from .ranks import SHORT, WELL, GivenUp, Lost, Ranks
 from .record import FallbackRecord
-from .request import RunError, RunRequest
+from .request import RunError, RunFailed, RunRequest
 from .trackers import Trackers
 from .watch import Watcher
 
@@ -29,6 +30,7 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
 
     Raises:
         RunError: the step is not the planned one.
+        RunFailed: memory ran out in a pass that is shared, and the others had enough.
         Lost: another process ended before it began to learn.
     """
     kept = together(work.ranks, lambda: promised(work.plan, progress.alternative, work.watcher))
@@ -111,8 +113,31 @@ def _attempt(
     if progress.lost:
         return learner, None
     with contextlib.suppress(GivenUp):
-        work.ranks.vote(WELL if trouble is None else SHORT)
+        if trouble is not None and kept.candidate.configuration.sharding == "weights":
+            _tell_short(work, trouble)
+        else:
+            work.ranks.vote(WELL if trouble is None else SHORT)
     return learner, _unless_asked(work.ranks, progress, learner, asked, _trouble(work.ranks, trouble))
+
+
+def _tell_short(work: Work, trouble: str) -> None:
+    """Vote for falling back, which the others hear unless they wait for this process's part of a matrix.
+
+    Raises:
+        GivenUp: another is short of memory as well.
+        RunFailed: they do not hear; the end of this process ends their waiting.
+    """
+    try:
+        work.ranks.vote(SHORT, patience=SHORT_PATIENCE)
+    except Lost as lost:
+        raise RunFailed(
+            f"out of memory ({trouble}) in a pass that other processes had enough for; the newest checkpoint is kept; "
+            "plan again with more --headroom"
+        ) from lost
+
+
+SHORT_PATIENCE = datetime.timedelta(seconds=60)
+"""For processes that make the same pass and are as short of memory, where they are."""
 
 
 def _unless_asked(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -112,26 +113,39 @@ def load_model(
 
 
 def empty_model(
-    config: PreTrainedConfig, compute_dtype: str, device: str, attn_implementation: str | None = None
+    config: PreTrainedConfig, compute_dtype: str, device: str | None, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A model of *config* with unquantized, untrained weights on *device*.
+    """A model of *config* with unquantized, untrained weights on *device*; None where they are made.
 
     Raises:
         BadFacts: transformers cannot build it.
     """
     try:
         attn_implementation = attn_implementation or attention.best_for(config)
-        with torch.device(device), warnings.catch_warnings():
+        with torch.device(device or "cpu"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[compute_dtype], attn_implementation=attn_implementation
             )
     except Exception as error:  # whatever a model's own code raises on a broken configuration
         raise BadFacts(_unbuildable({**config.to_dict(), "model_type": config.model_type}, error)) from error
-    _bring(model, device, DTYPES[compute_dtype])
+    if device is not None:
+        _bring(model, device, DTYPES[compute_dtype])
     model.tie_weights()
     model.config.use_cache = False
     model.requires_grad_(False)
+    return model
+
+
+def unfilled_model(config: PreTrainedConfig, compute_dtype: str) -> PreTrainedModel:
+    """A model of *config* on the CPU whose parameters are on ``meta``, to be filled; what it computes itself is there.
+
+    Raises:
+        BadFacts: transformers cannot build it.
+    """
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = empty_model(config, compute_dtype, None)
+    model.tie_weights()  # within, a parameter that is given to a module becomes another
     return model
 
 
@@ -173,13 +187,27 @@ def apply_formats(model: torch.nn.Module, strategies: Sequence[Strategy], comput
     Raises:
         ValueError: the model has another number of layers.
     """
+    for layer, strategy in layers_with(model, strategies):
+        apply_format(layer, strategy, compute_dtype)
+
+
+def layers_with(model: torch.nn.Module, strategies: Sequence[Strategy]) -> Iterable[tuple[torch.nn.Module, Strategy]]:
+    """Each decoder layer and its strategy.
+
+    Raises:
+        ValueError: the model has another number of layers.
+    """
     layers = decoder_layers(model)
     if len(layers) != len(strategies):
         raise ValueError(f"the plan has {len(strategies)} layers, the model {len(layers)}")
-    for layer, strategy in zip(layers, strategies, strict=True):
-        if strategy.weight_format in ("int8", "nf4"):
-            twice = strategy.double_quantization
-            quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], twice)
+    return zip(layers, strategies, strict=True)
+
+
+def apply_format(layer: torch.nn.Module, strategy: Strategy, compute_dtype: str) -> None:
+    """Give one decoder *layer* the weight format of its *strategy*."""
+    if strategy.weight_format in ("int8", "nf4"):
+        twice = strategy.double_quantization
+        quantized.quantize_linears(layer, strategy.weight_format, DTYPES[compute_dtype], twice)
 
 
 def add_adapters(

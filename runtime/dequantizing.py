@@ -38,7 +38,7 @@ def choose(model: torch.nn.Module, device: torch.device) -> DequantizeRecord | N
         import bitsandbytes.backends.cuda.ops as home
 
         before = torch.cuda.memory_reserved(device)
-        with torch.cuda.device(device), torch.cuda.use_mem_pool(torch.cuda.MemPool()):
+        with torch.cuda.device(device), torch.cuda.use_mem_pool(torch.cuda.MemPool()), quantized.whole(module, "alone"):
             found = compare(module, home, nf4_kernel.dequantize, _on_device)
         if torch.cuda.memory_reserved(device) > before:
             torch.cuda.empty_cache()
@@ -109,7 +109,11 @@ def _constants(state: Any) -> torch.Tensor:
 
 def _largest(model: torch.nn.Module) -> Any:
     made = [m for m in model.modules() if type(m).__name__ == "Linear4bit" and quantized.is_quantized(m)]
-    return max(made, key=lambda module: module.weight.numel(), default=None)  # type: ignore[operator]
+    return max(made, key=_num_elements, default=None)
+
+
+def _num_elements(module: Any) -> int:
+    return int(module.in_features * module.out_features)  # of a weight that may be elsewhere
 
 
 def _on_device(run: Callable[[], object]) -> float:

@@ -32,7 +32,7 @@ def learn_lengths(model: torch.nn.Module) -> None:
         if isinstance(module, LoraLayer):
             (name,) = module.lora_A
             layer = DoraLinearLayer(fan_in_fan_out=getattr(module, "fan_in_fan_out", False))
-            rows = quantized.weight_of(module.get_base_layer(), torch.float32)
+            rows = quantized.weight_of(module.get_base_layer(), torch.float32, "alone")
             squares = rows.square().sum(1).clamp_(min=LEAST_SQUARE)
             layer.register_buffer("squares", squares, persistent=False)
             layer.weight = torch.nn.Parameter(squares.sqrt())

@@ -151,10 +151,16 @@ def fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
         "held-out text": _content(request.eval_data, request) if request.eval_data else "",
         "seed": request.seed,
         "learning rate": learning_rate(plan, request),
-        _GPUS: plan.configuration.num_gpus,
+        _GPUS: _gpus(plan),
         _COURSE: msgspec.json.encode(_course(plan)),
     }
     return checkpoint.fingerprint(parts)
+
+
+def _gpus(plan: Plan) -> str:
+    """How a run is spread over GPUs: what it may go on with otherwise."""
+    number, sharding = plan.configuration.num_gpus, plan.configuration.sharding
+    return f"{number}" if sharding == "none" else f"{number}, sharded {sharding}"
 
 
 def plan_digest(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shallowflow.planner.plan import Plan
+from shallowflow.planner.strategies import Configuration
 from shallowflow.planner.wall_time import save_interval_seconds
 
 from . import batches, build, checkpoint, dequantizing, fallback, folder, sample
@@ -31,7 +32,7 @@ from .storage import Vault
 from .trackers import Trackers
 from .train import train as training_steps
 from .watch import Money, Watcher
-from .weights import WeightsSource, load_weights
+from .weights import WeightsSource, begin_loading, load_weights
 
 
 class Diverged(Exception):
@@ -89,14 +90,7 @@ class Learner:
         Raises:
             RunError: the checkpoint is another model's.
         """
-        plan, request = work.plan, work.request
-        configuration = promise.candidate.configuration
-        dtype = build.weights_dtype(configuration, plan.compute_dtype)
-        model = load_weights(work.source, plan.model_config, dtype, plan.num_parameters)
-        torch.manual_seed(request.seed)
-        rate = learning_rate(plan, request)
-        trainee = make_trainee(model, configuration, plan.compute_dtype, work.device, rate)
-        trainee.ranks = work.ranks
+        trainee = _trainee(work, promise.candidate.configuration)
         progress.dequantizing = dequantizing.choose(trainee.model, work.device)
         made = cls(work, progress, promise, trainee, trackers)
         trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
@@ -327,3 +321,17 @@ class Learner:
                 interruptions=progress.interruptions,
             )
         )
+
+
+def _trainee(work: Work, configuration: Configuration) -> Trainee:
+    """The base, loaded, with what *configuration* says; where processes share its weights, layer by layer."""
+    plan, rate = work.plan, learning_rate(work.plan, work.request)
+    dtype = build.weights_dtype(configuration, plan.compute_dtype)
+    facts = (work.source, plan.model_config, dtype, plan.num_parameters)
+    if configuration.sharding == "weights":
+        model, fill = begin_loading(*facts)
+        torch.manual_seed(work.request.seed)
+        return make_trainee(model, configuration, plan.compute_dtype, work.device, rate, work.ranks, fill)
+    model = load_weights(*facts)
+    torch.manual_seed(work.request.seed)
+    return make_trainee(model, configuration, plan.compute_dtype, work.device, rate, work.ranks)

@@ -9,7 +9,7 @@ import torch
 
 from shallowflow.profiles import model_facts
 
-from . import build, gradients
+from . import build, gradients, quantized
 
 IGNORED_LABEL = -100
 KEPT_SCALE = 1024.0
@@ -53,9 +53,14 @@ def chunked(
     hidden = base.get_decoder()(input_ids=input_ids, **positions, use_cache=False).last_hidden_state
     head = base.get_output_embeddings()
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    rows = hidden.flatten(0, -2).to(dtype or hidden.dtype)
+    rows, wanted = hidden.flatten(0, -2).to(dtype or hidden.dtype), labels.flatten()
+    shared: Any = getattr(head, "shared_out", None)
+    if shared is not None and shared.is_divided:
+        of_parts: Callable[..., torch.Tensor] = _InParts.apply
+        return of_parts(rows, shared, head.bias, wanted, chunk_tokens, wants_gradient)
     apply: Callable[..., torch.Tensor] = _Chunked.apply
-    return apply(rows, head, labels.flatten(), chunk_tokens, wants_gradient, factor)
+    with quantized.whole(head, "alone"):
+        return apply(rows, head, wanted, chunk_tokens, wants_gradient, factor)
 
 
 class _Chunked(torch.autograd.Function):
@@ -85,11 +90,79 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("the gradient of a chunked loss serves one backward pass")
-        factor = (outer[0] / KEPT_SCALE).view(1)  # with a dimension, or it would be rounded to the gradient's dtype
-        return gradient.mul_(factor), None, None, None, None, None
+        return _kept(ctx, outer[0]), None, None, None, None, None
+
+
+def _kept(ctx: Any, outer: torch.Tensor) -> torch.Tensor:
+    """The gradient that was computed beside the loss, times *outer*."""
+    gradient: torch.Tensor | None
+    gradient, ctx.gradient = ctx.gradient, None
+    if gradient is None:
+        raise RuntimeError("the gradient of a chunked loss serves one backward pass")
+    return gradient.mul_((outer / KEPT_SCALE).view(1))  # with a dimension, or it would be rounded to its dtype
+
+
+class _InParts(torch.autograd.Function):
+    """``_Chunked`` where processes share the head: of its rows too, only one part after the other is here.
+
+    All parts come once for each token's largest logit and the sum of exponentials beside it (Milakov and Gimelshein,
+    2018), and once more for the gradient, with which logits are computed anew.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: torch.Tensor,
+        head: Any,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        chunk_tokens: int,
+        wants_gradient: bool,
+    ) -> torch.Tensor:
+        chunks = [slice(first, first + chunk_tokens) for first in range(0, len(rows), chunk_tokens)]
+        tops = rows.new_full((len(rows), 1), -torch.inf, dtype=torch.float32)
+        sums, at_label = torch.zeros_like(tops), torch.zeros_like(tops)
+        for first, weight in head.parts():
+            for here in chunks:
+                logits = _logits(rows[here], weight, bias, first)
+                top = torch.maximum(tops[here], logits.amax(-1, keepdim=True))
+                place, inside = _place(labels[here], first, len(weight))
+                at_label[here] += logits.gather(-1, place) * inside
+                sums[here] = sums[here] * (tops[here] - top).exp_() + logits.sub_(top).exp_().sum(-1, keepdim=True)
+                tops[here] = top
+                del logits
+            del weight
+        learned = (labels != IGNORED_LABEL).unsqueeze(-1)
+        ctx.gradient = None
+        if wants_gradient:
+            ctx.gradient = torch.zeros_like(rows)
+            for first, weight in head.parts(backward=True):
+                for here in chunks:
+                    logits = _logits(rows[here], weight, bias, first).sub_(tops[here]).exp_()
+                    logits.mul_(learned[here] * KEPT_SCALE / sums[here])
+                    place, inside = _place(labels[here], first, len(weight))
+                    logits.scatter_add_(-1, place, inside * -KEPT_SCALE)
+                    torch.addmm(ctx.gradient[here], logits.to(rows.dtype), weight, out=ctx.gradient[here])
+                    del logits
+                del weight
+        return ((sums.log_() + tops - at_label) * learned).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _kept(ctx, outer[0]), None, None, None, None, None
+
+
+def _logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, first: int) -> torch.Tensor:
+    """In fp32, of those tokens of the vocabulary whose rows *weight* has, from number *first* on."""
+    own = None if bias is None else bias[first : first + len(weight)]
+    return torch.nn.functional.linear(rows, weight, own).float()
+
+
+def _place(labels: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where among *count* tokens from *first* on each label is, and whether it is, as a number."""
+    place = (labels - first).unsqueeze(-1)
+    inside = (place >= 0) & (place < count) & (labels != IGNORED_LABEL).unsqueeze(-1)
+    return place.clamp_(0, count - 1), inside.float()
 
 
 def _chunk(

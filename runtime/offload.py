@@ -48,8 +48,8 @@ class Offload:
     transfers: Transfers | None = None
 
     def keep(self, tensors: list[torch.Tensor]) -> None:
-        """Leave *tensors*, which live as long as the model, on the device."""
-        self.kept.update(tensor.untyped_storage()._cdata for tensor in tensors)
+        """Leave *tensors*, which live as long as the model, on the device; empty ones are not there to stay."""
+        self.kept.update(tensor.untyped_storage()._cdata for tensor in tensors if tensor.numel())
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """*forward* of a layer, with everything that it saves and that has as many elements as its input offloaded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import Any, Literal
@@ -141,8 +142,31 @@ def has_weight(module: torch.nn.Module) -> bool:
     return is_linear(module) or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
-def weight_of(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
+Use = Literal["forward", "recomputed forward", "backward", "twice", "alone"]
+"""What a matrix that is shared out is gathered for: a pass, the first of two uses in a row, or neither."""
+
+
+def ahead() -> Use:
+    """Of a product the use that it is: in a forward pass, or computed again within a backward pass."""
+    return "forward" if torch._C._current_graph_task_id() == -1 else "recomputed forward"
+
+
+def whole(module: torch.nn.Module, use: Use) -> contextlib.AbstractContextManager[None]:
+    """While it lasts *module* has its whole weight, of which a process may have only a part; see ``sharding``."""
+    shared: Any = getattr(module, "shared_out", None)
+    if shared is None:
+        return contextlib.nullcontext()
+    gathered: contextlib.AbstractContextManager[None] = shared.gathered(use)
+    return gathered
+
+
+def weight_of(module: torch.nn.Module, dtype: torch.dtype, use: Use = "backward") -> torch.Tensor:
     """The matrix (out, in) that a linear *module* multiplies by, in *dtype*; made anew where it is quantized."""
+    with whole(module, use):
+        return _weight_of(module, dtype)
+
+
+def _weight_of(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -153,7 +177,7 @@ def weight_of(module: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
         held: Any = weight if state8.CB is None else state8  # where the first forward pass puts them
         rows: torch.Tensor = held.CB.to(dtype, copy=True)
         return rows.mul_(held.SCB.unsqueeze(1).mul(1.0 / 127.0))
-    plain: torch.Tensor = weight.t() if isinstance(module, Conv1D) else weight
+    plain: torch.Tensor = weight.t() if isinstance(module, Conv1D) else weight.detach()  # not what is let go of
     return plain.to(dtype)
 
 
@@ -185,7 +209,7 @@ def reuse_weights(module: torch.nn.Module) -> None:
 def _by_kept_weight(module: Any, others: Any, x: torch.Tensor) -> torch.Tensor:
     """A module's product without an adapter, by a weight that autograd keeps where it needs one."""
     if torch.is_grad_enabled() and x.requires_grad and reuses_weight(module, x.dtype):
-        return torch.nn.functional.linear(x, weight_of(module, x.dtype), module.bias)
+        return torch.nn.functional.linear(x, weight_of(module, x.dtype, ahead()), module.bias)
     result: torch.Tensor = others(x)
     return result
 
@@ -198,6 +222,27 @@ def stored(
     if weight_format == "int8":
         made.init_8bit_state()  # as the first forward pass does
     return weight_of(made, weight.dtype)
+
+
+def held(module: torch.nn.Module) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+    """The tensors of a *module*'s weight that grow with it, and by which attributes each is held, the matrix first.
+
+    Left out are the tables that bitsandbytes' codes stand for.
+    """
+    weight: Any = module.weight
+    state: Any = getattr(weight, "quant_state", None)
+    if state is not None:
+        found: list[tuple[tuple[str, ...], torch.Tensor]] = [(("weight.data",), weight.data)]
+        found.append((("weight.quant_state.absmax",), state.absmax))
+        if state.state2 is not None:
+            found.append((("weight.quant_state.state2.absmax",), state.state2.absmax))
+        return found
+    if type(module).__name__ == "Linear8bitLt":
+        linear: Any = module
+        if linear.state.CB is None:
+            linear.init_8bit_state()  # as the first forward pass does
+        return [(("weight.data", "state.CB"), linear.state.CB), (("state.SCB",), linear.state.SCB)]
+    return [(("weight.data",), weight.data)]
 
 
 def constants(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ class Ranks:
         """
         found: list[Any] = [value] * self.size
         if self.talks:
-            with _noticing():
+            with noticing():
                 dist.all_gather_object(found, value)
         return found
 
@@ -73,23 +74,24 @@ class Ranks:
         """The *value* of the first process."""
         found: list[Any] = [value if self.leads else None]
         if self.talks:
-            with _noticing():
+            with noticing():
                 dist.broadcast_object_list(found, src=0)
         result: T = found[0] if self.talks else value
         return result
 
-    def vote(self, wish: int) -> int:
+    def vote(self, wish: int, patience: datetime.timedelta | None = None) -> int:
         """The gravest wish of all; every process votes before each micro-batch, and before each update.
 
         Raises:
             GivenUp: another is short of memory.
-            Lost: a process has ended.
+            Lost: a process has ended, or has not voted within *patience*.
         """
         if not self.talks:
             return wish
         found = torch.tensor(wish)
-        with _noticing():
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        with noticing():
+            vote = dist.all_reduce(found, op=dist.ReduceOp.MAX, async_op=True)
+            vote.wait() if patience is None else vote.wait(patience)
         gravest = int(found)
         if gravest == SHORT != wish:
             raise GivenUp
@@ -104,7 +106,7 @@ class Ranks:
             Lost: a process has ended.
         """
         if self.talks:
-            with _noticing():
+            with noticing():
                 dist.all_reduce(torch.zeros(1, device=device))
 
     def bucket(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -127,7 +129,7 @@ class Ranks:
             flat = bucket[: sum(counts)]
             torch.cat([gradient.flatten() for gradient in chosen], out=flat)
             if self.talks:
-                with _noticing():
+                with noticing():
                     dist.all_reduce(flat)
             torch._foreach_copy_([gradient.view(-1) for gradient in chosen], list(flat.split(counts)))
 
@@ -147,7 +149,7 @@ def _filling(gradients: Sequence[torch.Tensor], most: int) -> Iterator[list[torc
 
 
 @contextlib.contextmanager
-def _noticing() -> Iterator[None]:
+def noticing() -> Iterator[None]:
     """Tell a lost process from this one's own errors: gloo and NCCL raise a RuntimeError of many words."""
     try:
         yield

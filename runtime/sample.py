@@ -41,13 +41,14 @@ def answer(trainee: Trainee, tokenizer: Any, tokens: list[int], sequence_length:
 
     One sequence no longer than the plan's, without a cache and with the last position's logits alone: less memory than
     an evaluation takes. Scaled or capped logits have the same order as the head's own. Of several processes the first
-    computes and the others keep step.
+    computes and the others keep step, computing as well where they share the weights.
     """
     model: Any = trainee.model
     found = list(tokens)
     with evaluating(model):
         for _ in range(min(MOST_NEW_TOKENS, sequence_length - len(tokens))):
-            mine = _next(build.without_adapter(model), found, device) if trainee.ranks.leads else 0
+            computes = trainee.ranks.leads or trainee.in_step
+            mine = _next(build.without_adapter(model), found, device) if computes else 0
             trainee.before_micro_batch()  # after what memory may not suffice for, and before the others wait for it
             chosen = trainee.ranks.led(mine)
             if chosen == tokenizer.eos_token_id:

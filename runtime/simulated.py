@@ -18,7 +18,7 @@ from shallowflow.planner.strategies import Configuration
 from shallowflow.profiles import load_gpu
 
 from . import attention, build, evaluate, quantized
-from .ranks import Ranks
+from .ranks import ALONE, Ranks
 from .step import MicroBatch, Resident, StepOutcome, Trainee, make_trainee
 
 SHOWN_MICRO_BATCHES = 3
@@ -69,6 +69,10 @@ class MetaStep:
         """One optimizer update over the first *num_micro_batches*; None for all."""
         return self.trainee.step(self.micro_batches[:num_micro_batches])
 
+    def update_alone(self) -> None:
+        """Let the update be one process's, whatever passes are shared: what sums take is no polynomial of the rank."""
+        self.trainee.ranks = ALONE
+
     def evaluate(self) -> object:
         """The loss of one micro-batch, without gradients."""
         first, size = self.micro_batches[0], self.evaluation_micro_batch_size
@@ -110,8 +114,7 @@ def make_meta_step(
     register_quantization()
     config = build.transformers_config(model_config, configuration.num_layers, like_layer)
     model = build.empty_model(config, build.weights_dtype(configuration, compute_dtype), "meta")
-    trainee = make_trainee(model, configuration, compute_dtype)
-    trainee.ranks = Ranks(size=configuration.num_gpus)
+    trainee = make_trainee(model, configuration, compute_dtype, ranks=Ranks(size=configuration.num_gpus))
     shape = (configuration.micro_batch_size, configuration.sequence_length)
     batches = []
     for _ in range(num_micro_batches):

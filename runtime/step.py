@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, masking_utils
 from shallowflow.planner.strategies import Configuration
 from shallowflow.profiles import model_facts
 
-from . import activations, attention, build, optimizers, precision, quantized
+from . import activations, attention, build, optimizers, precision, quantized, sharding
 from .gradients import add_rows
 from .loss import chunked, summed
 from .precision import LossScale
@@ -77,6 +77,7 @@ class Trainee:
         head_apart: also a loss in one part is computed here, and not by the model.
         before_micro_batch: called where a step may still be given up, with nothing changed by it.
         ranks: the processes that share a step, each with a trainee like this one.
+        in_step: whether they also share the weights, and so make every pass together.
     """
 
     model: torch.nn.Module
@@ -89,6 +90,7 @@ class Trainee:
     ranks: Ranks = ALONE
     dtype: torch.dtype | None = None
     head_apart: bool = False
+    in_step: bool = False
 
     def resident_tensors(self) -> list[Resident]:
         """Everything held between steps, but the optimizer's state."""
@@ -194,12 +196,15 @@ def make_trainee(
     compute_dtype: str,
     device: torch.device | None = None,
     learning_rate: float = LEARNING_RATE,
+    ranks: Ranks = ALONE,
+    fill: sharding.Fill = lambda _module: None,
 ) -> Trainee:
     """Turn a loaded base model into what *configuration* says: quantized, adapted, recomputing, with an optimizer.
 
     Where every weight learns, the model's are fp32, and multiplied in the compute dtype.
 
-    The model is moved to *device* once its weights have their formats; None leaves it where it is.
+    The model is moved to *device* once its weights have their formats; None leaves it where it is. Where *ranks* share
+    the weights, it is given each layer's by *fill* just before, and keeps its part of them.
 
     Raises:
         ValueError: the configuration does not match the model.
@@ -207,10 +212,15 @@ def make_trainee(
     strategies, dtype = configuration.strategies(), build.DTYPES[compute_dtype]
     if configuration.packing:
         attention.pack(model, dtype)
-    build.apply_formats(model, strategies, compute_dtype)
+    if configuration.sharding == "weights":
+        sharding.share_out(model, strategies, compute_dtype, ranks, fill)
+    else:
+        build.apply_formats(model, strategies, compute_dtype)
     layers = build.decoder_layers(model)
     activations.apply_policies(model, layers, strategies)
     learner = _learner(model, configuration, dtype)
+    if configuration.sharding == "weights":
+        sharding.line_up(layers, strategies)
     if device is not None:
         learner.to(device)
     learner.train()
@@ -218,7 +228,16 @@ def make_trainee(
     scale = LossScale.for_dtype(compute_dtype)
     if not configuration.is_full:
         optimizer = optimizers.make(configuration.optimizer, parameters, learning_rate)
-        return Trainee(learner, layers, optimizer, scale, parameters, configuration.loss_chunks)
+        return Trainee(
+            learner,
+            layers,
+            optimizer,
+            scale,
+            parameters,
+            configuration.loss_chunks,
+            ranks=ranks,
+            in_step=configuration.sharding == "weights",
+        )
     return Trainee(
         learner,
         layers,
@@ -226,6 +245,7 @@ def make_trainee(
         scale,
         parameters,
         configuration.loss_chunks,
+        ranks=ranks,
         dtype=dtype,
         head_apart=not model_facts.changes_logits(model.config.to_dict()),
     )

@@ -5,19 +5,30 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from . import attention
+from . import attention, build
 from .build import DTYPES, empty_model, transformers_config
 from .files import new_folder
 from .sources import WeightsError, WeightsSource, find_weights
+from .stored import Read, reading
 
-__all__ = ["WeightsError", "WeightsSource", "find_weights", "load_tokenizer", "load_weights", "plain", "write_model"]
+__all__ = [
+    "WeightsError",
+    "WeightsSource",
+    "begin_loading",
+    "find_weights",
+    "load_tokenizer",
+    "load_weights",
+    "plain",
+    "write_model",
+]
 
 
 def load_weights(
@@ -51,6 +62,71 @@ def load_weights(
             f"the weights at {source.location} {problem}; give those of the planned model with --weights"
         )
     return model
+
+
+def begin_loading(
+    source: WeightsSource, config: Mapping[str, Any], compute_dtype: str, num_parameters: int
+) -> tuple[PreTrainedModel, Callable[[torch.nn.Module], None]]:
+    """The base model without its weights, and how to give any module of it its own, one tensor after the other.
+
+    They are read when they are asked for, so that a model need never be whole in this process.
+
+    Raises:
+        WeightsError: they cannot be had, or are another model's; or later, a tensor is missing or of another shape.
+    """
+    check_config(source, config)
+    model = build.unfilled_model(transformers_config(config), compute_dtype)
+    count = sum(p.numel() for p in model.parameters())
+    if count != num_parameters:
+        raise WeightsError(
+            f"the plan's configuration has {count:,} parameters, its model {num_parameters:,}; plan again"
+        )
+    return model, _Filling(reading(_on_this_machine(source), model), source, DTYPES[compute_dtype], model)
+
+
+class _Filling:
+    """Replaces parameters on ``meta`` by those that are read; one that modules share is read once."""
+
+    def __init__(self, read: Read, source: WeightsSource, dtype: torch.dtype, model: PreTrainedModel) -> None:
+        self.read, self.source, self.dtype = read, source, dtype
+        self.empty = {id(p): (name, p) for name, p in model.named_parameters()}  # held, so that none gets its number
+        self.found: dict[int, torch.nn.Parameter] = {}
+
+    def __call__(self, module: torch.nn.Module) -> None:
+        for owner in module.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    setattr(owner, name, self._filled(id(parameter)))
+
+    def _filled(self, number: int) -> torch.nn.Parameter:
+        if number not in self.found:
+            name, empty = self.empty[number]
+            tensor = self.read(name)
+            if tensor.shape != empty.shape:
+                raise WeightsError(
+                    f"{name} at {self.source.location} has shape {tuple(tensor.shape)}, in the plan's model "
+                    f"{tuple(empty.shape)}; give its weights with --weights"
+                )
+            self.found[number] = torch.nn.Parameter(tensor.to(self.dtype), requires_grad=False)
+        return self.found[number]
+
+
+def _on_this_machine(source: WeightsSource) -> WeightsSource:
+    """*source* as a folder, downloaded if need be.
+
+    Raises:
+        WeightsError: it cannot be.
+    """
+    if Path(source.location).is_dir():
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        with _quiet():
+            folder = snapshot_download(source.location, allow_patterns=["*.safetensors", "*.json"])
+    except Exception as error:  # the Hub's client raises a dozen kinds
+        raise WeightsError(_unavailable(source, error)) from error
+    return WeightsSource(folder, source.gguf_file)
 
 
 SIZES = (

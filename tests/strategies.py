@@ -35,6 +35,7 @@ from shallowflow.planner.strategies import (
     Adapter,
     Configuration,
     Optimizer,
+    Sharding,
     Strategy,
     StrategyRun,
     WeightFormat,
@@ -103,6 +104,8 @@ def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfi
     costs = st.tuples(rows(*4 * [10**11]), rows(*4 * [10**9]))
     kinds, places = st.integers(0, len(OP_KINDS) - 1), st.integers(0, SEGMENTS.index("update"))
     operators = draw(st.lists(st.tuples(costs, kinds, places), max_size=4))
+    messages = OP_KINDS.index("gather")  # whose latency is no GPU's own
+    operators = [(((0, 0, 0, 0), b) if k == messages else (f, b), k, place) for (f, b), k, place in operators]
     operators.append((([0, 0, 0, 0], [0, 0, 0, 0]), 0, SEGMENTS.index("head")))  # no model does nothing
     return StepProfile(
         sizes=np.array(sizes),
@@ -173,6 +176,7 @@ def workloads(draw: st.DrawFn, most_sequences: int = 48) -> Workload:
         quantization=draw(st.sampled_from(["any", "fp16", "int8", "nf4"])),
         objective=draw(st.sampled_from(["time", "cost", "quality"])),
         region=draw(words),
+        sharding=draw(st.sampled_from([None, *get_args(Sharding)])) if num_gpus > 1 else None,
     )
 
 
@@ -184,6 +188,8 @@ def problems(draw: st.DrawFn) -> Problem:
     first = draw(step_profiles())
     profiles = {(s, k): draw(with_other_sizes(first)) for s in chosen for k in sorted(set(kinds))}
     heads = {chunks: draw(with_other_sizes(first)) for chunks in LOSS_CHUNKS}
+    sharded = {pair: draw(with_other_sizes(first)) for pair in profiles}
+    sharded_heads = {chunks: draw(with_other_sizes(first)) for chunks in LOSS_CHUNKS}
     work = draw(workloads(most_sequences=6))
     rank = work.rank or work.min_rank
     ranks = [wider for wider in (rank, next_rank(rank)) if wider is not None]
@@ -191,7 +197,17 @@ def problems(draw: st.DrawFn) -> Problem:
     for kind in sorted(set(kinds)):
         other = replace(draw(step_profiles(first)), alignment_bytes=first.alignment_bytes)
         updates |= {("adamw8bit", wider, kind): other for wider in ranks}
-    roomy = Problem(work, replace(T4, memory_bytes=2**62), kinds, profiles, heads, rank, updates=updates)
+    roomy = Problem(
+        work,
+        replace(T4, memory_bytes=2**62),
+        kinds,
+        profiles,
+        heads,
+        rank,
+        updates=updates,
+        sharded=sharded,
+        sharded_heads=sharded_heads,
+    )
     needs = sorted(
         predict(roomy, configured(work, cell, [strategy] * len(kinds))).peak_reserved_bytes
         for cell in cells(work, T4, rank)
@@ -279,6 +295,7 @@ def configurations(draw: st.DrawFn, workload: Workload | None = None, num_layers
         num_gpus=workload.num_gpus,
         adapter=workload.adapter,
         target_modules=workload.target_modules,
+        sharding=draw(st.sampled_from(get_args(Sharding))) if workload.num_gpus > 1 else "none",
     )
 
 

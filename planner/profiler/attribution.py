@@ -13,6 +13,7 @@ CATEGORIES = (
     "weights",
     "base weights",
     "quantization constants",
+    "gathered weights",
     "adapter",
     "optimizer",
     "gradients",

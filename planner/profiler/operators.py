@@ -19,8 +19,8 @@ class OpCost:
 
     Attributes:
         kind: one of ``costs.OP_KINDS``: what bounds it besides its bytes.
-        flops: of matrix products and attention; elements for ``dequantize``; element-wise arithmetic hides behind its
-            bytes.
+        flops: of matrix products and attention; elements for ``dequantize``; messages for ``gather``; element-wise
+            arithmetic hides behind its bytes.
         num_bytes: inputs read once plus outputs written once.
     """
 
@@ -78,13 +78,19 @@ _DEQUANTIZES = ("dequantize_4bit", "dequantize_blockwise")
 
 
 def is_transfer(func: Any) -> bool:
-    """Whether *func* copies between host and device, as offloaded activations are, or waits for such a copy."""
+    """Whether *func* copies between host and device or from other devices, or waits for such a copy."""
     return bool(func.namespace == "shallowflow")
 
 
 def leaves_device(func: Any) -> bool:
     """Whether what *func* returns lies in host memory."""
     return is_transfer(func) and func._overloadpacket.__name__ == "to_host"
+
+
+def filled(func: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """What *func* fills with what other devices have, if it does."""
+    place = {"gather": 1, "spread": 0}.get(func._overloadpacket.__name__) if is_transfer(func) else None
+    return None if place is None else args[place]
 
 
 def tensors(values: Any) -> list[torch.Tensor]:
@@ -175,7 +181,7 @@ def costs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     changed = _changed(name, args)
     num_bytes = _traffic(func, name, inputs, outputs) if changed is None else changed
     if is_transfer(func):
-        return (OpCost("arrival", 0, 0) if name == "arrival" else OpCost("host", 0, num_bytes // 2),)
+        return (_transfer(name, args, inputs, num_bytes),)
     if name in _DEQUANTIZES:
         return (OpCost("dequantize", math.prod(outputs[0].shape), num_bytes),)
     kind = _kind(name, inputs) if flops and outputs else "memory"
@@ -196,6 +202,21 @@ def _constants(quantized: torch.Tensor | None) -> tuple[OpCost, ...]:
         return ()
     count = quantized.numel()
     return OpCost("dequantize", count, 5 * count), OpCost("memory", 0, 8 * count)
+
+
+def _transfer(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor], num_bytes: int) -> OpCost:
+    """Of a gather, as a ring makes it: the parts that come from others, as many as there are of them.
+
+    One process's part alone goes all the way round, piece by piece.
+    """
+    if name == "gather":
+        part, whole = (tensor.nbytes for tensor in inputs)
+        return OpCost("gather", whole // part - 1, whole - part)
+    if name == "spread":
+        return OpCost("gather", args[1] - 1, inputs[0].nbytes)
+    if name in ("arrival", "gathered"):
+        return OpCost(name, 0, 0)
+    return OpCost("host", 0, num_bytes // 2)
 
 
 def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], counted: OpCost) -> OpCost:

@@ -239,6 +239,9 @@ class Recorder(TorchDispatchMode):
             self._follow_all(out)
         if operators.makes_weights(func) and (number := self.follow(out)) is not None:
             self.trace.stages[number] = "temporaries"  # in a recomputed layer, too
+        gathered = operators.filled(func, args)
+        if gathered is not None:
+            self.follow(gathered, "gathered weights")
         if operators.is_matrix_product(func):
             thread = "autograd" if self.phase == "backward" else "main"
             wanted = kernels.library_workspaces(self.target, func, args, kwargs)

@@ -18,6 +18,7 @@ from shallowflow.planner.strategies import (
     Activations,
     Method,
     Optimizer,
+    Sharding,
     TargetGroup,
     TargetModules,
 )
@@ -140,6 +141,11 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
     """Every option that a ``Workload`` is made from, but for those that say where it runs."""
     count = click.IntRange(min=1)
     options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
+        click.option(
+            "--sharding",
+            type=click.Choice(get_args(Sharding)),
+            help="What of the model several GPUs share: nothing, or the frozen weights.  [default: what is faster]",
+        ),
         click.option(
             "--sequence-length",
             type=click.IntRange(min=2),

@@ -123,7 +123,7 @@ def _plan(
         ),
         alternatives=solution.alternatives,
         search=SearchRecord(
-            num_strategies=len({strategy for strategy, _ in posed.profiles}),
+            num_strategies=len(posed.strategies),
             num_cells=solution.num_cells,
             num_nodes=solution.num_nodes,
             num_traced=solution.num_traced,
@@ -186,8 +186,10 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
     if session.gpu.device_type == "cpu" and workload.optimizer == "adamw8bit":
         notes.append("On a CPU the update of an optimizer in 8 bits takes several times as long as is predicted here.")
     if workload.num_gpus > 1:
+        shared = shown[0].configuration.sharding == "weights"
+        held = "a part of every frozen matrix, which is gathered before its use" if shared else "the model"
         notes.append(
-            "Several GPUs are data parallel: each holds the model, and gradients are added up at the end of a step. "
+            f"Several GPUs are data parallel: each holds {held}, and gradients are added up at the end of a step. "
             "What NCCL holds beside PyTorch's memory is left out, and no such step was timed on GPUs."
         )
     hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]

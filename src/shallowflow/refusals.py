@@ -11,7 +11,7 @@ from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Remedy, changes
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell
-from shallowflow.profiles.load import gpu_names, load_gpu
+from shallowflow.profiles.load import gpu_names, load_gpu, load_instances
 from shallowflow.session import RequestError, Session
 from shallowflow.workloads import check, space
 
@@ -43,7 +43,7 @@ def infeasible(
     if spare is not None and 0 <= spare < (workload.headroom or 0):
         lower = Change(f"--headroom {spare:g}", replace(workload, headroom=spare), gpu)
         remedies += _first_that_fits(session, (lower,))
-    for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()]):
+    for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()], _more_gpus(session, workload)):
         remedies += _first_that_fits(session, group)
         if len(remedies) == MOST_REMEDIES:
             break
@@ -58,6 +58,15 @@ def infeasible(
     headroom = allowed.HEADROOM if workload.headroom is None else workload.headroom
     needed = math.ceil(peak / (1 - headroom))  # the memory of which headroom leaves the peak
     return Infeasible(needed, gpu.memory_bytes, remedies)
+
+
+def _more_gpus(session: Session, workload: Workload) -> tuple[int, ...]:
+    """Twice as many GPUs and so on, as far as a shipped machine has them and the batch divides over them."""
+    if workload.sharding == "none":  # with which each needs what it needs
+        return ()
+    most = max((instance.num_gpus for instance in load_instances(session.gpu.name)), default=1)
+    doubled = [workload.num_gpus * 2**power for power in range(1, most.bit_length())]
+    return tuple(n for n in doubled if n <= most and workload.global_batch_size % n == 0)
 
 
 def _too_much_sent(session: Session, workload: Workload, host_bytes: int, solution: Solution) -> Infeasible:

@@ -19,6 +19,7 @@ from shallowflow.planner.strategies import (
     Configuration,
     Method,
     Optimizer,
+    Sharding,
     Strategy,
     TargetModules,
     uniform,
@@ -29,6 +30,8 @@ from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 
 Progress = Callable[[str], None]
+_Profiles = dict[tuple[Strategy, int], StepProfile]
+"""Of layers of each kind under each strategy."""
 
 FP32_BYTES = 4
 UPDATED_LENGTH = 32
@@ -95,14 +98,20 @@ class Session:
         loss_chunks: int = 1,
         *,
         packing: bool = False,
+        shared_by: int = 1,
     ) -> StepProfile:
-        """The profile of *strategy* for layers like *like_layer*, from the cache or traced now."""
+        """The profile of *strategy* for layers like *like_layer*, from the cache or traced now.
+
+        Of so many GPUs as the weights are *shared_by* it is one's.
+        """
         facts = {**self._facts(), **self._adapter_facts(), "strategy": asdict(strategy), "like": like_layer}
         facts["sequence_length"] = sequence_length
         if loss_chunks > 1:
             facts["loss_chunks"] = loss_chunks
         if packing:
             facts["packing"] = packing
+        if shared_by > 1:
+            facts["shared_by"] = shared_by
         name = cache.key("profile", facts)
         known = cache.read_profile(name)
         if known is not None:
@@ -112,9 +121,13 @@ class Session:
         from shallowflow.planner.profiler.profile import profile_full_step, profile_step
 
         whole = replace(self._cut(strategy, sequence_length), loss_chunks=loss_chunks, packing=packing)
+        if shared_by > 1:
+            whole = replace(whole, num_gpus=shared_by, sharding="weights")
 
         def make(micro_batch_size: int, rank: int | None = None) -> Any:
-            return self._meta_step(replace(whole, micro_batch_size=micro_batch_size, rank=rank), like_layer)
+            step = self._meta_step(replace(whole, micro_batch_size=micro_batch_size, rank=rank), like_layer)
+            step.update_alone()
+            return step
 
         with self._tracing():
             profiled: Any = profile_full_step if self.adapter == "full" else profile_step
@@ -148,7 +161,9 @@ class Session:
 
     def trace(self, configuration: Configuration) -> TracedPeak:
         """The whole step of *configuration* traced and replayed, or remembered."""
-        alike = replace(configuration, num_gpus=min(configuration.num_gpus, 2))  # one sends nothing, any others as much
+        alike = configuration
+        if configuration.sharding == "none":  # one sends nothing, any others as much
+            alike = replace(configuration, num_gpus=min(configuration.num_gpus, 2))
         name = cache.key("peak", {**self._facts(), "configuration": asdict(alike)})
         known = cache.read_peak(name)
         if known is None:
@@ -165,7 +180,7 @@ class Session:
         self, posed: problem.Problem, considered: tuple[Cell, ...], num_alternatives: int = solver.NUM_ALTERNATIVES
     ) -> Solution | None:
         """The best of *posed* in the cells *considered*, its steps traced here; None where nothing fits."""
-        if not posed.profiles:
+        if not posed.strategies:
             return None
         return solver.solve(posed, considered, self.trace, num_alternatives)
 
@@ -180,23 +195,28 @@ class Session:
         kinds = self.layer_kinds()
         wanted = list(filter(only, allowed.strategies(workload, self.gpu)))
         length, packing = workload.sequence_length, workload.packing is True
-        profiles = self._profiles(wanted, length, packing)
-        last = next((strategy for strategy, kind in profiles if kind == kinds[-1]), None)
-        heads: dict[int, StepProfile] = {}
-        for chunks in {cell.loss_chunks for cell in considered}:
-            if last is not None:
-                heads[chunks] = self.profile(last, length, kinds[-1], chunks, packing=packing)
+        found: dict[Sharding, tuple[_Profiles, dict[int, StepProfile]]] = {"none": ({}, {}), "weights": ({}, {})}
+        for sharding in {cell.sharding for cell in considered}:
+            shared_by = workload.num_gpus if sharding == "weights" else 1
+            profiles = self._profiles(wanted, length, packing, shared_by)
+            last = next((strategy for strategy, kind in profiles if kind == kinds[-1]), None)
+            heads: dict[int, StepProfile] = {}
+            for chunks in {cell.loss_chunks for cell in considered}:
+                if last is not None:
+                    heads[chunks] = self.profile(last, length, kinds[-1], chunks, packing=packing, shared_by=shared_by)
+            found[sharding] = profiles, heads
         own = self.weighed()
         return problem.Problem(
             workload,
             self.gpu,
             kinds,
-            profiles,
-            heads,
+            *found["none"],
             rank,
             self._host_bytes(workload),
-            updates=self._updates(considered, rank) if profiles else {},
+            updates=self._updates(considered, rank) if any(profiles for profiles, _ in found.values()) else {},
             weighed=() if own is None else own.layers,
+            sharded=found["weights"][0],
+            sharded_heads=found["weights"][1],
         )
 
     def _updates(
@@ -213,16 +233,16 @@ class Session:
             for kind in sorted(set(self.layer_kinds()))
         }
 
-    def _profiles(
-        self, wanted: Sequence[Strategy], sequence_length: int, packing: bool
-    ) -> dict[tuple[Strategy, int], StepProfile]:
+    def _profiles(self, wanted: Sequence[Strategy], sequence_length: int, packing: bool, shared_by: int) -> _Profiles:
         """Of each kind of layer under each of *wanted*, but for those that the model's code does not allow."""
-        found: dict[tuple[Strategy, int], StepProfile] = {}
+        found: _Profiles = {}
         refusal: RequestError | None = None
         for strategy in wanted:
             for kind in sorted(set(self.layer_kinds())):
                 try:
-                    found[strategy, kind] = self.profile(strategy, sequence_length, kind, packing=packing)
+                    found[strategy, kind] = self.profile(
+                        strategy, sequence_length, kind, packing=packing, shared_by=shared_by
+                    )
                 except RequestError as error:
                     if strategy.activations not in PARTIAL:
                         raise

@@ -49,6 +49,12 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
             f"{workload.loss_chunks} chunks do not divide a sequence of {workload.sequence_length} tokens; "
             "try a power of two"
         )
+    if workload.sharding == "weights" and workload.num_gpus == 1:
+        raise RequestError("--sharding weights shares them between GPUs, and there is one; try --gpus 2")
+    if workload.sharding == "weights" and workload.adapter == "full":
+        raise RequestError(
+            "--sharding weights shares frozen weights, and with --adapter full all of them learn; try lora"
+        )
     if workload.max_weight_error is not None and math.isnan(workload.max_weight_error):
         raise RequestError("max_weight_error is nan; give a number such as 0.05, or leave it out")
     check_method(workload)

@@ -103,6 +103,7 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
     """Each option of the workload is in the plan with the value given."""
     given = {
         "gpus": ("num_gpus", 2),
+        "sharding": ("sharding", "weights"),
         "sequence-length": ("sequence_length", 48),
         "tokens": ("total_tokens", 123_456),
         "global-batch-size": ("global_batch_size", 6),

@@ -104,11 +104,12 @@ every_strategy = st.builds(
     micro_batch_size=st.integers(1, 5),
     rank=st.sampled_from([4, 8, 16]),
     accumulation=st.integers(1, 2),
+    shared_by=st.sampled_from([1, 1, 4]),
 )
 def test_layers_of_different_strategies_compose_too(
-    family: str, chosen: list[Strategy], micro_batch_size: int, rank: int, accumulation: int
+    family: str, chosen: list[Strategy], micro_batch_size: int, rank: int, accumulation: int, shared_by: int
 ) -> None:
-    """Whatever is done to each layer, the composed peak is that of the whole trace."""
+    """Whatever is done to each layer, the composed peak is that of the whole trace; with shared weights, too."""
     runs = tuple(StrategyRun(first=i, last=i, strategy=strategy) for i, strategy in enumerate(chosen))
     mixed = replace(
         configuration(
@@ -120,8 +121,10 @@ def test_layers_of_different_strategies_compose_too(
             gradient_accumulation_steps=accumulation,
         ),
         layers=runs,
+        num_gpus=shared_by,
+        sharding="none" if shared_by == 1 else "weights",
     )
-    profiles = [(tiny.profiled(family, "t4", strategy, 128), 1) for strategy in chosen]
+    profiles = [(tiny.profiled(family, "t4", strategy, 128, shared_by=shared_by), 1) for strategy in chosen]
 
     composed = costs.footprint(profiles, micro_batch_size, rank, accumulates=accumulation > 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallowflow.planner import costs, latency
+from shallowflow.planner.communication import PCIE_LATENCY_SECONDS
 from shallowflow.planner.costs import OP_KINDS, SEGMENTS, StepProfile
 from shallowflow.planner.strategies import Strategy
 from shallowflow.profiles import GpuSpec, gpu_names, load_gpu
@@ -37,7 +39,7 @@ def test_an_operator_takes_the_longer_of_arithmetic_and_bytes(
 ) -> None:
     """After a gap, flops over the kind's rate or bytes over its bandwidth, whichever is more; moving has no flops.
 
-    An arrival is no kernel.
+    An arrival is no kernel. A gather's messages take their latency, then their bytes.
     """
     gpu = load_gpu(data.draw(st.sampled_from(gpu_names())))
     short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int8": "int8"}
@@ -49,11 +51,13 @@ def test_an_operator_takes_the_longer_of_arithmetic_and_bytes(
         np.array([OP_KINDS.index(kind)]), np.array([flops]), np.array([num_bytes]), gpu
     ).item()
 
-    arithmetic = flops / getattr(gpu, field) if kind not in ("memory", "host", "arrival") else 0.0
-    bandwidth = {"host": gpu.pcie_bytes_per_second, "float32": gpu.fp32_matmul_bytes_per_second}
-    moving = num_bytes / bandwidth.get(kind, gpu.dram_bytes_per_second)
-    together = arithmetic + moving if gpu.device_type == "cpu" else max(arithmetic, moving)
-    assert found == (0.0 if kind == "arrival" else pytest.approx(gpu.kernel_gap_seconds + together))
+    rate = 1 / PCIE_LATENCY_SECONDS if kind == "gather" else getattr(gpu, field, math.inf)
+    bandwidth = dict.fromkeys(("host", "gather"), gpu.pcie_bytes_per_second)
+    bandwidth["float32"] = gpu.fp32_matmul_bytes_per_second
+    arithmetic, moving = flops / rate, num_bytes / bandwidth.get(kind, gpu.dram_bytes_per_second)
+    in_turn = gpu.device_type == "cpu" or kind == "gather"
+    together = arithmetic + moving if in_turn else max(arithmetic, moving)
+    assert found == (0.0 if kind in ("arrival", "gathered") else pytest.approx(gpu.kernel_gap_seconds + together))
 
 
 @given(step_profiles(), st.integers(1, 60))
@@ -200,6 +204,28 @@ def test_what_is_waited_for_at_once_hides_nothing(pairs: list[tuple[float, float
     both = pytest.approx(sum(map(sum, pairs)))
     assert scheduled(at_once) == both
     assert scheduled(late) == both
+
+
+@given(segments_of_a_layer)
+def test_gathers_cross_as_copies_do(operators: Operators) -> None:
+    """What comes from other GPUs hides behind computing as what comes from the host does, over one link."""
+    other = {latency.COPY: latency.GATHER, latency.ARRIVAL: latency.GATHERED}
+    gathers = [(other.get(kind, kind), took) for kind, took in operators]
+    kinds, took = (np.array(column) for column in zip(*gathers, strict=True))
+
+    found = float(took[kinds == COMPUTE].sum()) + latency.unhidden_seconds(kinds, took)
+
+    assert found == pytest.approx(scheduled(operators))
+
+
+@given(st.floats(0, 10))
+def test_an_arrival_waits_for_its_own_kind(late: float) -> None:
+    """A copy to the host that nobody waits for holds no gathered matrix up but by the link that it takes first."""
+    gather: Operators = [(latency.GATHER, 1.0), (latency.GATHERED, 0.0)]
+    sent: Operators = [(latency.COPY, late)]
+    kinds, took = (np.array(column) for column in zip(*gather, *sent, (COMPUTE, late), strict=True))
+
+    assert latency.unhidden_seconds(kinds, took) == pytest.approx(1.0)
 
 
 @given(segments_of_a_layer, st.floats(1, 10))

@@ -17,7 +17,18 @@ from shallowflow.planner.serialize import from_json, to_json
 from shallowflow.planning import make_plan
 from shallowflow.profiles import load_gpu, load_model
 from shallowflow.session import Session
-from tests.planner.planned import CONFIG, MIB, SHORT, T4, WORK, model, planned, smallest_reserved
+from tests.planner.planned import (
+    CONFIG,
+    MIB,
+    SHORT,
+    T4,
+    WORK,
+    model,
+    planned,
+    refusal,
+    smallest_reserved,
+    with_budget,
+)
 
 WORKS = pytest.mark.parametrize(
     "work",
@@ -28,8 +39,9 @@ WORKS = pytest.mark.parametrize(
         replace(WORK, quantization="int8", objective="quality"),
         replace(WORK, quantization="fp16", global_batch_size=6, num_gpus=2),
         replace(WORK, quantization="fp16", adapter="dora", target_modules="attention", activations="save"),
+        replace(WORK, quantization="nf4", num_gpus=4, sharding="weights", activations="recompute"),
     ],
-    ids=["any", "short", "nf4", "int8 by quality", "two GPUs", "DoRA in attention"],
+    ids=["any", "short", "nf4", "int8 by quality", "two GPUs", "DoRA in attention", "shared weights"],
 )
 
 
@@ -128,6 +140,34 @@ def test_gradients_are_summed_in_memory_that_is_free_by_then() -> None:
     assert many.prediction.resident_bytes == alone.prediction.resident_bytes
     assert many.prediction.peak_allocated_bytes == alone.prediction.peak_allocated_bytes
     assert many.prediction.communication_seconds > 0
+
+
+def test_weights_are_shared_where_they_must_be() -> None:
+    """With memory enough every GPU holds them all, which is faster; with too little for that they are shared."""
+    work = replace(WORK, quantization="fp16", num_gpus=4, rank=8)
+    whole, shared = (replace(work, sharding=sharding) for sharding in ("none", "weights"))
+    least = [smallest_reserved(each) for each in (whole, shared)]
+
+    roomy, tight = planned(work), planned(work, least[1])
+
+    assert least[1] < least[0]
+    assert roomy.configuration.sharding == "none"
+    assert roomy.prediction.step_seconds < planned(shared).prediction.step_seconds
+    assert tight.configuration.sharding == "weights"
+    assert "--sharding weights" in [remedy.option for remedy in refusal(with_budget(least[1]), whole).remedies]
+
+
+@pytest.mark.parametrize("num_gpus", [2, 4])
+def test_shared_weights_are_divided(num_gpus: int) -> None:
+    """What is resident is less by the frozen matrices, but for each GPU's part of them and what it is rounded up by."""
+    work = replace(WORK, quantization="fp16", rank=8, num_gpus=num_gpus, micro_batch_size=1, optimizer="adamw")
+    whole, shared = (planned(replace(work, sharding=s, activations="save")).prediction for s in ("none", "weights"))
+
+    hidden, inner, layers = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_hidden_layers"]
+    each = hidden * (2 * hidden + 2 * hidden // 2) + 3 * hidden * inner
+    matrices = 2 * (layers * each + CONFIG["vocab_size"] * hidden)  # in fp16, the head being the embeddings
+    saved = whole.resident_bytes - shared.resident_bytes
+    assert saved == pytest.approx(matrices * (num_gpus - 1) / num_gpus, abs=1024 * (7 * layers + 1))
 
 
 @pytest.mark.parametrize(

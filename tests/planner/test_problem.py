@@ -25,25 +25,32 @@ FORMATS: dict[str, Quantization] = {"fp16": "fp16", "int8": "int8", "nf4": "nf4"
 
 @given(workloads(), st.booleans())
 def test_cells_divide_the_global_batch(workload: Workload, divisible: bool) -> None:
-    """Every micro-batch that divides a GPU's share comes once with every loss and optimizer, and makes up the batch."""
+    """Every micro-batch that divides a GPU's share comes once with all else, and makes up the batch."""
     found = cells(workload, T4, 16, divisible_loss=divisible)
 
     share = workload.global_batch_size // workload.num_gpus
     divisors = {n for n in range(1, share + 1) if share % n == 0}
     chunks = {n for n in LOSS_CHUNKS if n == 1 or (divisible and workload.sequence_length % n == 0)}
     assert {cell.micro_batch_size * cell.gradient_accumulation_steps for cell in found} == {share}
-    ways = {(cell.micro_batch_size, cell.loss_chunks, cell.optimizer) for cell in found}
-    assert ways == set(product(divisors, chunks, OPTIMIZERS))
+    shardings = (
+        {"none"} if workload.num_gpus == 1 else {workload.sharding} if workload.sharding else {"none", "weights"}
+    )
+    ways = {(cell.micro_batch_size, cell.loss_chunks, cell.optimizer, cell.sharding) for cell in found}
+    assert ways == set(product(divisors, chunks, OPTIMIZERS, shardings))
     assert len(found) == len(ways)
 
 
 @given(workloads(), st.data())
 def test_what_is_fixed_is_all_there_is(workload: Workload, data: st.DataObject) -> None:
-    """A pinned micro-batch, loss, optimizer, policy or format is the only one."""
+    """A pinned micro-batch, loss, optimizer, sharding, policy or format is the only one."""
     whole = cells(workload, T4, 16)
     one = data.draw(st.sampled_from(whole))
     pinned = replace(
-        workload, micro_batch_size=one.micro_batch_size, loss_chunks=one.loss_chunks, optimizer=one.optimizer
+        workload,
+        micro_batch_size=one.micro_batch_size,
+        loss_chunks=one.loss_chunks,
+        optimizer=one.optimizer,
+        sharding=one.sharding if workload.num_gpus > 1 else None,
     )
     assert cells(pinned, T4, 16) == (one,)
 
@@ -123,7 +130,7 @@ def test_more_gpus_cost_waiting_alone(problem: Problem, num_gpus: int) -> None:
     strategy = next(iter(problem.profiles))[0]
     found = []
     for count in (1, num_gpus):
-        work = replace(problem.workload, num_gpus=count, global_batch_size=count * batch)
+        work = replace(problem.workload, num_gpus=count, global_batch_size=count * batch, sharding=None)
         posed = replace(problem, workload=work)
         cell = cells(work, problem.gpu, problem.rank)[0]
         found.append(predict(posed, configured(work, cell, [strategy] * problem.num_layers)))

@@ -90,6 +90,8 @@ def applied(option: str, work: Workload, gpu: GpuSpec) -> tuple[Workload, GpuSpe
     name, value = option.split()
     if name == "--gpu":
         return work, load_gpu(value)
+    if name == "--gpus":
+        return replace(work, num_gpus=int(value)), gpu
     if name == "--quantization":
         assert value == "any"
         return replace(work, quantization="any"), gpu

@@ -22,21 +22,22 @@ remedies = st.lists(st.builds(Remedy, option=options, peak_process_bytes=st.inte
 
 def kinds(workload: Workload) -> list[str]:
     """The options that are tried, each once, in order."""
-    groups = changes(workload, T4, GPUS)
+    groups = changes(workload, T4, GPUS, (8, 16))
     return [kind for group in groups for kind in dict.fromkeys(change.option.split()[0] for change in group)]
 
 
 @given(workloads())
 def test_the_mildest_changes_come_first(workload: Workload) -> None:
-    """First another format or rank, then fewer tokens, and another GPU last; nothing is tried that was not asked."""
+    """First another format or rank, then fewer tokens, and other GPUs last; nothing is tried that was not asked."""
     expected = [] if workload.quantization == "any" else ["--quantization"]
     if workload.rank is None:
         expected += ["--min-rank"] if workload.min_rank > SMALLEST_RANK else []
     else:
         expected += ["--rank"] if workload.rank > SMALLEST_RANK else []
+    expected += ["--sharding"] if workload.sharding == "none" else []
     expected += ["--sequence-length"] if workload.sequence_length >= 2 * SMALLEST_SEQUENCE else []
 
-    assert kinds(workload) == [*expected, "--gpu"]
+    assert kinds(workload) == [*expected, "--gpu", "--gpus"]
 
 
 @given(workloads())
@@ -56,7 +57,7 @@ def test_a_group_goes_from_mild_to_harsh(workload: Workload) -> None:
     tried = {change.option: change for group in changes(workload, T4, GPUS) for change in group}
 
     lengths = [c.workload.sequence_length for o, c in tried.items() if o.startswith("--sequence-length")]
-    larger = [c.gpu.memory_bytes for o, c in tried.items() if o.startswith("--gpu")]
+    larger = [c.gpu.memory_bytes for o, c in tried.items() if o.startswith("--gpu ")]
     halves = [workload.sequence_length // 2**n for n in range(1, len(lengths) + 1)]
     assert lengths == halves
     assert all(length >= SMALLEST_SEQUENCE for length in lengths)
@@ -68,14 +69,14 @@ def test_a_group_goes_from_mild_to_harsh(workload: Workload) -> None:
 @given(workloads())
 def test_a_change_changes_what_it_says(workload: Workload) -> None:
     """One entry of the request differs, and the option spells its new value."""
-    for group in changes(workload, T4, GPUS):
+    for group in changes(workload, T4, GPUS, (8, 16)):
         for change in group:
             option, value = change.option.split()
             if option == "--gpu":
                 assert change.workload == workload
                 assert change.gpu.name == value != T4.name
                 continue
-            name = option.removeprefix("--").replace("-", "_")
+            name = "num_gpus" if option == "--gpus" else option.removeprefix("--").replace("-", "_")
             changed = getattr(change.workload, name)
             assert str(changed) == value
             undone = replace(change.workload, **{name: getattr(workload, name)}, num_sequences=workload.num_sequences)

@@ -31,6 +31,7 @@ def said(plan: Plan) -> list[str]:
         BOUNDED,
         replace(FREE, deadline_hours=1.0, packing=True),
         replace(FREE, rank=None, num_gpus=2, optimizer="adamw8bit", adapter="rslora", budget_usd=1.0),
+        replace(FREE, num_gpus=2, sharding="weights"),
     ],
 )
 def test_a_plan_has_the_limits_of_its_workload(work: Workload) -> None:
@@ -58,6 +59,7 @@ def test_a_plan_has_the_limits_of_its_workload(work: Workload) -> None:
         {"quantization": "nf4", "double_quantization": True, "activations": "offload"},
         {"region": "nowhere"},
         {"num_gpus": 2, "global_batch_size": 4},
+        {"num_gpus": 2, "global_batch_size": 4, "sharding": "weights"},
     ],
     ids=str,
 )

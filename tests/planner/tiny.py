@@ -116,6 +116,7 @@ def profiled(
     sequence_length: int = 64,
     adapter: Adapter = "lora",
     target_modules: TargetModules = "all-linear",
+    shared_by: int = 1,
 ) -> StepProfile:
     """The profile of a tiny model."""
 
@@ -129,7 +130,11 @@ def profiled(
             gradient_accumulation_steps=2,
             adapter=adapter,
             target_modules=target_modules,
+            num_gpus=shared_by,
+            sharding="none" if shared_by == 1 else "weights",
         )
-        return meta_step(family, gpu, chosen)
+        made = meta_step(family, gpu, chosen)
+        made.update_alone()
+        return made
 
     return profile_step(make, target(gpu))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,3 +64,24 @@ def request_for(tiny_folder: Path, tmp_path: Path) -> Callable[..., RunRequest]:
         return RunRequest(**wanted)
 
     return make
+
+
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Ask the program of processes for something, and get what came of it."""
+    command = [sys.executable, "-m", "tests.runtime.several"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as program:
+
+        def asked(*words: Any) -> Any:
+            assert program.stdin is not None and program.stdout is not None
+            print(json.dumps(words), file=program.stdin, flush=True)
+            return json.loads(program.stdout.readline())
+
+        yield asked
+        program.kill()

@@ -58,21 +58,27 @@ def place() -> Path:
 
 
 @functools.cache
-def planned(num_gpus: int, quantization: str = "fp16", activations: str | None = None) -> Plan:
+def planned(
+    num_gpus: int,
+    quantization: str = "fp16",
+    activations: str | None = None,
+    sharding: str = "none",
+    **changes: Any,
+) -> Plan:
     """The tiny model's plan for so many CPUs, one sequence to a micro-batch; with ``full`` every weight learns."""
     learned: dict[str, Any] = {"quantization": quantization, "rank": 8}
-    return shallowflow.plan(
-        str(place() / "model"),
-        "cpu",
-        num_gpus=num_gpus,
+    wanted = {
         **({"adapter": "full"} if quantization == "full" else learned),
-        activations=activations,
-        micro_batch_size=1,
-        loss_chunks=1,
-        double_quantization=False if quantization == "nf4" else None,
-        sequence_length=32,
-        global_batch_size=GLOBAL_BATCH_SIZE,
-    )
+        "num_gpus": num_gpus,
+        "activations": activations,
+        "micro_batch_size": 1,
+        "loss_chunks": 1,
+        "double_quantization": False if quantization == "nf4" else None,
+        "sequence_length": 32,
+        "global_batch_size": GLOBAL_BATCH_SIZE,
+        "sharding": sharding if num_gpus > 1 else None,
+    }
+    return shallowflow.plan(str(place() / "model"), "cpu", **{**wanted, **changes})
 
 
 def request(output: str, **changes: Any) -> RunRequest:
@@ -167,15 +173,24 @@ def trained(
 # What may be asked for
 
 
-def alike(quantization: str, activations: str | None, *sizes: int) -> dict[str, Any]:
+def alike(
+    quantization: str, activations: str | None, *sizes: int, sharding: str = "none", **changes: Any
+) -> dict[str, Any]:
     """The same run in one process and in several, and what a step was predicted to take in each."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"predicted": {}}
     for size in (1, *sizes):
-        plan = planned(size, quantization, activations)
-        wanted = request(f"{quantization}{size}", eval_data=place() / "held.txt", eval_every=4, samples=("the cat",))
+        plan = planned(size, quantization, activations, sharding, **changes)
+        output = "".join(filter(str.isalnum, f"{quantization}{activations}{size}{sharding}{changes}"))
+        prompt = "the cat" if sharding == "none" else "the cat number 1 sat on the m"  # a few passes are enough
+        wanted = request(output, eval_data=place() / "held.txt", eval_every=4, samples=(prompt,))
         found[str(size)] = in_processes(size, functools.partial(_trained, plan, wanted))
-        found["predicted"] = plan.prediction.peak_allocated_bytes
+        found["predicted"][str(size)] = plan.prediction.peak_allocated_bytes
     return found
+
+
+def alike_sharded(quantization: str, activations: str | None, changes: dict[str, Any], *sizes: int) -> dict[str, Any]:
+    """``alike``, several processes sharing the weights."""
+    return alike(quantization, activations, *sizes, sharding="weights", **changes)
 
 
 def _trained(plan: Plan, wanted: RunRequest, _rank: int) -> dict[str, Any]:
@@ -191,17 +206,28 @@ def moved() -> list[Any]:
     return found
 
 
-def struck(rank: int, number: int, after: int) -> dict[str, Any]:
+def moved_in_and_out() -> list[Any]:
+    """A run that begins with whole weights in two processes, goes on with them shared by two and four, ends alone."""
+    wanted = request("in and out")
+    turns = ((2, "none", 1), (2, "weights", 3), (4, "weights", 4), (2, "none", 5), (1, "none", NUM_STEPS))
+    for size, sharding, num_steps in turns:
+        now = replace(wanted, num_steps=num_steps, resume=True)
+        found = in_processes(size, functools.partial(_trained, planned(size, sharding=sharding), now))
+    return found
+
+
+def struck(rank: int, number: int, after: int, sharding: str = "none") -> dict[str, Any]:
     """A run of two processes, one of which gets a signal after some steps; and the same run resumed."""
-    wanted = request(f"struck{rank}{number}")
+    wanted = request(f"struck{rank}{number}{sharding}")
+    plan = planned(2, sharding=sharding)
 
     def strike(learner: Learner) -> None:
         if len(learner.progress.steps) == after and learner.work.ranks.rank == rank:
             os.kill(os.getpid(), number)
 
-    first = in_processes(2, lambda _rank: trained(planned(2), wanted, strike))
+    first = in_processes(2, lambda _rank: trained(plan, wanted, strike))
     saved = sorted(path.name for path in (wanted.output / "checkpoints").glob("step-*"))
-    again = in_processes(2, lambda _rank: trained(planned(2), replace(wanted, resume=True)))
+    again = in_processes(2, lambda _rank: trained(plan, replace(wanted, resume=True)))
     return {"first": first, "saved": saved, "again": again}
 
 
@@ -225,6 +251,65 @@ def short_of_memory(rank: int, where: str, after: int = 3) -> list[Any]:
     return in_processes(
         2, lambda _rank: trained(planned(2), request(f"short{rank}{where}{after}", save_every=2), strike)
     )
+
+
+def short_while_sharing(*short: int) -> list[Any]:
+    """A run of two processes that share the weights, some of which find no memory in the middle of a pass."""
+    plan = planned(2, sharding="weights")
+
+    def strike(learner: Learner) -> None:
+        if len(learner.progress.steps) == 3 and learner.work.ranks.rank in short and not learner.progress.fallbacks:
+            learner.trainee.layers[1].forward = _no_memory
+
+    def work(_rank: int) -> Any:
+        attempts.SHORT_PATIENCE = datetime.timedelta(seconds=2)
+        return trained(plan, request(f"sharing{short}", save_every=2), strike)
+
+    return in_processes(2, work)
+
+
+def killed_in_a_pass(rank: int) -> list[Any]:
+    """A run of two processes that share the weights, one of which is killed while the other waits for its part."""
+    plan = planned(2, sharding="weights")
+
+    def die(*_args: Any, **_kwargs: Any) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    def strike(learner: Learner) -> None:
+        if len(learner.progress.steps) == 3 and learner.work.ranks.rank == rank:
+            learner.trainee.layers[1].forward = die
+
+    return in_processes(2, lambda _rank: trained(plan, request(f"killed{rank}"), strike))
+
+
+def beside_fsdp(size: int) -> list[Any]:
+    """One step's loss and gradients under PyTorch's own ``fully_shard``, and with the weights shared as here."""
+    from torch.distributed.fsdp import fully_shard
+
+    def work(rank: int) -> Any:
+        ranks = joining.join()
+        batch = tiny.random_batch([16, 16], seed=rank)
+        found = []
+        for ours in (False, True):
+            torch.manual_seed(0)
+            chosen = replace(tiny.configuration(), num_gpus=size, sharding="weights" if ours else "none")
+            trainee = make_trainee(tiny.base(), chosen, "float32", tiny.CPU, ranks=ranks)
+            torch.manual_seed(1)
+            for parameter in trainee.parameters:
+                torch.nn.init.normal_(parameter, std=0.05)
+            if not ours:
+                for layer in trainee.layers:
+                    fully_shard(layer, reshard_after_forward=True, ignored_params=set(trainee.parameters))
+                fully_shard(trainee.model, ignored_params=set(trainee.parameters))
+            loss = trainee.loss(batch)
+            loss.backward()
+            found.append(
+                [float(loss.detach()), *(float(p.grad.norm()) for p in trainee.parameters if p.grad is not None)]
+            )
+        return found
+
+    return in_processes(size, work)
 
 
 def short_before_training(rank: int, where: str) -> list[Any]:
@@ -284,7 +369,7 @@ def asked_and_short(asked: int, short: int) -> dict[str, Any]:
     return {"first": first, "again": again}
 
 
-def _no_memory(*_args: Any) -> NoReturn:
+def _no_memory(*_args: Any, **_kwargs: Any) -> NoReturn:
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
