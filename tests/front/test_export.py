@@ -184,3 +184,16 @@ def test_a_processor_is_not_rented(tiny_plan: str, data: Path, tmp_path: Path) -
 
     assert done.code == 2
     assert "which no shipped instance has; plan for one, such as t4" in done.error()
+
+
+def test_a_whole_models_checkpoints_need_a_larger_disk(plan: Callable[..., Path], tiny_folder: Path) -> None:
+    """Two of twelve bytes a parameter, one that is being written, and the model; an adapter's are few."""
+    made = sfplan(tiny_folder, "--gpu", "t4", "--sequence-length", 32, "--adapter", "full", "--json")
+    disks = []
+    for text in (made.output, plan().read_text(encoding="utf-8")):
+        large = {**json.loads(text), "model_name": "org/tiny", "num_parameters": 10**9}
+        Path("plan.json").write_text(json.dumps(large), encoding="utf-8")
+        done = sfplan("export", "plan.json", *TO, "--data", "train.jsonl")
+        disks.append(yaml.safe_load(done.output)["resources"]["disk_size"])
+
+    assert disks == [104, 64]

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.strategies import Activations, Configuration, Optimizer
-from shallowflow.runtime import checkpoint, optimizers
+from shallowflow.runtime import checkpoint, gradients, optimizers
 from shallowflow.runtime.request import learning_rate
 from shallowflow.runtime.run import RunError, RunRequest, train
 from shallowflow.runtime.step import make_trainee
@@ -55,6 +55,22 @@ def test_every_weight_learns_as_in_plain_fp32(family: str, compute_dtype: str, l
 def test_it_does_so_under_every_policy(compute_dtype: str, activations: Activations, loss_chunks: int) -> None:
     """What is computed again under autocast is rounded as it was at first."""
     check("qwen2", compute_dtype, full(activations, activations, loss_chunks=loss_chunks), tolerance(compute_dtype))
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+def test_rows_are_added_as_autograd_adds_them(padding: int | None) -> None:
+    """Repeated tokens add up, also over several passes, and the row of padding does not learn."""
+    plain, ours = (torch.nn.Embedding(9, 4, padding_idx=padding) for _ in range(2))
+    gradients.add_rows(ours)
+    outer = torch.randn(3, 5, 4)
+    for seed in range(2):
+        tokens = torch.randint(0, 9, (3, 5), generator=torch.Generator().manual_seed(seed))
+        for table in (plain, ours):
+            (table(tokens) * outer).sum().backward()
+
+    assert plain.weight.grad is not None and ours.weight.grad is not None
+    assert torch.allclose(ours.weight.grad, plain.weight.grad)
+    assert bool(ours.weight.grad.any())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime.run import RunRequest, train
 from tests.front.shell import sfplan
@@ -106,3 +107,22 @@ def test_what_cannot_be_measured_is_told(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name))
     assert "pip install 'shallowflow[eval]'" in refusal(run, "--tasks", task)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_model_is_measured_by_itself(request_for: Requests, tiny_folder: Path, task: Path) -> None:
+    """Its weights are the run's own; the base is read only where it is measured, too."""
+    sizes: dict[str, Any] = {"sequence_length": 32, "global_batch_size": 4}
+    train(shallowflow.plan(str(tiny_folder), "cpu", adapter="full", **sizes), request_for(learning_rate=1e-3))
+    run = request_for().output
+
+    alone = sfplan("evaluate", run, "--tasks", task, "--json")
+    both = sfplan("evaluate", run, "--tasks", task, "--weights", tiny_folder, "--base", "--json")
+
+    assert alone.code == both.code == 0, (alone.errors, both.errors)
+    (score,), (compared,) = json.loads(alone.output), json.loads(both.output)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    base, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_folder, run / "model"))
+    assert score["trained"] == compared["trained"] == pytest.approx(bits_per_byte(model, tokenizer), rel=1e-4)
+    assert compared["base"] == pytest.approx(bits_per_byte(base, tokenizer), rel=1e-4)
+    assert abs(compared["trained"] / compared["base"] - 1) > 0.005
