@@ -195,6 +195,7 @@ def compare(model: ModelSpec, asked: Asked, *, progress: Progress = lambda _mess
         RequestError: a name is none of those shipped, or no GPU can be planned for.
         Infeasible: nothing fits anywhere, or (OutOfReach) nothing keeps the limits.
     """
+    _check(asked)
     instances = _instances(asked)
     storage = load_storage()
     found: list[Outlook] = []
@@ -229,6 +230,21 @@ def compare(model: ModelSpec, asked: Asked, *, progress: Progress = lambda _mess
         unplanned=tuple(unplanned),
         notes=(*asked.notes, *assumed.notes(kept, storage, asked.circumstances)),
     )
+
+
+def _check(asked: Asked) -> None:
+    """RequestError where a number is none, or out of its range."""
+    assumed_of = asked.circumstances
+    if asked.by not in get_args(By):
+        raise RequestError(f"sorted by {asked.by!r}; give one of {', '.join(get_args(By))}")
+    if not 0 <= assumed_of.noticed_share <= 1:
+        raise RequestError(f"a share of {assumed_of.noticed_share} of notices works; give a number from 0 to 1")
+    for name, seconds in (("set-up", assumed_of.setup_seconds), ("waiting", assumed_of.waiting_seconds)):
+        if not 0 <= seconds < math.inf:
+            raise RequestError(f"{seconds} seconds of {name} are no time; give a number from 0")
+    for option, limit in (("--deadline-hours", asked.deadline_hours), ("--budget-usd", asked.budget_usd)):
+        if limit is not None and not limit > 0:
+            raise RequestError(f"{option} {limit} is no limit; give a number above 0")
 
 
 def _instances(asked: Asked) -> list[InstanceSpec]:
