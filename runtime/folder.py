@@ -116,19 +116,18 @@ def check_same(plan: Plan, request: RunRequest) -> bool:
         other = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
     except msgspec.DecodeError:
         raise RunError(f"{path} is not what a run writes; give a new folder with --output") from None
-    return check_alike(plan, request, other, str(request.output))
+    return check_alike(plan, request, other, str(request.output), "a new folder with --output")
 
 
-def check_alike(plan: Plan, request: RunRequest, other: Mapping[str, str], where: str) -> bool:
-    """As ``check_same``, with the run that has the fingerprint *other* and lies *where* people are told."""
+def check_alike(plan: Plan, request: RunRequest, other: Mapping[str, str], where: str, instead: str) -> bool:
+    """As ``check_same``, with the run of the fingerprint *other*; people are told *where* it lies and what to give."""
     mine = fingerprint(plan, request)
     differing = {name for name in mine if other.get(name, "") != mine[name]}
     moves = _GPUS in differing and _COURSE not in differing
     for name in mine:
         if name in differing and name not in ({_GPUS, _COURSE, "plan"} if moves else {_GPUS, _COURSE}):
             raise RunError(
-                f"{where} holds a run whose {name} differs; give the same {name} as it began with, "
-                "or a new folder with --output"
+                f"{where} holds a run whose {name} differs; give the same {name} as it began with, or {instead}"
             )
     return moves
 

@@ -65,7 +65,7 @@ def same(plan: Plan, request: RunRequest, vault: Vault | None) -> bool:
     moves = folder.check_same(plan, request)
     if vault is None or vault.latest is None or vault.latest.is_empty:
         return moves
-    return folder.check_alike(plan, request, vault.latest.request, _shown(request)) or moves
+    return folder.check_alike(plan, request, vault.latest.request, _shown(request), "another prefix") or moves
 
 
 def take_over(plan: Plan, request: RunRequest, vault: Vault, guard: Guard) -> list[str]:

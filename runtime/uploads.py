@@ -48,7 +48,13 @@ class Uploads:
         """Have the finished checkpoint in *folder* stored soon; one that waits already gives way to it."""
         self._count += 1
         parcel = _Parcel(self._spool / str(self._count), num_steps)
-        link(folder, parcel.folder)
+        try:
+            link(folder, parcel.folder)
+        except OSError as error:  # a disk that is full, where nothing can be linked
+            shutil.rmtree(parcel.folder, ignore_errors=True)
+            with self._changed:
+                self._news.append(f"the checkpoint of step {num_steps} is not in the store: {error}")
+            return
         with self._changed:
             if self._waiting is not None:
                 shutil.rmtree(self._waiting.folder, ignore_errors=True)

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 
-from shallowflow.runtime import storage
+from shallowflow.runtime import folder, keeping, storage
 from shallowflow.runtime.aws import s3
 from shallowflow.runtime.aws.s3 import Place, S3Objects
+from shallowflow.runtime.request import RunError, RunRequest
 from shallowflow.runtime.storage import StoreError, Superseded, Taken, Vault
 
 REQUEST = {"plan": "a", "data": "b"}
 
 
-def checkpoint(folder: Path, number: int, num_bytes: int = 1000) -> Path:
+def checkpoint(place: Path, number: int, num_bytes: int = 1000) -> Path:
     """A folder like a checkpoint's."""
-    made = folder / f"made-{number}"
+    made = place / f"made-{number}"
     made.mkdir(parents=True)
     (made / "adapter.safetensors").write_bytes(bytes([number % 256]) * num_bytes)
     (made / "state.json").write_text(str(number))
     return made
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(place: Path) -> dict[str, bytes]:
     """All files below, by name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 def claimed(objects: S3Objects) -> Vault:
@@ -37,10 +40,10 @@ def claimed(objects: S3Objects) -> Vault:
     return vault
 
 
-def fetched(objects: S3Objects, folder: Path) -> tuple[int | None, list[str]]:
+def fetched(objects: S3Objects, place: Path) -> tuple[int | None, list[str]]:
     """What a machine with an empty disk goes on from, and what it does not believe."""
-    doubts = claimed(objects).fetch(folder, 0, lambda _path: None)
-    numbers = [int(path.name.removeprefix("step-")) for path in folder.iterdir()] if folder.is_dir() else []
+    doubts = claimed(objects).fetch(place, 0, lambda _path: None)
+    numbers = [int(path.name.removeprefix("step-")) for path in place.iterdir()] if place.is_dir() else []
     assert len(numbers) <= 1
     return (numbers[0] if numbers else None), doubts
 
@@ -268,3 +271,42 @@ def test_something_else_in_its_place_is_told(objects: S3Objects) -> None:
 
     with pytest.raises(StoreError, match="not what a run writes; give another prefix"):
         Vault.look(objects)
+
+
+# The store beside the folder
+
+
+def request(place: Path, bucket: str, **changes: Any) -> RunRequest:
+    """Some data to learn, and a store."""
+    (place / "data.txt").write_text("some text")
+    wanted: dict[str, Any] = {"data": place / "data.txt", "output": place / "run", "store": f"s3://{bucket}/some/run"}
+    return RunRequest(**{**wanted, **changes})
+
+
+def test_a_store_that_holds_a_run_is_gone_on_with_or_refused(objects: S3Objects, bucket: str, tmp_path: Path) -> None:
+    """As a folder that holds one; before it does, any run may begin."""
+    vault = claimed(objects)
+    assert keeping.look(request(tmp_path, bucket)) is not None
+    vault.save(checkpoint(tmp_path, 2), 2)
+
+    with pytest.raises(RunError, match=rf"--store s3://{bucket}/some/run: it holds a run; go on with it by --resume"):
+        keeping.look(request(tmp_path, bucket))
+    found = keeping.look(request(tmp_path, bucket, resume=True))
+    assert found is not None and found.latest == vault.latest
+    assert keeping.look(request(tmp_path, bucket, store=None)) is None
+
+
+def test_another_run_in_the_store_is_refused(
+    objects: S3Objects, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would mix two runs: which part differs, and what to give; nothing is written."""
+    vault = claimed(objects)
+    vault.save(checkpoint(tmp_path, 2), 2)
+    monkeypatch.setattr(folder, "fingerprint", lambda _plan, asked: {**REQUEST, "seed": str(asked.seed)})
+    seeded = replace(vault.latest, request={**REQUEST, "seed": "0"}) if vault.latest else None
+    plan: Any = None
+
+    assert not keeping.same(plan, request(tmp_path, bucket), Vault(objects, latest=seeded))
+    with pytest.raises(RunError, match=r"some/run holds a run whose seed differs; .*, or another prefix"):
+        keeping.same(plan, request(tmp_path, bucket, seed=1), Vault(objects, latest=seeded))
+    assert Vault.look(objects).latest == vault.latest

@@ -112,6 +112,16 @@ def test_who_lost_the_store_writes_no_more(vault: Slow, tmp_path: Path) -> None:
     assert way.superseded == "lost" and vault.saved == []
 
 
+def test_what_cannot_be_set_aside_is_told(vault: Slow, tmp_path: Path) -> None:
+    """And training goes on."""
+    way = made(vault, tmp_path)
+    way.submit(tmp_path / "none", 1)
+
+    assert way.drain() and vault.saved == []
+    (told,) = way.news()
+    assert told.startswith("the checkpoint of step 1 is not in the store: ")
+
+
 def test_folders_without_links_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a file system has none."""
 
