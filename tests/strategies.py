@@ -105,7 +105,7 @@ def step_profiles(draw: st.DrawFn, like: StepProfile | None = None) -> StepProfi
     kinds, places = st.integers(0, len(OP_KINDS) - 1), st.integers(0, SEGMENTS.index("update"))
     operators = draw(st.lists(st.tuples(costs, kinds, places), max_size=4))
     messages = OP_KINDS.index("gather")  # whose latency is no GPU's own
-    operators = [(((0, 0, 0, 0), b) if k == messages else (f, b), k, place) for (f, b), k, place in operators]
+    operators = [(([0, 0, 0, 0], b) if k == messages else (f, b), k, place) for (f, b), k, place in operators]
     operators.append((([0, 0, 0, 0], [0, 0, 0, 0]), 0, SEGMENTS.index("head")))  # no model does nothing
     return StepProfile(
         sizes=np.array(sizes),
