@@ -336,10 +336,10 @@ def short_and_doubtful() -> list[Any]:
     plan, real = planned(2), attempts.promised
     first = fallback.following(plan, fallback.candidate(plan, None))
 
-    def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+    def promised(plan: Plan, alternative: int | None, watcher: Watcher, rank: int = 0) -> Promise:
         if alternative is not None and alternative == first and os.environ["RANK"] == "1":
             raise RunError("it is another")
-        return real(plan, alternative, watcher)
+        return real(plan, alternative, watcher, rank)
 
     def strike(learner: Learner) -> None:
         if len(learner.progress.steps) == 3 and not learner.progress.fallbacks:
