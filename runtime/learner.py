@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from shallowflow.planner.plan import Plan
-from shallowflow.planner.strategies import Configuration
 from shallowflow.planner.wall_time import save_interval_seconds
 
-from . import batches, build, checkpoint, dequantizing, fallback, folder, pipeline, sample
+from . import batches, checkpoint, dequantizing, fallback, folder, sample, trainees
 from .evaluate import mean_loss, perplexity
 from .guard import Guard
 from .joining import end_together
@@ -25,15 +24,14 @@ from .progress import Progress, exhausted, improves
 from .promise import Promise
 from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
 from .record import EvaluationRecord, StepRecord
-from .request import RunError, RunRequest, learning_rate
+from .request import RunError, RunRequest
 from .spot import Wish
-from .stages import share_of
-from .step import Trainee, make_trainee
+from .step import Trainee
 from .storage import Vault
 from .trackers import Trackers
 from .train import train as training_steps
 from .watch import Money, Watcher
-from .weights import WeightsSource, begin_loading, load_share, load_weights
+from .weights import WeightsSource
 
 
 class Diverged(Exception):
@@ -93,7 +91,9 @@ class Learner:
         Raises:
             RunError: the checkpoint is another model's.
         """
-        trainee = _trainee(work, promise.candidate.configuration)
+        trainee = trainees.loaded(
+            work.plan, work.request, work.source, promise.candidate.configuration, work.device, work.ranks
+        )
         progress.dequantizing = dequantizing.choose(trainee.model, work.device)
         made = cls(work, progress, promise, trainee, trackers)
         trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
@@ -341,32 +341,3 @@ class Learner:
                 interruptions=progress.interruptions,
             )
         )
-
-
-def _trainee(work: Work, configuration: Configuration) -> Trainee:
-    """The base, loaded, with what *configuration* says; where processes share its weights, layer by layer."""
-    plan, rate = work.plan, learning_rate(work.plan, work.request)
-    dtype = build.weights_dtype(configuration, plan.compute_dtype)
-    facts = (work.source, plan.model_config, dtype, plan.num_parameters)
-    if configuration.num_stages > 1:
-        return _stage(work, configuration)
-    if configuration.sharding == "weights":
-        model, fill = begin_loading(*facts)
-        torch.manual_seed(work.request.seed)
-        return make_trainee(model, configuration, plan.compute_dtype, work.device, rate, work.ranks, fill)
-    model = load_weights(*facts)
-    torch.manual_seed(work.request.seed)
-    return make_trainee(model, configuration, plan.compute_dtype, work.device, rate, work.ranks)
-
-
-def _stage(work: Work, configuration: Configuration) -> Trainee:
-    """The stage of this process, loaded, among those of the others."""
-    plan, rate = work.plan, learning_rate(work.plan, work.request)
-    ranks = work.ranks.staged(configuration.num_stages)
-    ranks.connect(work.device)  # among those with the same stage
-    share = share_of(configuration, ranks.stage)
-    assert share is not None
-    model = load_share(work.source, plan.model_config, plan.compute_dtype, plan.num_parameters, share)
-    torch.manual_seed(work.request.seed)
-    made = make_trainee(model, configuration, plan.compute_dtype, work.device, rate, ranks, share=share)
-    return pipeline.connected(made, share, ranks, build.DTYPES[plan.compute_dtype])

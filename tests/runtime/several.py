@@ -29,8 +29,7 @@ import torch
 import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.profiler import cache
-from shallowflow.runtime import attempts, build, fallback, joining, quantized, sample
-from shallowflow.runtime import learner as learning
+from shallowflow.runtime import attempts, build, fallback, joining, quantized, sample, trainees
 from shallowflow.runtime.batches import Group
 from shallowflow.runtime.learner import Learner
 from shallowflow.runtime.promise import Promise
@@ -323,7 +322,7 @@ def short_before_training(rank: int, where: str) -> list[Any]:
 
     def work(_rank: int) -> Any:
         if where == "model":
-            learning.make_trainee = functools.partial(once, make_trainee)  # type: ignore[attr-defined]
+            trainees.make_trainee = functools.partial(once, make_trainee)  # type: ignore[attr-defined]
         else:
             sample._next = functools.partial(once, sample._next)
         return trained(planned(2), request(f"before{rank}{where}", samples=("the cat",)))
