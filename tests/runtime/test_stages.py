@@ -16,7 +16,7 @@ from shallowflow.runtime import build, checkpoint, folder, pipeline, stages
 from shallowflow.runtime.ranks import Ranks
 from shallowflow.runtime.sources import WeightsError, WeightsSource
 from shallowflow.runtime.step import MicroBatch, Trainee, make_trainee
-from shallowflow.runtime.weights import load_weights
+from shallowflow.runtime.weights import load_share, load_weights
 from tests.runtime import tiny
 
 NUM_LAYERS = 5
@@ -137,7 +137,7 @@ def test_a_stage_loads_its_own_weights_alone(kind: str, tied: bool, tmp_path: Pa
     for stage in range(3):
         share = stages.share_of(cut(), stage)
         assert share is not None
-        found = load_weights(source, config, "float32", number, share)
+        found = load_share(source, config, "float32", number, share)
         held = {**dict(found.named_parameters()), **dict(found.named_buffers())}
         real = {name: tensor for name, tensor in held.items() if not tensor.is_meta}
         numbers = {int(name.split("layers.")[1].split(".")[0]) for name in real if "layers." in name}
@@ -157,10 +157,11 @@ def head_of(model: Any) -> torch.Tensor:
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     """A stage is not loaded from a model of other sizes."""
     base("llama").save_pretrained(tmp_path)
-    other = {**config_of("llama"), "hidden_size": 128}
+    other, share = {**config_of("llama"), "hidden_size": 128}, stages.share_of(cut(), 0)
+    assert share is not None
 
     with pytest.raises(WeightsError, match="have hidden_size 64, the plan's model 128"):
-        load_weights(WeightsSource(str(tmp_path)), other, "float32", 1, stages.share_of(cut(), 0))
+        load_share(WeightsSource(str(tmp_path)), other, "float32", 1, share)
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
