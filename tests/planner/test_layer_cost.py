@@ -227,7 +227,7 @@ def test_what_a_model_has_no_module_for_is_said(
     two: tuple[Strategy, ...] = tuple(
         Strategy(weight_format="fp16", activations=policy) for policy in ("save", "recompute mlp")
     )
-    monkeypatch.setattr("shallowflow.profiling.every_strategy", lambda _gpu: two)
+    monkeypatch.setattr("shallowflow.profiling.every_strategy", lambda *_: two)
 
     main(["profile", "opt-125m", "--sequence-length", "64"])
     shown = capsys.readouterr().out
