@@ -23,6 +23,7 @@ FENCE = re.compile(r"(<!-- digits vary -->\n)?```(console|python)\n(.*?)^```$", 
 NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 TIME = re.compile(r"# (?:ms|s|min|h)\b")
 BAR = re.compile(r"[█▓▒░·]{2,}")
+PROCESSOR = re.compile(r"^\S.*, \d+ threads$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,8 @@ def plain(text: str) -> str:
 
 
 def vague(text: str) -> str:
-    """The words alone: no digits, signs, units of time, lengths of bars, nor the way that lines are broken."""
-    numberless = BAR.sub("bar", NUMBER.sub("#", text))
+    """The words alone: no digits, signs, units of time, lengths of bars, processors, nor how lines are broken."""
+    numberless = BAR.sub("bar", NUMBER.sub("#", PROCESSOR.sub("processor", text)))
     return " ".join(TIME.sub("# time", numberless).split())
 
 
@@ -150,6 +151,7 @@ x = 1
         ("\n█▓░·····\n", "██▓▓▒░··\n"),
         ("a long line of words 1", "a long line\nof words 2"),
         ("1,234 tokens", "9 tokens"),
+        ("AMD EPYC, 2 threads\nrates", "Intel(R) Xeon(R) Processor, 16 threads\nrates"),
     ],
 )
 def test_varying_digits_are_overlooked(one: str, other: str) -> None:

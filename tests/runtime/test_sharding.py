@@ -109,7 +109,8 @@ def test_what_is_computed_does_not_change(
     loss_chunks: int,
     tied: bool,
 ) -> None:
-    """Loss and gradients are to the last bit those of whole weights, and nothing gathered is left behind."""
+    """Loss and gradients are those of whole weights up to the order of sums, which some processors' libraries change
+    from run to run; nothing gathered is left behind."""
     strategies = [Strategy(weight_format=weight_format, activations=activations)] * tiny.NUM_LAYERS
     config = {**tiny.CONFIG, "tie_word_embeddings": tied}
     changes: dict[str, Any] = {"adapter": adapter, "target_modules": target_modules, "loss_chunks": loss_chunks}
@@ -123,7 +124,8 @@ def test_what_is_computed_does_not_change(
         found.append([loss.detach(), *(p.grad for p in trainee.parameters if p.grad is not None)])
 
     assert len(found[0]) == len(found[1]) > 3
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     for matrix in matrices(trainee):
         assert matrix.queue.matrix is None and matrix.queue.whole is None
         assert all(tensor.numel() == 0 for _, tensor in quantized.held(matrix.module))
