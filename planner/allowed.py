@@ -108,9 +108,35 @@ def strategies(workload: Workload, gpu: GpuSpec) -> tuple[Strategy, ...]:
     )
 
 
-def cells(workload: Workload, gpu: GpuSpec, rank: int | None, *, divisible_loss: bool = True) -> tuple[Cell, ...]:
-    """Every way to share the weights, to cut a GPU's share of the global batch, to compute the loss, and to update."""
-    share = workload.global_batch_size // workload.num_gpus
+def stage_counts(workload: Workload, num_layers: int) -> tuple[int, ...]:
+    """Into how many pipeline stages, each of a layer or more, a model may be cut for *workload*.
+
+    Each replica has as many micro-batches in a step as stages, or more: fewer would leave some without work.
+    """
+    wanted = workload.num_stages
+    return tuple(
+        stages
+        for stages in range(1, workload.num_gpus + 1)
+        if workload.num_gpus % stages == 0
+        and stages <= min(num_layers, most_micro_batches(workload, stages))
+        and wanted in (None, stages)
+    )
+
+
+def most_micro_batches(workload: Workload, num_stages: int) -> int:
+    """In a step of one replica, if the model is cut into *num_stages*; 0 where replicas cannot share the batch."""
+    share, rest = divmod(workload.global_batch_size, workload.num_gpus // num_stages)
+    return 0 if rest or share % (workload.micro_batch_size or 1) else share // (workload.micro_batch_size or 1)
+
+
+def cells(
+    workload: Workload, gpu: GpuSpec, rank: int | None, *, divisible_loss: bool = True, num_stages: int = 1
+) -> tuple[Cell, ...]:
+    """Every way to share the weights, to cut a replica's part of the global batch, to compute the loss, and to update.
+
+    There are no fewer micro-batches than stages, and stages share no weights.
+    """
+    share = workload.global_batch_size // (workload.num_gpus // num_stages)
     chunks = [n for n in LOSS_CHUNKS if n == 1 or (divisible_loss and workload.sequence_length % n == 0)]
     if workload.loss_chunks is not None:
         chunks = [workload.loss_chunks]
@@ -123,9 +149,9 @@ def cells(workload: Workload, gpu: GpuSpec, rank: int | None, *, divisible_loss:
             optimizer=optimizer,
             sharding=sharding,
         )
-        for sharding in shardings(workload)
+        for sharding in (shardings(workload) if num_stages == 1 else ("none",))
         for n in range(1, share + 1)
-        if share % n == 0 and workload.micro_batch_size in (None, n)
+        if share % n == 0 and share // n >= num_stages and workload.micro_batch_size in (None, n)
         for parts in chunks
         for optimizer in optimizers(workload, gpu)
     )
@@ -149,8 +175,10 @@ def optimizers(workload: Workload, gpu: GpuSpec) -> tuple[Optimizer, ...]:
     return OPTIMIZERS if gpu.device_type == "cuda" else ("adamw",)
 
 
-def configured(workload: Workload, cell: Cell, layers: Sequence[Strategy]) -> Configuration:
-    """*cell* with one strategy for each of the *layers*."""
+def configured(
+    workload: Workload, cell: Cell, layers: Sequence[Strategy], stages: tuple[int, ...] = (0,)
+) -> Configuration:
+    """*cell* with one strategy for each of the *layers*, cut into *stages*."""
     runs: list[StrategyRun] = []
     for strategy, alike in groupby(layers):
         first = runs[-1].last + 1 if runs else 0
@@ -169,4 +197,5 @@ def configured(workload: Workload, cell: Cell, layers: Sequence[Strategy]) -> Co
         optimizer=cell.optimizer,
         target_modules=None if workload.adapter == "full" else workload.target_modules,
         sharding=cell.sharding,
+        stages=stages,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 if TYPE_CHECKING:
     from msgspec import Meta
@@ -16,4 +16,8 @@ else:
             return tuple(bounds.items())
 
 
-__all__ = ["Meta"]
+__all__ = ["Int", "Meta"]
+
+MOST_BYTES = 2**62
+Int = Annotated[int, Meta(ge=-MOST_BYTES, le=MOST_BYTES)]
+"""A whole number that every reader of JSON knows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from shallowflow.profiles.specs import GpuSpec
@@ -44,6 +46,19 @@ def step_time(
         kinds=_kinds(runs, micro_batch_size, rank, gpu, accumulation),
         layers=_layers(runs, micro_batch_size, rank, gpu),
         update_seconds=max(device[1], host[1]),
+    )
+
+
+def of_each_stage(time: StepTime, num_stages: int, step_seconds: float) -> StepTime:
+    """*time* of a whole model, as each of its stages has it on the mean in a step; the rest is waiting for others."""
+    device, host = time.device_seconds / num_stages, time.host_seconds / num_stages
+    return replace(
+        time,
+        device_seconds=device,
+        host_seconds=host,
+        waiting_seconds=max(0.0, step_seconds - max(device, host)),
+        kinds=tuple(replace(part, seconds=part.seconds / num_stages) for part in time.kinds),
+        update_seconds=time.update_seconds / num_stages,
     )
 
 

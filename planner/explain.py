@@ -14,6 +14,8 @@ LEAST_GAP_SHOWN = 5e-5
 def why(value: Plan) -> Text:
     """What is proven, what binds, what the limits cost, and what the numbers leave out."""
     search = value.search
+    if value.configuration.num_stages > 1:
+        return Text("\n".join([*_of_stages(value), *value.notes]), style="dim")
     lines = [
         f"{_standing(value)} Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each layer in "
         f"{counted(search.num_cells, 'combination')} of micro-batch, loss and optimizer; memory "
@@ -24,6 +26,18 @@ def why(value: Plan) -> Text:
     ]
     lines += list(value.notes)
     return Text("\n".join(lines), style="dim")
+
+
+def _of_stages(value: Plan) -> list[str]:
+    """What is proven of a plan whose model is cut, which is of that number of stages alone."""
+    search, stages = value.search, value.configuration.num_stages
+    return [
+        f"{_standing(value)} That is of all cuts into {stages} stages, any strategies of their layers and any step, "
+        f"none of which is fragmented. Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each "
+        f"layer in {counted(search.num_cells, 'combination')} of micro-batch, loss and optimizer; memory "
+        f"{gib(value.budget_bytes)}. `sfplan verify` checks it.",
+        f"The stages shown were traced whole{_rejected(search.num_rejected)}.",
+    ]
 
 
 def _standing(value: Plan) -> str:

@@ -126,7 +126,7 @@ def over_gpus(model: str, gpu: str, points: Sequence[FrontierPoint], million_tok
     rows = [
         (
             letter,
-            f"{point.configuration.num_gpus}",
+            _gpus(point),
             gib(point.peak_process_bytes),
             f"{point.step_seconds:.2f}",
             f"{point.tokens_per_second:,.0f}",
@@ -148,8 +148,14 @@ def over_gpus(model: str, gpu: str, points: Sequence[FrontierPoint], million_tok
         heads=heads,
         rows=tuple(rows),
         charts=_over(GPUS, counts, up),
-        notes=("Data parallel, on the cheapest machine that has so many: some have more than are used.",),
+        notes=("On the cheapest machine that has so many: some have more than are used.",),
     )
+
+
+def _gpus(point: FrontierPoint) -> str:
+    """How many, and into how many stages the model is cut."""
+    number, stages = point.configuration.num_gpus, point.configuration.num_stages
+    return f"{number}" if stages == 1 else f"{number} in {stages} stages"
 
 
 def _over(across: Axis, places: Sequence[int], up: Mapping[Axis, Sequence[float]]) -> tuple[Chart, ...]:

@@ -42,6 +42,8 @@ class Workload:
         packing: several documents to a sequence, or one; None lets the planner choose.
         num_eval_sequences: held out, and evaluated before and after training.
         global_batch_size: sequences per optimizer update over all GPUs.
+        num_stages: parts that the model is cut into, each on a GPU of its own; None leaves that to the planner, 1 means
+            that each GPU holds the whole model.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
         adapter, target_modules: the kind of LoRA, and what it is on, or ``full``, with which nothing may be said of
             rank and modules; see Configuration.
@@ -63,6 +65,7 @@ class Workload:
     num_eval_sequences: Annotated[int, Meta(ge=0)] = 0
     global_batch_size: Annotated[int, Meta(ge=1, le=MOST_SEQUENCES)] = 16
     num_gpus: Positive = 1
+    num_stages: Positive | None = None
     rank: Positive | None = None
     min_rank: Positive = 16
     adapter: Method = "lora"
@@ -94,8 +97,18 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """What one stage of a model takes on each GPU that holds it; see Prediction."""
+
+    resident_bytes: Bytes
+    peak_allocated_bytes: Bytes
+    peak_reserved_bytes: Bytes
+    peak_process_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a configuration is expected to take.
+    """What a configuration is expected to take, on the GPU that takes the most of each.
 
     Attributes:
         resident_bytes: allocated between steps: weights, adapter, optimizer state.
@@ -107,6 +120,7 @@ class Prediction:
         tokens_per_second: over all GPUs.
         traced: True if the whole step was traced and replayed through the allocator; False if it was
             composed from a profile of single layers.
+        stages: each stage's memory, where the model is cut.
     """
 
     resident_bytes: Bytes
@@ -117,6 +131,7 @@ class Prediction:
     communication_seconds: Seconds
     tokens_per_second: Seconds
     traced: bool
+    stages: tuple[StageMemory, ...] = ()
 
 
 Share = Annotated[float, Meta(ge=0, le=1)]

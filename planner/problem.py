@@ -109,7 +109,7 @@ def chains(problem: Problem, considered: tuple[Cell, ...], price: int | None = N
     for cell in considered:
         own, alike = problem.under(cell.sharding), (cell.micro_batch_size, cell.sharding)
         if alike not in groups:
-            groups[alike] = _groups(own, cell)
+            groups[alike] = groups_of(own, cell)
         found[cell] = _around(own, cell, groups[alike])
     if not found:
         return found
@@ -118,10 +118,10 @@ def chains(problem: Problem, considered: tuple[Cell, ...], price: int | None = N
         each = problem.weighed or [None] * problem.num_layers
         coarsest = sum(quality.harm(COARSEST, own) for own in each)
         price = int(quality.WORTH[problem.workload.objective] * fastest / max(1, coarsest))
-    priced = {alike: _priced(made, price) for alike, made in groups.items()}
+    at_price = {alike: priced(made, price) for alike, made in groups.items()}
     told = price if problem.weighed else 0
     return {
-        cell: replace(chain, groups=priced[cell.micro_batch_size, cell.sharding], harm_price=told)
+        cell: replace(chain, groups=at_price[cell.micro_batch_size, cell.sharding], harm_price=told)
         for cell, chain in found.items()
     }
 
@@ -135,7 +135,8 @@ def harm_price(chain: Chain) -> int:
 COARSEST = Strategy(weight_format="nf4", activations="save", double_quantization=True)
 
 
-def _priced(groups: Sequence[Group], price: int) -> tuple[Group, ...]:
+def priced(groups: Sequence[Group], price: int) -> tuple[Group, ...]:
+    """*groups* whose choices are held to be worse by their harm at a *price*."""
     return tuple(
         replace(g, choices=tuple(replace(c, penalty_picoseconds=price * c.harm) for c in g.choices)) for g in groups
     )
@@ -150,11 +151,12 @@ def _fastest_picoseconds(chain: Chain) -> int:
     return chain.gradient_accumulation_steps * max(device, host) + chain.update_picoseconds
 
 
-def _picoseconds(seconds: float) -> int:
+def picoseconds(seconds: float) -> int:
+    """*seconds* as a whole number."""
     return round(seconds * SECOND)
 
 
-def _groups(problem: Problem, cell: Cell) -> tuple[Group, ...]:
+def groups_of(problem: Problem, cell: Cell) -> tuple[Group, ...]:
     """Layers that are alike and next to each other; the first and the last are apart, as they hold more."""
     made: dict[int, dict[str, tuple[Choice, ...]]] = {}
     for kind in dict.fromkeys(problem.kinds):
@@ -200,8 +202,8 @@ def _choices(problem: Problem, cell: Cell, strategy: Strategy, profile: StepProf
             release_bytes=release,
             backward_high_bytes=back.high,
             backward_change_bytes=back.change,
-            device_picoseconds=_picoseconds(sum(device[part] for part in parts)),
-            host_picoseconds=_picoseconds(sum(host[part] for part in parts)),
+            device_picoseconds=picoseconds(sum(device[part] for part in parts)),
+            host_picoseconds=picoseconds(sum(host[part] for part in parts)),
             harm=quality.harm(strategy),
             host_bytes=sent_to_host(profile, size, rank),
         )
@@ -216,7 +218,7 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
     """
     size, rank, num_layers = cell.micro_batch_size, cell.rank or 0, problem.num_layers
     accumulates = cell.gradient_accumulation_steps > 1
-    layers = _of_layers(problem, cell.optimizer)
+    layers = each_layer(problem, cell.optimizer)
     head = costs.with_update(problem.heads[cell.loss_chunks], layers[0])
     curve = costs.curves(head, size, rank, accumulates=accumulates)
     device, host = latency.profile_seconds(head, size, rank, problem.gpu)
@@ -234,13 +236,13 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
         head_high_bytes=curve["head"].high,
         head_change_bytes=curve["head"].change,
         update_high_bytes=costs.update_curve(curve, num_layers).high,
-        device_picoseconds=_picoseconds(device["head"]),
-        host_picoseconds=_picoseconds(host["head"]),
-        update_picoseconds=_picoseconds(update + waiting),
+        device_picoseconds=picoseconds(device["head"]),
+        host_picoseconds=picoseconds(host["head"]),
+        update_picoseconds=picoseconds(update + waiting),
     )
 
 
-def _of_layers(problem: Problem, optimizer: Optimizer) -> list[StepProfile]:
+def each_layer(problem: Problem, optimizer: Optimizer) -> list[StepProfile]:
     """For each layer a profile with *optimizer*, whose state depends on no strategy."""
     any_of = {kind: profile for (_, kind), profile in problem.profiles.items()}
     updated = {kind: problem.updated(profile, optimizer, kind) for kind, profile in any_of.items()}

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, get_args
 
-from .bounds import Meta
+from .bounds import Int, Meta
 from .certificate import Node, Tree, lower_bound
 from .chain import Chain, Choice, Group, Limits
 from .needs import Price, Row, Unproven, Whole
 from .open_ways import OpenWays
 from .reckoning import Reckoned, reckoned
+from .staged_cell import StagedCell
 from .strategies import MOST_LAYERS, Cell, Configuration, Strategy
 
 Status = Literal["optimal", "within", "feasible"]
@@ -23,8 +24,6 @@ OPTIMAL_GAP = 1e-6
 
 NUMBERS = tuple(field.name for field in fields(Choice) if field.name != "strategy")
 ROWS: tuple[Row, ...] = get_args(Row)
-MOST_BYTES = 2**62
-Int = Annotated[int, Meta(ge=-MOST_BYTES, le=MOST_BYTES)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +74,7 @@ class Proof:
         harms: for each layer its own harm under each of the strategies, where that was measured; the tables' harms are
             prices then, and the same for all layers of a group.
         harm_price: what a unit of harm is held to be worth, in picoseconds.
+        staged: the cells of a plan whose model is cut, of which the bounds are computed and no others are spoken of.
     """
 
     status: Status
@@ -92,6 +92,7 @@ class Proof:
     unfragmented: tuple[CellProof, ...]
     harms: tuple[tuple[Whole, ...], ...] = ()
     harm_price: Whole = 0
+    staged: tuple[StagedCell, ...] = ()
 
 
 _OUTSIDE = tuple(
@@ -109,17 +110,21 @@ class Tables:
 
     def cell(self, cell: Cell, chain: Chain, memory_bytes: int, tree: Tree) -> CellProof:
         """The proof of one cell as a plan carries it."""
-        if chain.groups not in self._known:
-            self._known[chain.groups] = len(self.tables)
-            self.tables.append(tuple(self._group(group) for group in chain.groups))
         return CellProof(
             cell=cell,
-            table=self._known[chain.groups],
+            table=self.table(chain.groups),
             outside=tuple(getattr(chain, name) for name in _OUTSIDE),
             memory_bytes=memory_bytes,
             nodes=tuple(_node_row(node) for node in tree.nodes),
             dominated=tuple(tuple(-1 if by is None else by for by in group) for group in tree.dominated),
         )
+
+    def table(self, groups: tuple[Group, ...]) -> int:
+        """The number of the table of *groups*."""
+        if groups not in self._known:
+            self._known[groups] = len(self.tables)
+            self.tables.append(tuple(self._group(group) for group in groups))
+        return self._known[groups]
 
     def _group(self, group: Group) -> TableGroup:
         for choice in group.choices:

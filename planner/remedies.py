@@ -106,8 +106,16 @@ def changes(
         key=lambda g: (g.memory_bytes, g.name),
     )
     yield tuple(Change(f"--gpu {g.name}", workload, g) for g in larger)
-    several = {n: replace(workload, num_gpus=n) for n in counts}
-    yield tuple(Change(f"--gpus {n}", work, gpu) for n, work in several.items())
+    yield tuple(_spread(workload, number, gpu) for number in counts)
+
+
+def _spread(workload: Workload, num_gpus: int, gpu: GpuSpec) -> Change:
+    """*workload* on more GPUs; where its stages are fixed, in as many times more of them."""
+    if workload.num_stages in (None, 1):
+        return Change(f"--gpus {num_gpus}", replace(workload, num_gpus=num_gpus), gpu)
+    stages = (workload.num_stages or 1) * num_gpus // workload.num_gpus
+    changed = replace(workload, num_gpus=num_gpus, num_stages=stages)
+    return Change(f"--gpus {num_gpus} --stages {stages}", changed, gpu)
 
 
 def of_length(workload: Workload, sequence_length: int) -> Workload:

@@ -12,7 +12,7 @@ from .explain import why
 from .layer_cost import LayerKind, ModelProfile
 from .memory_record import MemoryRecord
 from .plan import Candidate, Offer, Plan, Prediction, StepTime, WallTime, Workload
-from .strategies import Optimizer
+from .strategies import Configuration, Optimizer
 from .words import counted, duration, gib, layout, learned, strategies, summary, targets, usd
 
 OPTIMIZERS: dict[Optimizer, str] = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW"}
@@ -154,16 +154,39 @@ def _headline(value: Plan) -> RenderableType:
     grid.add_row(
         "batch",
         f"{configuration.micro_batch_size} x {configuration.gradient_accumulation_steps} accumulated"
-        f" x {gpus} GPU{plural}"
+        f" x {_replicas(configuration)}"
         f" = {configuration.global_batch_size} sequences of {configuration.sequence_length} tokens per step",
     )
     if configuration.sharding == "weights":
         grid.add_row("sharing", f"each GPU holds 1/{configuration.num_gpus} of every frozen matrix")
+    if configuration.num_stages > 1:
+        for index, line in enumerate(_stages(value)):
+            grid.add_row("" if index else "stages", line)
     if configuration.packing:
         grid.add_row("packing", _packing(value.workload))
     if configuration.loss_chunks > 1:
         grid.add_row("loss", f"in {configuration.loss_chunks} chunks of tokens")
     return Group(title, grid)
+
+
+def _replicas(configuration: Configuration) -> str:
+    """What shares a step's micro-batches."""
+    if configuration.num_stages == 1:
+        return "one GPU" if configuration.num_gpus == 1 else f"{configuration.num_gpus} GPUs"
+    return f"{counted(configuration.num_replicas, 'replica')} in {configuration.num_stages} stages"
+
+
+def _stages(value: Plan) -> list[str]:
+    """Each stage's layers and memory."""
+    configuration = value.configuration
+    found: list[str] = []
+    for number, stage in enumerate(value.prediction.stages):
+        layers = configuration.layers_of(number)
+        ends = [" after the embedding"] * (number == 0) + [", norm and head"] * (number == configuration.num_stages - 1)
+        found.append(
+            f"{number + 1}: layers {layers.start}-{layers[-1]}{''.join(ends)}, {gib(stage.peak_process_bytes)}"
+        )
+    return found
 
 
 def _packing(workload: Workload) -> str:

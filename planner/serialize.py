@@ -53,7 +53,7 @@ def _contradictions(plan: Plan) -> list[str]:
     found: list[str] = []
     if plan.format_version != FORMAT_VERSION:
         found.append(f"format_version is {plan.format_version}, this program reads {FORMAT_VERSION}; plan again")
-    found += _gaps(plan.configuration) + _adapter(plan.configuration)
+    found += (_gaps(plan.configuration) or _cut(plan.configuration)) + _adapter(plan.configuration)
     if plan.configuration.sequence_length != plan.workload.sequence_length:
         found.append(
             f"configuration.sequence_length is {plan.configuration.sequence_length}, "
@@ -61,7 +61,7 @@ def _contradictions(plan: Plan) -> list[str]:
         )
     if plan.configuration.global_batch_size != plan.workload.global_batch_size:
         found.append(
-            f"micro-batch x accumulation x GPUs is {plan.configuration.global_batch_size}, "
+            f"micro-batch x accumulation x replicas is {plan.configuration.global_batch_size}, "
             f"workload.global_batch_size {plan.workload.global_batch_size}"
         )
     if plan.configuration.num_gpus != plan.workload.num_gpus:
@@ -82,6 +82,7 @@ def _contradictions(plan: Plan) -> list[str]:
     if not math.isclose(seconds, plan.time.device_seconds, rel_tol=1e-6, abs_tol=1e-9):
         found.append(f"time.kinds sums to {seconds} seconds, time.device_seconds is {plan.time.device_seconds}")
     found += _overflow(plan)
+    found += _stage_memory(plan)
     if plan.weighed is not None and len(plan.weighed.layers) != plan.configuration.num_layers:
         found.append(
             f"weighed has {len(plan.weighed.layers)} layers, configuration.layers {plan.configuration.num_layers}"
@@ -94,6 +95,22 @@ def _contradictions(plan: Plan) -> list[str]:
             f"configuration.layers covers {plan.configuration.num_layers} layers, model_config has {num_layers}"
         )
     return found
+
+
+def _stage_memory(plan: Plan) -> list[str]:
+    """Whether every candidate tells of each of its stages, and of none where it has one."""
+    shown = [("", plan.configuration, plan.prediction)]
+    shown += [(f"alternatives[{n}].", c.configuration, c.prediction) for n, c in enumerate(plan.alternatives)]
+    found: list[str] = []
+    for where, configuration, prediction in shown:
+        number, told = configuration.num_stages, len(prediction.stages)
+        if told != (number if number > 1 else 0):
+            found.append(f"{where}prediction.stages tells of {told} stages, the configuration has {number}")
+        peaks = [stage.peak_reserved_bytes for stage in prediction.stages]
+        if peaks and max(peaks) != prediction.peak_reserved_bytes:
+            found.append(f"{where}prediction.peak_reserved_bytes is not that of the stage that reserves most")
+    reason = model_facts.why_not_cut(plan.model_config) if plan.configuration.num_stages > 1 else None
+    return [*found, *([f"configuration has several stages, but {reason}"] if reason else [])]
 
 
 def _formats(plan: Plan, configuration: Configuration) -> list[str]:
@@ -125,7 +142,7 @@ def _adapter(configuration: Configuration) -> list[str]:
 
 def _unlike(plan: Plan, other: Configuration) -> list[str]:
     """How an alternative is none to *plan*: what a run goes on with has its layers, adapter, data and GPUs."""
-    found = _gaps(other) + _adapter(other) + _formats(plan, other) + _sharing(other)
+    found = (_gaps(other) or _cut(other)) + _adapter(other) + _formats(plan, other) + _sharing(other)
     for name in (
         "num_layers",
         "sequence_length",
@@ -171,6 +188,21 @@ def _disorder(plan: Plan) -> list[str]:
         for (low, less), (high, more) in itertools.pairwise(rising)
         if less > more
     ]
+
+
+def _cut(configuration: Configuration) -> list[str]:
+    """What is wrong with the stages of a configuration whose layers are in order."""
+    stages, number = configuration.stages, configuration.num_stages
+    if stages[0] != 0 or any(a >= b for a, b in itertools.pairwise((*stages, configuration.num_layers))):
+        return [f"configuration.stages begin with layers {list(stages)} of {configuration.num_layers}"]
+    if configuration.num_gpus % number:
+        return [f"configuration has {number} stages, which {configuration.num_gpus} GPUs cannot share"]
+    if number > 1 and configuration.gradient_accumulation_steps < number:
+        return [
+            f"configuration has {configuration.gradient_accumulation_steps} micro-batches in a step, fewer than its "
+            f"{number} stages"
+        ]
+    return []
 
 
 def _gaps(configuration: Configuration) -> list[str]:

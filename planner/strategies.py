@@ -102,13 +102,15 @@ class Configuration:
         adapter: ``rslora`` divides alpha by the root of the rank, not by the rank (Kalajdzievski, 2023); ``dora``
             learns the length of each row of the weights apart from its direction (Liu et al., 2024); ``full`` is none.
         target_modules: that have an adapter; None where every weight learns.
-        micro_batch_size: sequences per forward pass and GPU.
-        gradient_accumulation_steps: micro-batches per optimizer update and GPU.
-        num_gpus: data-parallel replicas.
+        micro_batch_size: sequences per forward pass.
+        gradient_accumulation_steps: micro-batches per optimizer update and replica.
+        num_gpus: all of them.
         sharding: what of the model each of them has only its part of.
         loss_chunks: parts into which a micro-batch's tokens are divided for the head and the loss.
         packing: several documents to a sequence, none of which sees another.
         optimizer: ``adamw8bit`` keeps its two moments in 8 bits (Dettmers et al., 2022).
+        stages: the first layer of each pipeline stage, ascending from 0; one stage is a model on one GPU. Each stage is
+            as many times on GPUs as there are replicas.
     """
 
     layers: tuple[StrategyRun, ...]
@@ -124,6 +126,7 @@ class Configuration:
     optimizer: Optimizer = "adamw"
     target_modules: TargetModules | None = "all-linear"
     sharding: Sharding = "none"
+    stages: Annotated[tuple[Annotated[int, Meta(ge=0, le=MOST_LAYERS)], ...], Meta(min_length=1)] = (0,)
 
     @property
     def scaling(self) -> float:
@@ -139,7 +142,21 @@ class Configuration:
     @property
     def global_batch_size(self) -> int:
         """Sequences per optimizer update over all GPUs."""
-        return self.micro_batch_size * self.gradient_accumulation_steps * self.num_gpus
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.num_replicas
+
+    @property
+    def num_stages(self) -> int:
+        """Parts that the model is cut into, one after the other."""
+        return len(self.stages)
+
+    @property
+    def num_replicas(self) -> int:
+        """Groups of GPUs that each hold a whole model, and share the micro-batches of a step."""
+        return self.num_gpus // self.num_stages
+
+    def layers_of(self, stage: int) -> range:
+        """The numbers of the layers of a *stage*."""
+        return range(self.stages[stage], [*self.stages[1:], self.num_layers][stage])
 
     @property
     def cell(self) -> Cell:
@@ -161,6 +178,20 @@ class Configuration:
     def strategies(self) -> tuple[Strategy, ...]:
         """One strategy per layer."""
         return tuple(run.strategy for run in self.layers for _ in range(run.first, run.last + 1))
+
+
+TRACED_MICRO_BATCHES = 2
+"""Of a whole model's step: the second is like all later ones."""
+
+
+def traced_micro_batches(configuration: Configuration, stage: int = 0) -> int:
+    """Micro-batches of a step that show all that a step of *stage* takes.
+
+    Those in flight at once, and as many more as it takes until none of the first is: the last message that was sent
+    before the first backward pass is held beyond its own.
+    """
+    in_flight = configuration.num_stages - stage
+    return min(configuration.gradient_accumulation_steps, max(TRACED_MICRO_BATCHES, 2 * in_flight - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
-from . import allowed, money, problem, proof, quality, wall_time
+from . import allowed, money, problem, proof, quality, staged_proof, wall_time
 from .plan import Plan
 from .strategies import PARTIAL
 
@@ -24,7 +24,8 @@ def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[
     """
     found: list[str] = []
     divisible = not model_facts.changes_logits(plan.model_config)
-    expected = allowed.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible)
+    stages = plan.configuration.num_stages
+    expected = allowed.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible, num_stages=stages)
     spoken, able = set(plan.proof.strategies), allowed.strategies(plan.workload, gpu)
     missing = [s for s in able if s not in spoken and s.activations not in PARTIAL]  # as some models' code refuses
     if missing:
@@ -38,7 +39,8 @@ def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[
     found += _decisions(plan)
     found += _limits(plan, gpu, instances)
     found += _weights(plan)
-    found += proof.verify(plan.proof, plan.configuration, expected)
+    check = proof.verify if stages == 1 else staged_proof.doubts
+    found += check(plan.proof, plan.configuration, expected)
     return found or _seconds(plan)
 
 
@@ -54,6 +56,7 @@ def _decisions(plan: Plan) -> list[str]:
         ("num_gpus", work.num_gpus, chosen.num_gpus),
         ("sharding", chosen.sharding if work.sharding is None else work.sharding, chosen.sharding),
         ("packing", chosen.packing if work.packing is None else work.packing, chosen.packing),
+        ("num_stages", chosen.num_stages if work.num_stages is None else work.num_stages, chosen.num_stages),
     ]
     return [f"{name} is {found}, the workload's is {wanted}" for name, wanted, found in asked if found != wanted]
 
@@ -97,7 +100,8 @@ def _time_limit(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> 
 def _weights(plan: Plan) -> list[str]:
     """Whether the plan's weight error and the proof's harms are those of the weights."""
     own = plan.weighed.layers if plan.weighed else ()
-    harms = tuple(tuple(quality.harm(strategy, layer) for strategy in plan.proof.strategies) for layer in own)
+    counted = own if plan.configuration.num_stages == 1 else ()  # where a model is cut, all layers count alike
+    harms = tuple(tuple(quality.harm(strategy, layer) for strategy in plan.proof.strategies) for layer in counted)
     found = [] if plan.proof.harms == harms else ["the proof counts other weight errors than the plan says"]
     error = quality.mean_error(plan.configuration.strategies(), own)
     if not math.isclose(plan.weight_error, error, rel_tol=1e-6, abs_tol=1e-9):
@@ -107,8 +111,12 @@ def _weights(plan: Plan) -> list[str]:
 
 def _seconds(plan: Plan) -> list[str]:
     """Whether the step takes what the proof's tables say."""
-    _, weighed = proof.weigh(plan.proof, plan.configuration)
-    seconds, said = weighed.step_picoseconds / problem.SECOND, plan.prediction
+    said = plan.prediction
+    if plan.configuration.num_stages == 1:
+        picoseconds = proof.weigh(plan.proof, plan.configuration)[1].step_picoseconds
+    else:
+        picoseconds = staged_proof.reckoned(plan.proof, plan.configuration).step_picoseconds
+    seconds = picoseconds / problem.SECOND
     tokens = plan.configuration.global_batch_size * plan.configuration.sequence_length
     found = []
     if not math.isclose(said.step_seconds, seconds, rel_tol=1e-6, abs_tol=1e-6):

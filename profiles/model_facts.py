@@ -117,6 +117,37 @@ def why_not_packed(config: Mapping[str, Any], sequence_length: int) -> str | Non
     return None
 
 
+_CUTTABLE = frozenset(
+    (
+        "llama",
+        "mistral",
+        "olmo",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "stablelm",
+    )
+)
+"""Kinds of model of which the tests show that stages compute, one after the other, what the whole model does."""
+
+
+def why_not_cut(config: Mapping[str, Any]) -> str | None:
+    """What keeps the model from being cut into pipeline stages; None if nothing does."""
+    kind = str(config.get("model_type"))
+    if kind not in _CUTTABLE:
+        return f"models of model_type {kind} were never shown to compute in stages what they do whole"
+    if any(_is_rate(name, value) for name, value in config.items()):
+        return "it drops activations at random, which stages would draw otherwise than the whole model"
+    return None
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    dropping = "drop" in name and not name.startswith(("classifier", "summary"))
+    return dropping and isinstance(value, (int, float)) and value > 0
+
+
 def size(config: Mapping[str, Any], name: str) -> int | None:
     """The size called *name* in most configurations, under any spelling; None where it is not stated."""
     for spelling in _SPELLINGS[name]:

@@ -33,19 +33,21 @@ def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner 
         RunFailed: memory ran out in a pass that is shared, and the others had enough.
         Lost: another process ended before it began to learn.
     """
-    kept = together(work.ranks, lambda: promised(work.plan, progress.alternative, work.watcher))
+    kept = together(work.ranks, lambda: promised(work.plan, progress.alternative, work.watcher, work.ranks.rank))
     trackers = Trackers(
         work.request.track if work.ranks.leads else (), work.request.output, folder.settings(work.plan, work.request)
     )
     try:
         while True:
+            kept = _alike(work.ranks, kept)
             progress.notes += [note for note in kept.notes if note not in progress.notes]
             learner, trouble = _attempt(work, progress, kept, path, trackers)
             following = _following(work, progress, kept) if trouble else None
             if trouble is None or following is None:
-                return _ended(progress, learner, trouble), kept
+                return _ended(work, progress, learner, kept, trouble), kept
+            savable = _is_whole(work, learner, kept)
             alternative, kept = following
-            path = _fall_back(work, progress, learner, alternative, trouble)
+            path = _fall_back(work, progress, learner if savable else None, alternative, trouble)
             del learner
             fallback.free_memory()
     finally:
@@ -63,7 +65,7 @@ def _following(work: Work, progress: Progress, failed: Promise) -> tuple[int, Pr
             return None
         doubt = kept = None
         try:
-            kept = promised(work.plan, alternative, work.watcher)
+            kept = promised(work.plan, alternative, work.watcher, work.ranks.rank)
         except RunError as error:
             doubt = str(error)
         doubt = _trouble(work.ranks, doubt)
@@ -73,8 +75,22 @@ def _following(work: Work, progress: Progress, failed: Promise) -> tuple[int, Pr
         progress.notes.append(f"alternative {alternative + 1} is passed over: {doubt}")
 
 
-def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
-    """What tracing says of the plan's own step or of an alternative's.
+def _alike(ranks: Ranks, kept: Promise) -> Promise:
+    """*kept* with the evaluations that every stage has memory for, and what is to be noted of each."""
+    if kept.candidate.configuration.num_stages == 1:
+        return kept
+    told = ranks.gathered((kept.evaluation_micro_batch_size, kept.evaluation_peak_bytes, kept.notes))
+    sizes, peaks, notes = zip(*told, strict=True)
+    return replace(
+        kept,
+        evaluation_micro_batch_size=min(sizes),
+        evaluation_peak_bytes=max(peaks),
+        notes=tuple(dict.fromkeys(note for each in notes for note in each)),
+    )
+
+
+def promised(plan: Plan, alternative: int | None, watcher: Watcher, rank: int = 0) -> Promise:
+    """What tracing says of the step of the plan itself or of an alternative, as the process *rank* has it.
 
     Raises:
         RunError: it is not what was predicted.
@@ -82,7 +98,7 @@ def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
     with contextlib.suppress(ImportError):
         quantized.bitsandbytes()  # before tracing, which would import it without its compiled kernels
     watcher.stage("tracing the step")
-    return promise.kept(plan, fallback.candidate(plan, alternative))
+    return promise.kept(plan, fallback.candidate(plan, alternative), rank)
 
 
 def _attempt(
@@ -160,7 +176,16 @@ def _trouble(ranks: Ranks, mine: str | None) -> str | None:
     return None
 
 
-def _ended(progress: Progress, learner: Learner | None, trouble: str | None) -> Learner | None:
+def _is_whole(work: Work, learner: Learner | None, kept: Promise) -> bool:
+    """Whether *learner* holds whole updates; where the model is cut, whether all processes' do, which all ask."""
+    mine = learner is not None and not learner.updating
+    is_cut = kept.candidate.configuration.num_stages > 1
+    return all(work.ranks.gathered(mine)) if is_cut else mine
+
+
+def _ended(
+    work: Work, progress: Progress, learner: Learner | None, kept: Promise, trouble: str | None
+) -> Learner | None:
     """Save what there is, also of a run that failed; a half-made update is not worth keeping."""
     if trouble is not None:
         progress.failure = (
@@ -170,10 +195,12 @@ def _ended(progress: Progress, learner: Learner | None, trouble: str | None) -> 
     if progress.failure is None:
         return learner
     progress.outcome = "failed"
-    if learner is None or learner.updating:
+    if progress.lost:
+        return None if learner is None or learner.updating else learner
+    whole = _is_whole(work, learner, kept)
+    if learner is None or not whole:
         return None
-    if not progress.lost:
-        learner.save_state()
+    learner.save_state()
     return learner
 
 
@@ -196,7 +223,7 @@ def _fall_back(work: Work, progress: Progress, learner: Learner | None, alternat
         )
     )
     work.watcher.note(fallback.told(progress.fallbacks[-1]))
-    if learner is not None and not learner.updating:
+    if learner is not None:
         learner.save_state()
     path, state = found(work.request, progress, work.ranks)
     if state is None:

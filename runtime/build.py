@@ -41,6 +41,16 @@ def transformers_config(
     return made
 
 
+def some_layers(config: Mapping[str, Any], layers: range) -> PreTrainedConfig:
+    """The transformers object for a model of these *layers* of *config*'s alone."""
+    made = transformers_config(config)
+    for key, listed in _listed(made).items():
+        with contextlib.suppress(AttributeError):
+            setattr(made, key, [listed[number] for number in layers])
+    made.num_hidden_layers = len(layers)
+    return made
+
+
 def layer_kinds(config: Mapping[str, Any]) -> tuple[int, ...]:
     """For each decoder layer, the first layer that is like it, by all that the configuration lists layer by layer."""
     made = transformers_config(config)
@@ -238,7 +248,7 @@ def add_adapters(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        on_meta = next(model.parameters()).is_meta  # or PEFT fills real memory with zeros and random numbers
+        on_meta = all(p.is_meta for p in model.parameters())  # or PEFT fills real memory with zeros and random numbers
         adapted: torch.nn.Module = get_peft_model(model, config, low_cpu_mem_usage=on_meta)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

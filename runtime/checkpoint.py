@@ -75,21 +75,72 @@ class Snapshot:
     best: dict[str, torch.Tensor] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What was learned, by name: what learns, the optimizer's state, and the best of what learns, where it is kept."""
+
+    learned: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    best: dict[str, torch.Tensor] | None = None
+
+
+def held(trainee: Trainee, best: Mapping[str, torch.Tensor] | None = None) -> Held:
+    """What *trainee* has learned, its parameters numbered as in the whole model."""
+    mine = learned(trainee)
+    numbered = optimizers.state(trainee.optimizer, _first_number(trainee, mine))
+    return Held(mine, numbered, None if best is None else dict(best))
+
+
+def gathered(trainee: Trainee, best: Mapping[str, torch.Tensor] | None = None) -> Held:
+    """``held`` of all stages, where a model is cut: in the first process, once all have called this.
+
+    Raises:
+        Lost: a process has ended.
+    """
+    mine = held(trainee, best)
+    if trainee.pipe is None:
+        return mine
+    told = trainee.ranks.of_stages(Held(on_host(mine.learned), on_host(mine.optimizer), mine.best))
+    whole = Held({}, {}, None if best is None else {})
+    for each in told:
+        whole.learned.update(each.learned)
+        whole.optimizer.update(each.optimizer)
+        if whole.best is not None:
+            whole.best.update(each.best or {})
+    return whole
+
+
+def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """*tensors* as they are sent to another process."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _first_number(trainee: Trainee, mine: Mapping[str, torch.Tensor]) -> int:
+    """The number in the whole model of the first of the parameters that are *mine*."""
+    return trainee.names.index(next(iter(mine))) if trainee.pipe is not None else 0
+
+
 def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.Tensor] | None = None) -> Path:
+    """``write`` what *trainee* has learned, which holds the whole model."""
+    return write(folder, held(trainee, best), state)
+
+
+def write(folder: Path, whole: Held, state: State) -> Path:
     """Write the state after ``state.steps`` into a new folder inside *folder*, and remove those too many.
 
     Raises:
         OSError: it cannot be written; what was there stays.
     """
+    best = whole.best
     name = f"step-{len(state.steps):08d}"
     partial, final = folder / f".{name}.partial", folder / name
     for left in folder.glob(".step-*.partial"):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    save_file(learned(trainee), partial / _LEARNED)
-    save_file(optimizers.state(trainee.optimizer), partial / _OPTIMIZER)
+    save_file(whole.learned, partial / _LEARNED)
+    save_file(whole.optimizer, partial / _OPTIMIZER)
     if best is not None:
-        save_file(dict(best), partial / _BEST)
+        save_file(best, partial / _BEST)
     (partial / _STATE).write_text(json.dumps(msgspec.to_builtins(state)), encoding="utf-8")  # with infinite norms
     names = (_LEARNED, _OPTIMIZER, _STATE, *((_BEST,) if best is not None else ()))
     for written in names:
@@ -147,19 +198,21 @@ def load(path: Path) -> Snapshot:
 
 
 def restore(kept: Snapshot, trainee: Trainee) -> None:
-    """Put the state *kept* into *trainee*.
+    """Put the state *kept* into *trainee*; of a model that is cut, what belongs to its stage.
 
     Raises:
         RunError: it is another model's.
     """
     progress = kept.state
-    wanted = {name: tensor.shape for name, tensor in learned(trainee).items()}
-    for held in (kept.learned, kept.learned if kept.best is None else kept.best):
-        if {name: tensor.shape for name, tensor in held.items()} != wanted:
+    mine = learned(trainee)
+    wanted = {name: tensor.shape for name, tensor in mine.items()}
+    names = set(wanted) if trainee.pipe is None else set(trainee.names)
+    for other in (kept.learned, kept.learned if kept.best is None else kept.best):
+        if set(other) != names or {name: other[name].shape for name in wanted} != wanted:
             raise RunError(f"checkpoint {kept.path} holds other weights than the plan's; {_ELSE}")
     put_learned(trainee, kept.learned)
     try:
-        optimizers.restore(trainee.optimizer, kept.optimizer)
+        optimizers.restore(trainee.optimizer, kept.optimizer, _first_number(trainee, mine), len(names))
     except ValueError as error:
         raise RunError(f"checkpoint {kept.path} is not the plan's: {error}; {_ELSE}") from None
     scale = trainee.loss_scale

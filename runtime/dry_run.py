@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -45,8 +46,10 @@ def rehearse(plan: Plan, request: RunRequest, tell: Callable[[str], None] = lamb
         device, missing = torch.device("cpu"), [f"not here: {error}"]
     work = prepared(plan, request, watcher, device)
     check_config(work.source, plan.model_config)
-    kept = promised(plan, None, watcher)
-    return [*_lines(work, kept), *kept.notes, *missing]
+    every = [promised(plan, None, watcher, stage) for stage in range(plan.configuration.num_stages)]
+    kept = min(every, key=lambda each: each.evaluation_micro_batch_size)
+    notes = dict.fromkeys(note for each in every for note in each.notes)
+    return [*_lines(work, replace(kept, notes=tuple(notes))), *notes, *missing]
 
 
 def _lines(work: Work, kept: Promise) -> list[str]:

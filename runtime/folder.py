@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from safetensors.torch import save_file
 
 from shallowflow.planner import serialize, words
 from shallowflow.planner.plan import Plan
@@ -158,7 +160,9 @@ def fingerprint(plan: Plan, request: RunRequest) -> dict[str, str]:
 
 def _gpus(plan: Plan) -> str:
     """How a run is spread over GPUs: what it may go on with otherwise."""
-    number, sharding = plan.configuration.num_gpus, plan.configuration.sharding
+    number, sharding, stages = plan.configuration.num_gpus, plan.configuration.sharding, plan.configuration.stages
+    if len(stages) > 1:
+        return f"{number}, stages from layers {', '.join(map(str, stages))}"
     return f"{number}" if sharding == "none" else f"{number}, sharded {sharding}"
 
 
@@ -203,14 +207,17 @@ def results(plan: Plan) -> str:
 
 
 def save_best(output: Path, plan: Plan, trainee: Trainee, tokenizer: Any) -> None:
-    """Write what was learned as the best so far, whole or not at all."""
+    """Write what was learned as the best so far, whole or not at all; all that hold a stage of it call this."""
     _save_learned(output / BEST, plan, trainee, tokenizer)
 
 
-def save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord, tokenizer: Any) -> None:
-    """Write what was learned first and the record last: a folder with ``run.json`` is complete."""
-    output.mkdir(parents=True, exist_ok=True)
+def save_learned(output: Path, plan: Plan, trainee: Trainee, tokenizer: Any) -> None:
+    """Write what was learned; all that hold a stage of it call this."""
     _save_learned(output / results(plan), plan, trainee, tokenizer)
+
+
+def save_record(plan: Plan, output: Path, record: RunRecord) -> None:
+    """Write what became of the run, the record last: a folder with ``run.json`` is complete."""
     write_text(output / "plan.json", serialize.to_json(plan))
     write_text(output / "report.html", report.html(plan, record, step_timeline(plan)))
     write_text(output / "run.json", to_json(record))
@@ -219,9 +226,27 @@ def save(plan: Plan, output: Path, trainee: Trainee, record: RunRecord, tokenize
 def _save_learned(path: Path, plan: Plan, trainee: Trainee, tokenizer: Any) -> None:
     """The adapter, or the model as it was trained, in fp32, with its tokenizer."""
     model: Any = trainee.model
+    told = trainee.ranks.of_stages(_as_peft_has_it(trainee)) if trainee.pipe is not None else []
+    if not trainee.ranks.leads:
+        return
     if plan.configuration.is_full:
         write_model(plain(model, plan.model_config, "float32"), tokenizer, path)
         return
     model.peft_config["default"].base_model_name_or_path = plan.model_name
     with new_folder(path) as partial:
         model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+        if told:  # PEFT writes what there is, which is one stage's
+            whole = {name: tensor for each in told for name, tensor in each.items()}
+            save_file(whole, partial / ADAPTER_FILE, metadata={"format": "pt"})
+
+
+ADAPTER_FILE = "adapter_model.safetensors"
+"""PEFT's name for it."""
+
+
+def _as_peft_has_it(trainee: Trainee) -> dict[str, torch.Tensor]:
+    """The adapter under the names that PEFT writes: without its own, and DoRA's lengths as the parameters they were."""
+    found = checkpoint.on_host(checkpoint.learned(trainee))
+    names = {name: name.replace(".default.", ".") for name in found}
+    lengths = "lora_magnitude_vector.weight"
+    return {names[n].removesuffix(".weight") if names[n].endswith(lengths) else names[n]: t for n, t in found.items()}

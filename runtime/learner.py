@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from shallowflow.planner.plan import Plan
-from shallowflow.planner.strategies import Configuration
 from shallowflow.planner.wall_time import save_interval_seconds
 
-from . import batches, build, checkpoint, dequantizing, fallback, folder, sample
+from . import batches, checkpoint, dequantizing, fallback, folder, sample, trainees
 from .evaluate import mean_loss, perplexity
 from .guard import Guard
 from .joining import end_together
@@ -25,14 +24,14 @@ from .progress import Progress, exhausted, improves
 from .promise import Promise
 from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
 from .record import EvaluationRecord, StepRecord
-from .request import RunError, RunRequest, learning_rate
+from .request import RunError, RunRequest
 from .spot import Wish
-from .step import Trainee, make_trainee
+from .step import Trainee
 from .storage import Vault
 from .trackers import Trackers
 from .train import train as training_steps
 from .watch import Money, Watcher
-from .weights import WeightsSource, begin_loading, load_weights
+from .weights import WeightsSource
 
 
 class Diverged(Exception):
@@ -72,6 +71,7 @@ class Learner:
 
     Attributes:
         updating: within an optimizer's update, which may leave half of it behind where memory runs out.
+        asked_to_save: whether a notice wants a checkpoint of a model that is cut.
     """
 
     work: Work
@@ -80,6 +80,7 @@ class Learner:
     trainee: Trainee
     trackers: Trackers
     updating: bool = False
+    asked_to_save: bool = False
 
     @classmethod
     def begin(cls, work: Work, progress: Progress, promise: Promise, path: Path | None, trackers: Trackers) -> Learner:
@@ -90,7 +91,9 @@ class Learner:
         Raises:
             RunError: the checkpoint is another model's.
         """
-        trainee = _trainee(work, promise.candidate.configuration)
+        trainee = trainees.loaded(
+            work.plan, work.request, work.source, promise.candidate.configuration, work.device, work.ranks
+        )
         progress.dequantizing = dequantizing.choose(trainee.model, work.device)
         made = cls(work, progress, promise, trainee, trackers)
         trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
@@ -107,15 +110,19 @@ class Learner:
         except RunError:
             end_together()  # all were given the same
             raise
-        self.progress.best = kept.best
         if kept.best is not None:
+            self.progress.best = {name: kept.best[name] for name in checkpoint.learned(self.trainee)}
             checkpoint.put_learned(self.trainee, kept.best)
             self._save_best()
             checkpoint.put_learned(self.trainee, kept.learned)
 
     def _save_best(self) -> None:
-        if self.work.ranks.leads:
-            folder.save_best(self.work.request.output, self.work.plan, self.trainee, self.work.tokenizer)
+        folder.save_best(self.work.request.output, self.work.plan, self.trainee, self.work.tokenizer)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether other processes hold the other layers, so that nothing can be saved without them."""
+        return self.trainee.pipe is not None
 
     def _update(self, *, begins: bool) -> None:
         self.updating = begins
@@ -147,12 +154,14 @@ class Learner:
             else:
                 self.save_state()
         except (torch.OutOfMemoryError, fallback.BeyondBudget, GivenUp):
-            if not self.updating:  # now: tracing another configuration takes a while, and no signal waits for it
+            # now: tracing another configuration takes a while, and no signal waits for it; but others hold a cut model
+            if not (self.updating or self.is_cut):
                 self.save_state()
             raise
         except Lost as lost:
             progress.lost, progress.failure = True, f"{lost} after step {len(progress.steps)}"
-            self.save_state()
+            if not self.is_cut:
+                self.save_state()
         finally:
             self.trainee.optimizer.zero_grad(set_to_none=True)
 
@@ -163,7 +172,7 @@ class Learner:
         endless = batches.steps(
             work.windows,
             configuration.micro_batch_size,
-            configuration.gradient_accumulation_steps * configuration.num_gpus,
+            configuration.gradient_accumulation_steps * configuration.num_replicas,
             configuration.sequence_length,
             work.request.seed,
             first_whole=progress.began_at,
@@ -231,7 +240,7 @@ class Learner:
             return
         size = self.promise.evaluation_micro_batch_size
         when = {0: "before training", work.total: "after training"}.get(step, f"after step {step}")
-        work.watcher.stage(f"perplexity {when}", -(-len(work.eval_windows) // (size * work.ranks.size)))
+        work.watcher.stage(f"perplexity {when}", -(-len(work.eval_windows) // (size * self.trainee.ranks.num_replicas)))
         began = time.perf_counter()
         loss = mean_loss(self.trainee, work.eval_windows, size, work.device, self._advance)
         record = EvaluationRecord(
@@ -278,19 +287,28 @@ class Learner:
         else:
             since = time.perf_counter() - max(progress.clock, progress.saved_at)
             due = since >= save_interval_seconds(progress.saving_seconds)
-        if due:
+        due = due or self.asked_to_save
+        if self.work.ranks.led(due) if self.is_cut else due:
             self.save_state()
 
     def save_state(self) -> None:
-        """Write a checkpoint, unless the newest holds all there is, or another process writes them."""
-        progress = self.progress
-        if progress.mark == progress.saved or not self.work.ranks.leads:
+        """Write a checkpoint, unless the newest holds all there is, or another process writes them.
+
+        Where the model is cut, all processes call this together.
+        """
+        progress, leads = self.progress, self.work.ranks.leads
+        if progress.mark == progress.saved or not (leads or self.is_cut):
             return
         path, began = self.work.request.output / folder.CHECKPOINTS, time.perf_counter()
-        made = checkpoint.save(path, self.trainee, progress.state(self.trainee), progress.best)
+        learned = checkpoint.gathered(self.trainee, progress.best)
+        made = checkpoint.write(path, learned, progress.state(self.trainee)) if leads else None
         progress.saved, progress.saved_at = progress.mark, time.perf_counter()
         progress.saving_seconds = progress.saved_at - began
-        self.work.guard.saved(made, len(progress.steps), progress.saving_seconds)
+        if made is not None:
+            self.work.guard.saved(made, len(progress.steps), progress.saving_seconds)
+        if self.asked_to_save:
+            self.work.guard.insist()
+            self.asked_to_save = False
 
     # What may end a run before its time
 
@@ -302,7 +320,9 @@ class Learner:
         self.progress.notes += untold
         for line in (*guard.news(), *untold):
             self.work.watcher.note(line)
-        if wish is Wish.SAVE:
+        if wish is Wish.SAVE and self.is_cut:
+            self.asked_to_save = True  # once the step is over, when all can
+        elif wish is Wish.SAVE:
             self.save_state()
             guard.insist()
         return wish is Wish.STOP
@@ -321,17 +341,3 @@ class Learner:
                 interruptions=progress.interruptions,
             )
         )
-
-
-def _trainee(work: Work, configuration: Configuration) -> Trainee:
-    """The base, loaded, with what *configuration* says; where processes share its weights, layer by layer."""
-    plan, rate = work.plan, learning_rate(work.plan, work.request)
-    dtype = build.weights_dtype(configuration, plan.compute_dtype)
-    facts = (work.source, plan.model_config, dtype, plan.num_parameters)
-    if configuration.sharding == "weights":
-        model, fill = begin_loading(*facts)
-        torch.manual_seed(work.request.seed)
-        return make_trainee(model, configuration, plan.compute_dtype, work.device, rate, work.ranks, fill)
-    model = load_weights(*facts)
-    torch.manual_seed(work.request.seed)
-    return make_trainee(model, configuration, plan.compute_dtype, work.device, rate, work.ranks)

@@ -34,6 +34,7 @@ def chunked(
     position_ids: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     factor: float = 1.0,
+    before: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``summed`` of *model*'s logits, *chunk_tokens* at a time, with products in *dtype*, if not in the model's own.
 
@@ -42,6 +43,7 @@ def chunked(
 
     Args:
         factor: what the loss will be multiplied by before its backward pass.
+        before: what the layers here go on from, where those before them are elsewhere.
 
     Raises:
         ValueError: the model changes its logits after the head, which chunks would miss.
@@ -49,8 +51,10 @@ def chunked(
     if model_facts.changes_logits(model.config.to_dict()):
         raise ValueError(f"{model.config.model_type} changes its logits after the head; use the whole loss")
     base = build.without_adapter(model)
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    hidden = base.get_decoder()(input_ids=input_ids, **positions, use_cache=False).last_hidden_state
+    taken = {"input_ids": input_ids} if before is None else {"inputs_embeds": before}
+    if position_ids is not None:
+        taken["position_ids"] = position_ids
+    hidden = base.get_decoder()(**taken, use_cache=False).last_hidden_state
     head = base.get_output_embeddings()
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     rows, wanted = hidden.flatten(0, -2).to(dtype or hidden.dtype), labels.flatten()

@@ -72,17 +72,21 @@ def _adamw_8bit() -> Any:
     return AdamW8bit
 
 
-def state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor and number of the state, named by the parameter's number and by what it is."""
+def state(optimizer: torch.optim.Optimizer, first: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor and number of the state, named by the parameter's number, from *first* on, and by what it is."""
     found: dict[str, torch.Tensor] = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
+    for index, parameter in enumerate(_parameters(optimizer), start=first):
         kept: Mapping[str, Any] = optimizer.state.get(parameter, {})
         found |= {f"{index}.{key}": torch.as_tensor(value) for key, value in kept.items() if key not in _TABLES}
     return found
 
 
-def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor]) -> None:
+def restore(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor], first: int = 0, in_all: int | None = None
+) -> None:
     """Give *optimizer* the state *saved*; one of the other optimizer is brought into this one's format.
+
+    Its parameters have the numbers from *first* on of those *in_all*; None for no others.
 
     Raises:
         ValueError: it is of other parameters.
@@ -92,9 +96,11 @@ def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor])
     for name, tensor in saved.items():
         index, _, key = name.partition(".")
         by_parameter.setdefault(int(index), {})[key] = tensor
-    if by_parameter and max(by_parameter) >= len(parameters):
-        raise ValueError(f"it holds an optimizer's state of more than {len(parameters)} parameters")
-    for number, kept in by_parameter.items():
+    most = len(parameters) if in_all is None else in_all
+    if by_parameter and max(by_parameter) >= most:
+        raise ValueError(f"it holds an optimizer's state of more than {most} parameters")
+    mine = {number - first: kept for number, kept in by_parameter.items() if 0 <= number - first < len(parameters)}
+    for number, kept in mine.items():
         parameter = parameters[number]
         own = {key: value.to(parameter.device) for key, value in kept.items() if key != "step"}
         if in_8_bits:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shallowflow.planner.memory_record import TracedPeak
-from shallowflow.planner.plan import Candidate, Plan, Prediction
+from shallowflow.planner.plan import Candidate, Plan, Prediction, StageMemory
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.profiler.kernels import Target
 from shallowflow.planner.profiler.simulate import traced_peak
@@ -14,10 +14,7 @@ from shallowflow.planner.strategies import Configuration
 from shallowflow.profiles import load_gpu
 
 from .request import RunError
-from .simulated import make_meta_step
-
-TRACED_MICRO_BATCHES = 2
-"""As the planner traces: the second micro-batch is like all later ones."""
+from .simulated import make_stage_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +33,18 @@ class Promise:
     notes: tuple[str, ...] = ()
 
 
-def kept(plan: Plan, candidate: Candidate) -> Promise:
+def kept(plan: Plan, candidate: Candidate, rank: int = 0) -> Promise:
     """Trace the step of *candidate*, which *plan* holds, and compare it with what was predicted, byte by byte.
+
+    Where the model is cut, that is the step of the stage that the process *rank* has.
 
     Raises:
         RunError: they differ though the versions are the plan's, or the step no longer fits the plan's budget.
     """
-    traced = trace(plan, candidate.configuration)
-    moved = differences(candidate.prediction, traced)
+    stage = rank % candidate.configuration.num_stages
+    traced = trace(plan, candidate.configuration, stage=stage)
+    told = candidate.prediction.stages
+    moved = differences(told[stage] if told else candidate.prediction, traced)
     changed = changed_versions(plan.versions, cache.versions())
     if moved and not changed:
         raise RunError(
@@ -53,7 +54,7 @@ def kept(plan: Plan, candidate: Candidate) -> Promise:
     notes = (f"with {', '.join(changed)} the prediction has moved: {'; '.join(moved)}",) if moved else ()
     size = candidate.configuration.micro_batch_size
     if traced.peak_reserved_bytes > plan.budget_bytes:
-        alone = _smaller_evaluation(plan, candidate.configuration, traced)
+        alone = _smaller_evaluation(plan, candidate.configuration, traced, stage)
         if alone is None:
             raise RunError(
                 f"with {', '.join(changed) or 'this budget'} the plan's step reserves {traced.peak_reserved_bytes:,} "
@@ -69,16 +70,17 @@ def kept(plan: Plan, candidate: Candidate) -> Promise:
     )
 
 
-def trace(plan: Plan, configuration: Configuration, evaluation_micro_batch_size: int | None = None) -> TracedPeak:
+def trace(
+    plan: Plan, configuration: Configuration, evaluation_micro_batch_size: int | None = None, stage: int = 0
+) -> TracedPeak:
     """The step of *configuration* and an evaluation after it on ``meta``; nothing is read from a cache."""
     gpu = load_gpu(plan.gpu)
-    num_micro_batches = min(TRACED_MICRO_BATCHES, configuration.gradient_accumulation_steps)
-    step = make_meta_step(plan.model_config, configuration, plan.compute_dtype, num_micro_batches)
+    step = make_stage_step(plan.model_config, configuration, plan.compute_dtype, stage)
     step.evaluation_micro_batch_size = evaluation_micro_batch_size
     return traced_peak(step, Target.of(gpu), gpu.context_bytes)
 
 
-def differences(prediction: Prediction, traced: TracedPeak) -> list[str]:
+def differences(prediction: Prediction | StageMemory, traced: TracedPeak) -> list[str]:
     """Where *traced* is not what was predicted."""
     pairs = {
         "resident between steps": (prediction.resident_bytes, traced.resident_bytes),
@@ -101,11 +103,13 @@ def changed_versions(planned: Mapping[str, str], here: Mapping[str, str]) -> lis
     ]
 
 
-def _smaller_evaluation(plan: Plan, configuration: Configuration, whole: TracedPeak) -> tuple[int, TracedPeak] | None:
+def _smaller_evaluation(
+    plan: Plan, configuration: Configuration, whole: TracedPeak, stage: int
+) -> tuple[int, TracedPeak] | None:
     """The largest half, quarter and so on of a micro-batch that can be evaluated; None where the step is too large."""
     size = configuration.micro_batch_size // 2
     while size and whole.evaluation_allocated_bytes > whole.peak_allocated_bytes:
-        found = trace(plan, configuration, size)
+        found = trace(plan, configuration, size, stage)
         if found.peak_reserved_bytes <= plan.budget_bytes:
             return size, found
         size //= 2

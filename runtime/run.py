@@ -91,10 +91,12 @@ def _trained(work: Work) -> RunRecord:
         learner, kept = learned(work, progress, path)
         _settle(work, progress)
         record = summary.record_of(work, progress, kept)
-        if learner is not None and ranks.leads and not progress.lost:
+        if learner is not None and not progress.lost:
             work.watcher.stage("saving")
-            folder.save(plan, request.output, learner.trainee, record, work.tokenizer)
-            _keep_results(work, progress)
+            folder.save_learned(request.output, plan, learner.trainee, work.tokenizer)
+            if ranks.leads:
+                folder.save_record(plan, request.output, record)
+                _keep_results(work, progress)
     if progress.lost:
         raise RunLost(f"{progress.failure}; {_saved(plan, request, len(progress.steps), has_results=False)}")
     joining.end_together()

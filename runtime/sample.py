@@ -9,7 +9,7 @@ import torch
 from . import build
 from .evaluate import evaluating
 from .request import RunError
-from .step import Trainee
+from .step import MicroBatch, Trainee
 
 MOST_NEW_TOKENS = 64
 
@@ -41,16 +41,16 @@ def answer(trainee: Trainee, tokenizer: Any, tokens: list[int], sequence_length:
 
     One sequence no longer than the plan's, without a cache and with the last position's logits alone: less memory than
     an evaluation takes. Scaled or capped logits have the same order as the head's own. Of several processes the first
-    computes and the others keep step, computing as well where they share the weights.
+    replica's compute and the others keep step, computing as well where they share the weights.
     """
-    model: Any = trainee.model
+    ranks = trainee.ranks
     found = list(tokens)
-    with evaluating(model):
+    with evaluating(trainee.model):
         for _ in range(min(MOST_NEW_TOKENS, sequence_length - len(tokens))):
-            computes = trainee.ranks.leads or trainee.in_step
-            mine = _next(build.without_adapter(model), found, device) if computes else 0
+            computes = ranks.rank < ranks.num_stages or trainee.in_step
+            mine = _next(trainee, found, device) if computes else 0
             trainee.before_micro_batch()  # after what memory may not suffice for, and before the others wait for it
-            chosen = trainee.ranks.led(mine)
+            chosen = ranks.led(mine) if ranks.num_stages == 1 else ranks.gathered(mine)[ranks.num_stages - 1]
             if chosen == tokenizer.eos_token_id:
                 break
             found.append(chosen)
@@ -58,7 +58,18 @@ def answer(trainee: Trainee, tokenizer: Any, tokens: list[int], sequence_length:
     return text
 
 
-def _next(base: Any, tokens: list[int], device: torch.device) -> int:
-    """The most likely token after *tokens*."""
-    hidden = base.get_decoder()(input_ids=torch.tensor([tokens], device=device), use_cache=False).last_hidden_state
-    return int(base.get_output_embeddings()(hidden[0, -1:]).argmax())
+def _next(trainee: Trainee, tokens: list[int], device: torch.device) -> int:
+    """The most likely token after *tokens*; any number where another stage tells it."""
+    model: Any = trainee.model
+    base = build.without_adapter(model)
+    given = torch.tensor([tokens], device=device)
+
+    def chosen(**taken: torch.Tensor) -> torch.Tensor:
+        hidden = base.get_decoder()(**taken, use_cache=False).last_hidden_state
+        best: torch.Tensor = base.get_output_embeddings()(hidden[0, -1:]).argmax()
+        return best
+
+    if trainee.pipe is None:
+        return int(chosen(input_ids=given))
+    made = trainee.pipe.forward(trainee, MicroBatch(given, given, 0), lambda hidden: chosen(inputs_embeds=hidden))
+    return int(made)

@@ -14,10 +14,10 @@ from shallowflow.planner.memory_record import Timeline
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.profiler.kernels import Target, register_bitsandbytes
 from shallowflow.planner.profiler.simulate import traced_timeline
-from shallowflow.planner.strategies import Configuration
+from shallowflow.planner.strategies import Configuration, traced_micro_batches
 from shallowflow.profiles import load_gpu
 
-from . import attention, build, evaluate, quantized
+from . import attention, build, evaluate, pipeline, quantized, stages
 from .ranks import ALONE, Ranks
 from .step import MicroBatch, Resident, StepOutcome, Trainee, make_trainee
 
@@ -66,7 +66,12 @@ class MetaStep:
         self.trainee.prime()
 
     def run(self, num_micro_batches: int | None = None) -> StepOutcome:
-        """One optimizer update over the first *num_micro_batches*; None for all."""
+        """One optimizer update over the first *num_micro_batches*; None for all.
+
+        Of a stage all are run at any time: a pipeline has work for each of its stages.
+        """
+        if self.trainee.pipe is not None:
+            num_micro_batches = None
         return self.trainee.step(self.micro_batches[:num_micro_batches])
 
     def update_alone(self) -> None:
@@ -106,15 +111,24 @@ def make_meta_step(
     compute_dtype: str,
     num_micro_batches: int,
     like_layer: int | None = None,
+    stage: int = 0,
 ) -> MetaStep:
     """The training step of *configuration* on ``meta``, with as many layers as the configuration has.
 
-    They are those of the model, or all like its layer *like_layer*.
+    They are those of the model, or all like its layer *like_layer*. Where it is cut, the step is that of one *stage*,
+    of which the other layers are never made.
     """
     register_quantization()
-    config = build.transformers_config(model_config, configuration.num_layers, like_layer)
+    share = stages.share_of(configuration, stage)
+    if share is None:
+        config = build.transformers_config(model_config, configuration.num_layers, like_layer)
+    else:
+        config = build.some_layers(model_config, share.layers)
+        share, configuration = replace(share, layers=range(len(share.layers))), _cut(configuration, share.layers)
+    ranks = Ranks(rank=stage, size=configuration.num_gpus).staged(configuration.num_stages)
     model = build.empty_model(config, build.weights_dtype(configuration, compute_dtype), "meta")
-    trainee = make_trainee(model, configuration, compute_dtype, ranks=Ranks(size=configuration.num_gpus))
+    trainee = make_trainee(model, configuration, compute_dtype, ranks=ranks, share=share)
+    pipeline.connected(trainee, share, ranks, build.DTYPES[compute_dtype])
     shape = (configuration.micro_batch_size, configuration.sequence_length)
     batches = []
     for _ in range(num_micro_batches):
@@ -124,10 +138,29 @@ def make_meta_step(
     return MetaStep(trainee, batches)
 
 
+def make_stage_step(
+    model_config: Mapping[str, Any], configuration: Configuration, compute_dtype: str, stage: int = 0
+) -> MetaStep:
+    """The training step of *configuration* on ``meta``, or of one *stage* where it is cut, that shows all it takes."""
+    number = traced_micro_batches(configuration, stage)
+    return make_meta_step(model_config, configuration, compute_dtype, number, stage=stage)
+
+
+def _cut(configuration: Configuration, layers: range) -> Configuration:
+    """*configuration* of these *layers* alone."""
+    runs = [
+        replace(run, first=max(run.first, layers.start) - layers.start, last=min(run.last, layers[-1]) - layers.start)
+        for run in configuration.layers
+        if run.last >= layers.start and run.first <= layers[-1]
+    ]
+    return replace(configuration, layers=tuple(runs))
+
+
 def step_timeline(plan: Plan) -> Timeline:
-    """The allocator over one whole step of *plan*, as it is predicted."""
-    configuration = plan.configuration
-    target = Target.of(load_gpu(plan.gpu))
-    num_micro_batches = min(configuration.gradient_accumulation_steps, SHOWN_MICRO_BATCHES)
-    step = make_meta_step(plan.model_config, configuration, plan.compute_dtype, num_micro_batches)
+    """The allocator over one whole step of *plan*, as it is predicted; of stages, the one that reserves most."""
+    configuration, peaks = plan.configuration, [stage.peak_reserved_bytes for stage in plan.prediction.stages]
+    target, stage = Target.of(load_gpu(plan.gpu)), peaks.index(max(peaks)) if peaks else 0
+    shown = max(SHOWN_MICRO_BATCHES, traced_micro_batches(configuration, stage))
+    number = min(configuration.gradient_accumulation_steps, shown)
+    step = make_meta_step(plan.model_config, configuration, plan.compute_dtype, number, stage=stage)
     return traced_timeline(step, target)

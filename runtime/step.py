@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, masking_utils
@@ -13,11 +14,12 @@ from transformers import PreTrainedModel, masking_utils
 from shallowflow.planner.strategies import Configuration
 from shallowflow.profiles import model_facts
 
-from . import activations, attention, build, optimizers, precision, quantized, sharding
+from . import activations, attention, build, optimizers, precision, quantized, sharding, stages
 from .gradients import add_rows
 from .loss import chunked, summed
 from .precision import LossScale
 from .ranks import ALONE, Ranks
+from .stages import Share
 
 LEARNING_RATE = 2e-4
 """LoRA's usual one, as in the QLoRA paper for models up to 13B."""
@@ -68,6 +70,18 @@ class Resident:
     tensor: torch.Tensor
 
 
+class Pipe(Protocol):
+    """What takes micro-batches through a model that is cut, of which this process has a stage."""
+
+    def passes(self, trainee: Trainee, micro_batches: Sequence[MicroBatch], num_targets: int) -> list[torch.Tensor]:
+        """Forward and backward over every micro-batch; the losses on the last stage, each over *num_targets*."""
+
+    def forward(
+        self, trainee: Trainee, batch: MicroBatch, last: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Forward over one micro-batch; on the last stage its summed loss, or what *last* makes; zero on others."""
+
+
 @dataclass(slots=True)
 class Trainee:
     """A model ready to train: its adapters, or all of its weights, with optimizer and loss scale.
@@ -78,6 +92,8 @@ class Trainee:
         before_micro_batch: called where a step may still be given up, with nothing changed by it.
         ranks: the processes that share a step, each with a trainee like this one.
         in_step: whether they also share the weights, and so make every pass together.
+        pipe: what takes micro-batches through the stages of a model that is cut; None where it is whole.
+        names: of all parameters that learn, on whatever stage, in the order of the whole model.
     """
 
     model: torch.nn.Module
@@ -91,6 +107,8 @@ class Trainee:
     dtype: torch.dtype | None = None
     head_apart: bool = False
     in_step: bool = False
+    pipe: Pipe | None = None
+    names: tuple[str, ...] = ()
 
     def resident_tensors(self) -> list[Resident]:
         """Everything held between steps, but the optimizer's state."""
@@ -125,7 +143,11 @@ class Trainee:
         processes: *num_targets*, or None for those of *micro_batches*. All processes make the same update, or none.
         """
         num_targets = num_targets or sum(batch.num_targets for batch in micro_batches)
-        losses = [self._micro_step(batch, num_targets) for batch in micro_batches]
+        if self.pipe is None:
+            losses = [self._micro_step(batch, num_targets) for batch in micro_batches]
+        else:
+            self.before_micro_batch()
+            losses = self.pipe.passes(self, micro_batches, num_targets)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         bucket = self.ranks.bucket(gradients)
         if self.ranks.talks:  # a sum on devices would wait for a lost process: vote when all have their part
@@ -133,8 +155,9 @@ class Trainee:
         self.before_micro_batch()
         self.ranks.add_up(gradients, bucket)
         del bucket
-        told = self.ranks.interleaved(self._told(losses, gradients))
-        norm = told[-self.ranks.size] / self.loss_scale.value  # the first process's, so that all clip alike
+        told = self.ranks.gathered(self._told(losses, gradients))
+        norms = [each[-1] for each in told[: self.ranks.num_stages]]  # the first replica's, so that all clip alike
+        norm = math.hypot(*norms) / self.loss_scale.value
         finite = math.isfinite(norm)
         if finite:
             clip = MAX_GRADIENT_NORM / norm if norm > MAX_GRADIENT_NORM else 1.0
@@ -143,7 +166,7 @@ class Trainee:
         del gradients
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_scale.update(overflowed=not finite)
-        return StepOutcome(sum(told[: -self.ranks.size]), norm, skipped=not finite)
+        return StepOutcome(sum(self.ranks.merged([each[:-1] for each in told])), norm, skipped=not finite)
 
     def _told(self, losses: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[float]:
         """The losses and the norm of all *gradients*, in one read, for which the host waits for the device."""
@@ -155,29 +178,35 @@ class Trainee:
         self.before_micro_batch()
         if batch.seed is not None:
             torch.manual_seed(batch.seed)
-        with _not_asking_for_documents():
+        with not_asking_for_documents():
             if self.head_apart:
-                loss = self._in_chunks(batch, self.loss_scale.value / num_targets) / num_targets
+                loss = self._in_chunks(batch, factor=self.loss_scale.value / num_targets) / num_targets
             else:
                 loss = self.loss(batch) / num_targets
         (loss * self.loss_scale.value).backward()
         return loss.detach()
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
-        """Summed cross-entropy over the target tokens, in fp32."""
-        if self.loss_chunks > 1 or self.head_apart:
-            return self._in_chunks(batch)
-        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        return summed(self.model(input_ids=batch.input_ids, **positions, use_cache=False).logits, batch.labels)
+        """Summed cross-entropy over the target tokens, in fp32; where the model is cut, zero but on the last stage."""
+        return self.after(batch) if self.pipe is None else self.pipe.forward(self, batch)
 
-    def _in_chunks(self, batch: MicroBatch, factor: float = 1.0) -> torch.Tensor:
+    def after(self, batch: MicroBatch, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss after the model's layers, or after what is here of them, which follow what made *hidden*."""
+        if self.loss_chunks > 1 or self.head_apart:
+            return self._in_chunks(batch, hidden)
+        taken = {"input_ids": batch.input_ids} if hidden is None else {"inputs_embeds": hidden}
+        if batch.position_ids is not None:
+            taken["position_ids"] = batch.position_ids
+        return summed(self.model(**taken, use_cache=False).logits, batch.labels)
+
+    def _in_chunks(self, batch: MicroBatch, hidden: torch.Tensor | None = None, factor: float = 1.0) -> torch.Tensor:
         chunk_tokens = -(-batch.labels.numel() // self.loss_chunks)
         inputs = batch.input_ids, batch.labels, chunk_tokens, batch.position_ids
-        return chunked(self.model, *inputs, dtype=self.dtype, factor=factor)
+        return chunked(self.model, *inputs, dtype=self.dtype, factor=factor, before=hidden)
 
 
 @contextlib.contextmanager
-def _not_asking_for_documents() -> Iterator[None]:
+def not_asking_for_documents() -> Iterator[None]:
     """Spare the host transformers' question whether positions begin anew within a sequence, which waits for the device.
 
     Where they do, attention is given its mask, and transformers does not ask.
@@ -198,13 +227,15 @@ def make_trainee(
     learning_rate: float = LEARNING_RATE,
     ranks: Ranks = ALONE,
     fill: sharding.Fill = lambda _module: None,
+    share: Share | None = None,
 ) -> Trainee:
     """Turn a loaded base model into what *configuration* says: quantized, adapted, recomputing, with an optimizer.
 
     Where every weight learns, the model's are fp32, and multiplied in the compute dtype.
 
     The model is moved to *device* once its weights have their formats; None leaves it where it is. Where *ranks* share
-    the weights, it is given each layer's by *fill* just before, and keeps its part of them.
+    the weights, it is given each layer's by *fill* just before, and keeps its part of them. Of a *share* of the model
+    alone, the others are on ``meta``, and gone once the adapter has been drawn as for the whole model.
 
     Raises:
         ValueError: the configuration does not match the model.
@@ -221,6 +252,10 @@ def make_trainee(
     learner = _learner(model, configuration, dtype)
     if configuration.sharding == "weights":
         sharding.line_up(layers, strategies)
+    names = tuple(name for name, parameter in learner.named_parameters() if parameter.requires_grad)
+    if share is not None:
+        stages.keep(learner, share)
+        layers = [layers[number] for number in share.layers]
     if device is not None:
         learner.to(device)
     learner.train()
@@ -237,6 +272,7 @@ def make_trainee(
             configuration.loss_chunks,
             ranks=ranks,
             in_step=configuration.sharding == "weights",
+            names=names,
         )
     return Trainee(
         learner,
@@ -248,6 +284,7 @@ def make_trainee(
         ranks=ranks,
         dtype=dtype,
         head_apart=not model_facts.changes_logits(model.config.to_dict()),
+        names=names,
     )
 
 

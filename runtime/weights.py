@@ -17,6 +17,7 @@ from . import attention, build
 from .build import DTYPES, empty_model, transformers_config
 from .files import new_folder
 from .sources import WeightsError, WeightsSource, find_weights
+from .stages import Share, parts
 from .stored import Read, reading
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "WeightsSource",
     "begin_loading",
     "find_weights",
+    "load_share",
     "load_tokenizer",
     "load_weights",
     "plain",
@@ -82,6 +84,20 @@ def begin_loading(
             f"the plan's configuration has {count:,} parameters, its model {num_parameters:,}; plan again"
         )
     return model, _Filling(reading(_on_this_machine(source), model), source, DTYPES[compute_dtype], model)
+
+
+def load_share(
+    source: WeightsSource, config: Mapping[str, Any], compute_dtype: str, num_parameters: int, share: Share
+) -> PreTrainedModel:
+    """The base model with the weights of one stage's *share* of it alone; all others stay on ``meta``.
+
+    Raises:
+        WeightsError: as ``begin_loading`` has it.
+    """
+    model, fill = begin_loading(source, config, compute_dtype, num_parameters)
+    for part in parts(model, share).values():
+        fill(part)
+    return model
 
 
 class _Filling:

@@ -147,6 +147,11 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
             help="What of the model several GPUs share: nothing, or the frozen weights.  [default: what is faster]",
         ),
         click.option(
+            "--stages",
+            type=count,
+            help="Parts to cut the model into, each on GPUs of its own.  [default: what is faster]",
+        ),
+        click.option(
             "--sequence-length",
             type=click.IntRange(min=2),
             default=DEFAULTS.sequence_length,
@@ -219,6 +224,7 @@ def request(
     model: tuple[str, str],
     gpu: str,
     gpus: int,
+    stages: int | None,
     tokens: int | None,
     data: Path | None,
     eval_data: Path | None,
@@ -244,6 +250,7 @@ def request(
     options: dict[str, Any] = {
         **same,
         "num_gpus": gpus,
+        "num_stages": stages,
         "rank": rank,
         "min_rank": min_rank or DEFAULTS.min_rank,
         "max_process_bytes": None if max_process_gib is None else max(1, int(max_process_gib * 2**30)),

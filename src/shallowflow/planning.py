@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from shallowflow import packing, refusals
-from shallowflow.planner import allowed, breakdown, costs, money, problem, solver, wall_time
+from shallowflow.planner import allowed, breakdown, costs, latency, money, problem, solver, wall_time, words
 from shallowflow.planner.costs import LayerRuns
+from shallowflow.planner.cuts import FAR
 from shallowflow.planner.packing import trimmed_seconds
-from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, WallTime, Workload
+from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, StepTime, WallTime, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.solver import Solution
+from shallowflow.planner.strategies import Cell
 from shallowflow.profiles.load import load_gpu, load_instances, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.session import Progress, Session
-from shallowflow.workloads import check, deadline_hours, space, workload_of
+from shallowflow.staging import Staged
+from shallowflow.workloads import check, deadline_hours, space, stage_counts, workload_of
 
 MOST_DEADLINE_ROUNDS = 3
 """Of solving again where a run takes longer beside its steps than was allowed for."""
@@ -61,7 +64,65 @@ def make_plan(
 
 
 def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alternatives: int) -> Plan:
-    """The best plan for *workload*, which says whether documents are packed."""
+    """The best plan for *workload*, which says whether documents are packed, over the numbers of stages there may be.
+
+    Raises:
+        Infeasible: nothing fits in any number of stages.
+    """
+    numbers = stage_counts(workload, session.model)
+    best: Plan | None = None
+    tried: list[str] = []
+    for number in numbers:
+        try:
+            made = _whole(session, workload, notes, num_alternatives) if number == 1 else None
+        except _Unsolved as nothing:
+            if len(numbers) == 1:
+                raise refusals.infeasible(session, nothing.posed, nothing.considered, workload, _plan) from None
+            made = None
+        if number > 1:
+            made = _staged(session, workload, number, best, notes, num_alternatives)
+        tried.append(_outcome(number, made))
+        best = made or best
+    if best is None:
+        raise refusals.infeasible_in_stages(session, workload)
+    return best if len(tried) == 1 else replace(best, notes=(*best.notes, f"Compared: {'; '.join(tried)}."))
+
+
+class _Unsolved(Exception):
+    """Nothing fits with the whole model on every GPU."""
+
+    def __init__(self, posed: problem.Problem, considered: tuple[Cell, ...]) -> None:
+        super().__init__()
+        self.posed, self.considered = posed, considered
+
+
+def _staged(
+    session: Session,
+    workload: Workload,
+    num_stages: int,
+    best: Plan | None,
+    notes: tuple[str, ...],
+    num_alternatives: int,
+) -> Plan | None:
+    """The best plan with the model in so many stages that scores less than the *best* known; None if there is none."""
+    better_than = FAR if best is None else best.proof.score_picoseconds
+    found = Staged(session, workload, num_stages).solution(num_alternatives, better_than)
+    return None if found is None else _plan(session, found[0], workload, found[1], notes)
+
+
+def _outcome(num_stages: int, made: Plan | None) -> str:
+    """What came of a number of stages."""
+    name = "every GPU with the whole model" if num_stages == 1 else words.counted(num_stages, "stage")
+    told = "no better or too large" if made is None else f"{words.duration(made.prediction.step_seconds)} a step"
+    return f"{name}, {told}"
+
+
+def _whole(session: Session, workload: Workload, notes: tuple[str, ...], num_alternatives: int) -> Plan:
+    """The best plan for *workload* with the whole model on every GPU.
+
+    Raises:
+        _Unsolved: nothing fits.
+    """
     timed = replace(workload, deadline_hours=deadline_hours(workload, session.gpu))
     considered, rank = space(session, workload)
     posed = session.problem(timed, considered, rank)
@@ -73,12 +134,12 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alte
         posed = replace(posed, beside_seconds=beside)
         solution = session.solve(posed, considered, num_alternatives)
         if solution is None:
-            raise refusals.infeasible(session, posed, considered, workload, _plan)
+            raise _Unsolved(posed, considered)
         made = _plan(session, posed, workload, solution, notes)
         if timed.deadline_hours is None or made.wall.total_seconds <= timed.deadline_hours * 3600:
             return made
         beside = made.wall.total_seconds - made.wall.training_seconds
-    raise refusals.infeasible(session, posed, considered, workload, _plan)
+    raise _Unsolved(posed, considered)
 
 
 def _plan(
@@ -106,14 +167,7 @@ def _plan(
         prediction=best.prediction,
         weight_error=best.weight_error,
         memory=solution.peak.parts,
-        time=breakdown.step_time(
-            runs,
-            configuration.micro_batch_size,
-            configuration.rank or 0,
-            gpu,
-            configuration.gradient_accumulation_steps,
-            best.prediction.communication_seconds,
-        ),
+        time=_step_time(runs, best, gpu),
         wall=wall(),
         offers=money.offers(
             load_instances(gpu.name),
@@ -138,15 +192,33 @@ def _plan(
     )
 
 
+def _step_time(runs: LayerRuns, chosen: Candidate, gpu: GpuSpec) -> StepTime:
+    """Where a step's time goes; of a model that is cut, on the mean of its stages."""
+    configuration, prediction = chosen.configuration, chosen.prediction
+    found = breakdown.step_time(
+        runs,
+        configuration.micro_batch_size,
+        configuration.rank or 0,
+        gpu,
+        configuration.gradient_accumulation_steps,
+        prediction.communication_seconds,
+    )
+    number = configuration.num_stages
+    return found if number == 1 else breakdown.of_each_stage(found, number, prediction.step_seconds)
+
+
 def _wall_time(
     session: Session, workload: Workload, chosen: Candidate, runs: LayerRuns, disk_bytes_per_second: float
 ) -> WallTime:
     configuration, gpu = chosen.configuration, session.gpu
     micro_batch_size, rank = configuration.micro_batch_size, configuration.rank or 0
     steps = math.ceil(workload.sequences(packing=configuration.packing) / configuration.global_batch_size)
-    step = chosen.prediction.step_seconds - trimmed_seconds(runs, configuration, workload, gpu)
+    whole = latency.step_seconds(runs, micro_batch_size, rank, gpu).step(configuration.gradient_accumulation_steps)
+    shared = chosen.prediction.step_seconds / whole if configuration.num_stages > 1 else 1.0
+    step = chosen.prediction.step_seconds - shared * trimmed_seconds(runs, configuration, workload, gpu)
     learned = costs.learned_bytes(runs, rank)
-    evaluated = wall_time.NUM_EVALUATIONS * math.ceil(workload.num_eval_sequences / micro_batch_size)
+    together = (2 * configuration.num_stages - 1) / configuration.num_stages**2  # as many at once as stages
+    evaluated = together * wall_time.NUM_EVALUATIONS * math.ceil(workload.num_eval_sequences / micro_batch_size)
     return wall_time.wall_time(
         num_parameters=session.num_parameters(),
         total_tokens=workload.total_tokens,
@@ -185,7 +257,12 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
         )
     if session.gpu.device_type == "cpu" and workload.optimizer == "adamw8bit":
         notes.append("On a CPU the update of an optimizer in 8 bits takes several times as long as is predicted here.")
-    if workload.num_gpus > 1:
+    if shown[0].configuration.num_stages > 1:
+        notes.append(
+            "Stages run under PyTorch's 1F1B and wait for every message. What NCCL holds beside PyTorch's memory is "
+            "left out, and no such step was timed on GPUs."
+        )
+    elif workload.num_gpus > 1:
         shared = shown[0].configuration.sharding == "weights"
         held = "a part of every frozen matrix, which is gathered before its use" if shared else "the model"
         notes.append(

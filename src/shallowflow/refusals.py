@@ -13,7 +13,8 @@ from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles.load import gpu_names, load_gpu, load_instances
 from shallowflow.session import RequestError, Session
-from shallowflow.workloads import check, space
+from shallowflow.staging import Staged
+from shallowflow.workloads import check, space, stage_counts
 
 PlanOf = Callable[[Session, problem.Problem, Workload, Solution, tuple[str, ...]], Plan]
 """Makes a solution of a problem a plan, with notes."""
@@ -62,7 +63,7 @@ def infeasible(
 
 def _more_gpus(session: Session, workload: Workload) -> tuple[int, ...]:
     """Twice as many GPUs and so on, as far as a shipped machine has them and the batch divides over them."""
-    if workload.sharding == "none":  # with which each needs what it needs
+    if workload.sharding == "none" and workload.num_stages in (None, 1):  # with which each needs what it needs
         return ()
     most = max((instance.num_gpus for instance in load_instances(session.gpu.name)), default=1)
     doubled = [workload.num_gpus * 2**power for power in range(1, most.bit_length())]
@@ -134,8 +135,35 @@ def _can_be_planned(session: Session, workload: Workload) -> bool:
     return session.solve(session.problem(workload, considered, rank), considered, 0) is not None
 
 
+def infeasible_in_stages(session: Session, workload: Workload) -> Infeasible:
+    """The refusal of *workload* where the model may be cut, with remedies that each fit when traced whole."""
+    gpu = session.gpu
+    peak = smallest_process_bytes(session, workload)
+    remedies: list[Remedy] = []
+    for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()], _more_gpus(session, workload)):
+        remedies += _first_that_fits(session, group)
+        if len(remedies) == MOST_REMEDIES:
+            break
+    if workload.max_process_bytes is not None and workload.max_process_bytes < gpu.memory_bytes:
+        return Infeasible(peak, workload.max_process_bytes, remedies)
+    headroom = allowed.HEADROOM if workload.headroom is None else workload.headroom
+    return Infeasible(math.ceil(peak / (1 - headroom)), gpu.memory_bytes, remedies)
+
+
 def smallest_process_bytes(session: Session, workload: Workload) -> int:
-    """The lowest process peak of all configurations with one strategy, weights too large for the GPU included."""
+    """The lowest process peak of all configurations as lean as may be, weights too large for the GPU included.
+
+    Where the model may be cut, that is whole or in as many stages as may be.
+    """
+    counts = stage_counts(workload, session.model)
+    found = [_smallest_whole(session, workload)] if 1 in counts else []
+    if max(counts) > 1:
+        found.append(Staged(session, workload, max(counts)).smallest_process_bytes())
+    return min(found)
+
+
+def _smallest_whole(session: Session, workload: Workload) -> int:
+    """The lowest process peak of all configurations with one strategy and no stages."""
     least = replace(workload, max_weight_error=None, deadline_hours=None)
     considered, rank = space(session, least)
     smallest_batch = min(cell.micro_batch_size for cell in considered)

@@ -22,6 +22,7 @@ from shallowflow.planner.strategies import (
     Sharding,
     Strategy,
     TargetModules,
+    traced_micro_batches,
     uniform,
 )
 from shallowflow.planner.weighed import Weighed
@@ -173,6 +174,41 @@ class Session:
 
             with self._tracing():
                 known = traced_peak(self._meta_step(alike), Target.of(self.gpu), self.gpu.context_bytes)
+            cache.write_peak(name, known)
+        return known
+
+    def trace_stage(self, configuration: Configuration, stage: int) -> TracedPeak:
+        """One *stage* of *configuration* traced and replayed, or remembered.
+
+        It depends on its own layers, on whether it is the first or the last, and on how many micro-batches are in
+        flight.
+        """
+        layers = configuration.layers_of(stage)
+        alike = replace(
+            configuration,
+            layers=(),
+            stages=(0,),
+            num_gpus=min(configuration.num_replicas, 2),
+            gradient_accumulation_steps=traced_micro_batches(configuration, stage),
+        )
+        place = {
+            "strategies": [asdict(strategy) for strategy in configuration.strategies()[layers.start : layers.stop]],
+            "kinds": [self.layer_kinds()[number] for number in layers],
+            "is_first": stage == 0,
+            "behind": configuration.num_stages - stage,
+            "accumulates": configuration.gradient_accumulation_steps,
+        }
+        name = cache.key("stage", {**self._facts(), "configuration": asdict(alike), "place": place})
+        known = cache.read_peak(name)
+        if known is None:
+            self.progress(f"tracing stage {stage + 1} of {configuration.num_stages}")
+            from shallowflow.planner.profiler.kernels import Target
+            from shallowflow.planner.profiler.simulate import traced_peak
+            from shallowflow.runtime.simulated import make_stage_step
+
+            with self._tracing():
+                step = make_stage_step(self.model.config, configuration, self.gpu.compute_dtype, stage)
+                known = traced_peak(step, Target.of(self.gpu), self.gpu.context_bytes)
             cache.write_peak(name, known)
         return known
 

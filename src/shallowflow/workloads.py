@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
 from shallowflow import packing
-from shallowflow.planner import allowed, money, quality
+from shallowflow.planner import allowed, money, quality, words
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles import model_facts
@@ -32,18 +32,9 @@ def workload_of(entries: Mapping[str, Any]) -> Workload:
 
 def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
     """RequestError where *workload* contradicts itself, *model* or *gpu*."""
-    if workload.global_batch_size % workload.num_gpus:
-        raise RequestError(
-            f"a global batch of {workload.global_batch_size} sequences does not divide over {workload.num_gpus} GPUs; "
-            f"try --global-batch-size {math.ceil(workload.global_batch_size / workload.num_gpus) * workload.num_gpus}"
-        )
-    share = workload.global_batch_size // workload.num_gpus
-    if workload.micro_batch_size is not None and share % workload.micro_batch_size:
-        divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        raise RequestError(
-            f"micro-batches of {workload.micro_batch_size} do not divide the {share} sequences of one GPU's step; "
-            f"try one of {divisors}"
-        )
+    check_stages(workload, model)
+    if not stage_counts(workload, model):
+        _refuse_batch(workload)
     if workload.loss_chunks is not None and workload.sequence_length % workload.loss_chunks:
         raise RequestError(
             f"{workload.loss_chunks} chunks do not divide a sequence of {workload.sequence_length} tokens; "
@@ -99,6 +90,21 @@ def check_method(workload: Workload) -> None:
             )
 
 
+def _refuse_batch(workload: Workload) -> NoReturn:
+    """RequestError where GPUs cannot share the global batch."""
+    if workload.global_batch_size % workload.num_gpus:
+        raise RequestError(
+            f"a global batch of {workload.global_batch_size} sequences does not divide over {workload.num_gpus} GPUs; "
+            f"try --global-batch-size {math.ceil(workload.global_batch_size / workload.num_gpus) * workload.num_gpus}"
+        )
+    share = workload.global_batch_size // workload.num_gpus
+    divisors = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+    raise RequestError(
+        f"micro-batches of {workload.micro_batch_size} do not divide the {share} sequences of one GPU's step; "
+        f"try one of {divisors}"
+    )
+
+
 def _check_strategies(workload: Workload, gpu: GpuSpec) -> None:
     if allowed.strategies(workload, gpu):
         return
@@ -130,8 +136,8 @@ def check_sizes(model: ModelSpec, sequence_length: int, rank: int | None) -> Non
         )
 
 
-def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int | None]:
-    """The cells to search for *workload*, and the adapter's rank in all of them; None without one."""
+def space(session: Session, workload: Workload, num_stages: int = 1) -> tuple[tuple[Cell, ...], int | None]:
+    """The cells to search for *workload* in *num_stages*, and the adapter's rank in all of them; None without one."""
     divisible = not model_facts.changes_logits(session.model.config)
     if not divisible and (workload.loss_chunks or 1) > 1:
         raise RequestError(
@@ -144,7 +150,55 @@ def space(session: Session, workload: Workload) -> tuple[tuple[Cell, ...], int |
         rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank, at_any)
         widest = model_facts.size(session.model.config, "hidden_size") or rank
         rank = max(workload.min_rank, min(rank, widest))
-    return allowed.cells(workload, session.gpu, rank, divisible_loss=divisible), rank
+    found = allowed.cells(workload, session.gpu, rank, divisible_loss=divisible, num_stages=num_stages)
+    return found, rank
+
+
+_UNPLANNED = {
+    "max_weight_error": "--max-weight-error",
+    "deadline_hours": "--deadline-hours",
+    "budget_usd": "--budget-usd",
+}
+"""Limits that no search over stages keeps yet."""
+
+
+def check_stages(workload: Workload, model: ModelSpec) -> None:
+    """RequestError where *workload* asks for stages that the GPUs, the batch or *model* do not allow."""
+    wanted, gpus = workload.num_stages, workload.num_gpus
+    if wanted is None or wanted == 1:
+        return
+    if gpus % wanted:
+        raise RequestError(
+            f"{gpus} GPUs cannot hold {wanted} stages evenly; try --stages "
+            f"{max(n for n in range(1, gpus + 1) if gpus % n == 0 and n <= wanted)} or --gpus {wanted}"
+        )
+    layers = model_facts.num_layers(model.config)
+    if wanted > layers:
+        raise RequestError(f"{model.name} has {layers} layers, too few for {wanted} stages; try --stages {layers}")
+    reason = model_facts.why_not_cut(model.config)
+    if reason is not None:
+        raise RequestError(f"{model.name} cannot be cut into stages: {reason}; try --stages 1")
+    if workload.adapter == "full" or workload.sharding == "weights":
+        other = "--adapter full" if workload.adapter == "full" else "--sharding weights"
+        raise RequestError(f"{other} is not planned for models in stages; leave it out, or try --stages 1")
+    if allowed.most_micro_batches(workload, wanted) < wanted:
+        raise RequestError(
+            f"{workload.global_batch_size} sequences over {words.counted(gpus // wanted, 'replica')} make fewer "
+            f"micro-batches than {wanted} stages; try --global-batch-size {gpus * (workload.micro_batch_size or 1)}"
+        )
+    for name, option in _UNPLANNED.items():
+        if getattr(workload, name) is not None:
+            raise RequestError(f"{option} is not planned for models in stages yet; leave it out, or try --stages 1")
+
+
+def stage_counts(workload: Workload, model: ModelSpec) -> tuple[int, ...]:
+    """Into how many stages *model* may be cut for *workload*, one first."""
+    found = allowed.stage_counts(workload, model_facts.num_layers(model.config))
+    limited = any(getattr(workload, name) is not None for name in _UNPLANNED)
+    limited = limited or workload.adapter == "full" or workload.sharding == "weights"
+    if limited or model_facts.why_not_cut(model.config) is not None:
+        return tuple(n for n in found if n == 1)
+    return found
 
 
 def deadline_hours(workload: Workload, gpu: GpuSpec) -> float | None:

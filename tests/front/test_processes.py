@@ -40,11 +40,19 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("stages", [1, 2])
 def test_a_killed_process_ends_the_run_with_one_line(
-    plan_for_two: Path, tiny_folder: Path, data: Path, tmp_path: Path
+    stages: int, plan_for_two: Path, tiny_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     """The line names the rank and says how to go on; the exit code is that of a run that had to end."""
-    words = ["train", plan_for_two, "--data", data, "--weights", tiny_folder, "--output", tmp_path / "run"]
+    plan = plan_for_two
+    if stages > 1:
+        plan = tmp_path / "stages.json"
+        made = sfplan(
+            *(tiny_folder, *SMALL, "--global-batch-size", 4, "--gpus", 2, "--stages", stages, "--output", plan)
+        )
+        assert made.code == 0, made.errors
+    words = ["train", plan, "--data", data, "--weights", tiny_folder, "--output", tmp_path / "run"]
     command = [sys.executable, "-m", "shallowflow", *map(str, words), "--steps", "1000000", "--save-every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

@@ -21,7 +21,18 @@ from tests.front.shell import SMALL, sfplan
         (["SmolLM2-135M", "--gpu", "quantum"], ["unknown GPU 'quantum'", "known: ", "l4"]),
         (["SmolLM2-135M", "--sequence-length", "8193"], ["8193", "--sequence-length 8192"]),
         (["SmolLM2-135M", "--rank", "577"], ["rank 577", "576"]),
-        (["SmolLM2-135M", "--gpus", "3"], ["does not divide over 3", "--global-batch-size 18"]),
+        (["SmolLM2-135M", "--gpus", "3", "--stages", "1"], ["does not divide over 3", "--global-batch-size 18"]),
+        (["SmolLM2-135M", "--gpus", "4", "--stages", "3"], ["4 GPUs cannot hold 3 stages", "--stages 2 or --gpus 3"]),
+        (["SmolLM2-135M", "--gpus", "32", "--stages", "32"], ["has 30 layers", "--stages 30"]),
+        (
+            ["SmolLM2-135M", "--gpus", "8", "--stages", "4", "--global-batch-size", "6"],
+            ["fewer micro-batches than 4 stages", "--global-batch-size 8"],
+        ),
+        (["gpt2", "--gpus", "2", "--stages", "2"], ["gpt2", "cannot be cut into stages", "--stages 1"]),
+        (
+            ["SmolLM2-135M", "--gpus", "2", "--stages", "2", "--deadline-hours", "3"],
+            ["--deadline-hours is not planned for models in stages yet", "--stages 1"],
+        ),
         (
             ["SmolLM2-135M", "--target-modules", "q_prj,v_proj"],
             ["'q_prj'", "down_proj, gate_proj, k_proj"],

@@ -29,8 +29,7 @@ import torch
 import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.profiler import cache
-from shallowflow.runtime import attempts, build, fallback, joining, quantized, sample
-from shallowflow.runtime import learner as learning
+from shallowflow.runtime import attempts, build, fallback, joining, quantized, sample, trainees
 from shallowflow.runtime.batches import Group
 from shallowflow.runtime.learner import Learner
 from shallowflow.runtime.promise import Promise
@@ -323,7 +322,7 @@ def short_before_training(rank: int, where: str) -> list[Any]:
 
     def work(_rank: int) -> Any:
         if where == "model":
-            learning.make_trainee = functools.partial(once, make_trainee)  # type: ignore[attr-defined]
+            trainees.make_trainee = functools.partial(once, make_trainee)  # type: ignore[attr-defined]
         else:
             sample._next = functools.partial(once, sample._next)
         return trained(planned(2), request(f"before{rank}{where}", samples=("the cat",)))
@@ -336,10 +335,10 @@ def short_and_doubtful() -> list[Any]:
     plan, real = planned(2), attempts.promised
     first = fallback.following(plan, fallback.candidate(plan, None))
 
-    def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+    def promised(plan: Plan, alternative: int | None, watcher: Watcher, rank: int = 0) -> Promise:
         if alternative is not None and alternative == first and os.environ["RANK"] == "1":
             raise RunError("it is another")
-        return real(plan, alternative, watcher)
+        return real(plan, alternative, watcher, rank)
 
     def strike(learner: Learner) -> None:
         if len(learner.progress.steps) == 3 and not learner.progress.fallbacks:

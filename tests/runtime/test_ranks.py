@@ -92,7 +92,7 @@ def test_a_process_votes_for_a_sum_once_its_device_is_done(monkeypatch: pytest.M
         found[:] = [value] * len(found)
 
     monkeypatch.setattr(Trainee, "_told", read)
-    monkeypatch.setattr(dist, "all_reduce", lambda _sum: happened.append("sum"))
+    monkeypatch.setattr(dist, "all_reduce", lambda _sum, group: happened.append("sum"))
     monkeypatch.setattr(dist, "all_gather_object", gather)
     trainee = tiny.trainee()
     trainee.ranks = Ranks(size=2, talks=True)
@@ -117,7 +117,7 @@ def test_what_fails_here_is_no_other_processes_end(
 ) -> None:
     """Memory and devices that fail under a sum are this process's own; only what else fails tells of another's end."""
 
-    def fail(_sum: torch.Tensor) -> None:
+    def fail(_sum: torch.Tensor, group: None) -> None:
         raise error
 
     monkeypatch.setattr(dist, "all_reduce", fail)

@@ -1,0 +1,186 @@
+"""A model cut into pipeline stages as a search problem: what each layer takes, and each stage beside its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from . import communication, costs, latency, quality
+from . import problem as posing
+from .chain import Chain, Choice, Group
+from .communication import Link
+from .problem import Problem
+from .strategies import Cell, Positive
+
+EXCHANGES = 2
+"""Times that a stage waits for a neighbour in a micro-batch: activations go one way while gradients come the other.
+
+PyTorch's schedule puts a send and a receive together and goes on once both are done (Schedule1F1B).
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staging:
+    """One cell, with the model cut into so many stages.
+
+    Attributes:
+        groups: layers that are alike, as a Chain has them, the optimizer's state among what is resident.
+        fixed_bytes: of each stage, outside its layers and messages.
+        head_high_bytes, head_change_bytes, device_picoseconds, host_picoseconds: of the loss, on the last stage.
+        update_high_bytes, update_picoseconds: of the update for each layer, with waiting for other replicas.
+        message_bytes, message_picoseconds: of what goes from one stage to the next in a micro-batch.
+    """
+
+    cell: Cell
+    num_stages: Positive
+    groups: tuple[Group, ...]
+    fixed_bytes: tuple[int, ...]
+    head_high_bytes: int
+    head_change_bytes: int
+    device_picoseconds: int
+    host_picoseconds: int
+    update_high_bytes: int
+    update_picoseconds: int
+    message_bytes: int
+    message_picoseconds: int
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return sum(group.num_layers for group in self.groups)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a step of one replica."""
+        return self.cell.gradient_accumulation_steps
+
+    def in_flight(self, stage: int) -> int:
+        """Micro-batches of which a *stage* holds activations at once under 1F1B."""
+        return min(self.num_stages - stage, self.num_micro_batches)
+
+    def kinds(self) -> list[int]:
+        """For each layer the number of its group."""
+        return [number for number, group in enumerate(self.groups) for _ in range(group.num_layers)]
+
+    def outside_bytes(self, stage: int) -> int:
+        """What a *stage* holds beside its layers: what stays, and messages.
+
+        What was received for each micro-batch in flight, and the gradient that was sent last, which the schedule holds
+        until it has another; and, before the last stage, the gradient that was received last, and what was sent last
+        before the first backward pass.
+        """
+        received = 0 if stage == 0 else self.in_flight(stage) + 1
+        returned = 0 if stage == self.num_stages - 1 else 2
+        return self.fixed_bytes[stage] + (received + returned) * self.message_bytes
+
+    def leanest_layer_bytes(self, stage: int) -> int:
+        """What a layer of a *stage* holds at least, whatever its strategy."""
+        choices = (choice for group in self.groups for choice in at_once(group.choices, self.in_flight(stage)))
+        return min(choice.resident_bytes for choice in choices)
+
+    def chain(self, stage: int, layers: range, weight: int) -> Chain:
+        """A *stage* of these *layers* as a chain whose micro-batch counts *weight* times."""
+        is_last = stage == self.num_stages - 1
+        kinds = self.kinds()[layers.start : layers.stop]
+        in_flight = self.in_flight(stage)
+        groups = tuple(
+            Group(num_layers=len(list(alike)), choices=at_once(self.groups[kind].choices, in_flight))
+            for kind, alike in groupby(kinds)
+        )
+        waiting = EXCHANGES * self.message_picoseconds
+        return Chain(
+            groups=groups,
+            gradient_accumulation_steps=weight,
+            fixed_bytes=self.outside_bytes(stage),
+            head_high_bytes=self.head_high_bytes if is_last else 0,
+            head_change_bytes=self.head_change_bytes if is_last else 0,
+            update_high_bytes=self.update_high_bytes * len(layers),
+            device_picoseconds=waiting + (self.device_picoseconds if is_last else 0),
+            host_picoseconds=waiting + (self.host_picoseconds if is_last else 0),
+            update_picoseconds=0,
+        )
+
+
+def at_once(choices: Sequence[Choice], in_flight: int) -> tuple[Choice, ...]:
+    """*choices* where the activations of so many micro-batches are held at once."""
+    return tuple(
+        replace(
+            choice,
+            resident_bytes=choice.resident_bytes
+            + (in_flight - 1) * (choice.forward_change_bytes + choice.release_bytes),
+            host_bytes=choice.host_bytes * in_flight,
+        )
+        for choice in choices
+    )
+
+
+def stagings(problem: Problem, cells: Sequence[Cell], num_stages: int, width: int, link: Link) -> list[Staging]:
+    """*cells* with the model cut into *num_stages*, between which vectors of *width* go over *link*."""
+    alike = replace(problem, weighed=())
+    made = [_staging(alike, cell, num_stages, width, link) for cell in cells]
+    if not made:
+        return made
+    worth = quality.WORTH[problem.workload.objective] * min(map(_fastest_picoseconds, made))
+    price = int(worth / (problem.num_layers * quality.harm(posing.COARSEST)))
+    return [replace(one, groups=posing.priced(one.groups, price)) for one in made]
+
+
+def _fastest_picoseconds(staging: Staging) -> int:
+    """No step is faster: each layer's fastest strategy, as if layers could be divided into equal stages."""
+    busy = staging.device_picoseconds + sum(
+        group.num_layers * min(choice.device_picoseconds for choice in group.choices) for group in staging.groups
+    )
+    return busy + busy * (staging.num_micro_batches - 1) // staging.num_stages
+
+
+def _staging(problem: Problem, cell: Cell, num_stages: int, width: int, link: Link) -> Staging:
+    size, rank, gpu = cell.micro_batch_size, cell.rank or 0, problem.gpu
+    accumulates = cell.gradient_accumulation_steps > 1
+    layers = posing.each_layer(problem, cell.optimizer)
+    head = costs.with_update(problem.heads[cell.loss_chunks], layers[0])
+    curve = costs.curves(head, size, rank, accumulates=accumulates)
+    device, host = latency.profile_seconds(head, size, rank, gpu)
+    groups = posing.groups_of(problem, cell)
+    state = max(costs.state_bytes(profile, rank) for profile in layers)
+    gradients = max(costs.gradient_bytes(profile, 1, rank) for profile in layers)
+    waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus // num_stages, link)
+    message = size * problem.workload.sequence_length * width * DTYPE_BYTES[gpu.compute_dtype]
+    return Staging(
+        cell=cell,
+        num_stages=num_stages,
+        groups=tuple(_with_state(groups, state)),
+        fixed_bytes=tuple(_fixed(problem, layers[0], cell, num_stages)),
+        head_high_bytes=curve["head"].high,
+        head_change_bytes=curve["head"].change,
+        device_picoseconds=posing.picoseconds(device["head"]),
+        host_picoseconds=posing.picoseconds(host["head"]),
+        update_high_bytes=curve["update"].high // costs.PROFILED_LAYERS,
+        update_picoseconds=posing.picoseconds(max(device["update"], host["update"]) / costs.PROFILED_LAYERS + waiting),
+        message_bytes=message,
+        message_picoseconds=posing.picoseconds(communication.send_seconds(message, link)),
+    )
+
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def _with_state(groups: Sequence[Group], state: int) -> Iterator[Group]:
+    for group in groups:
+        choices = tuple(replace(choice, resident_bytes=choice.resident_bytes + state) for choice in group.choices)
+        yield replace(group, choices=choices)
+
+
+def _fixed(problem: Problem, profile: costs.StepProfile, cell: Cell, num_stages: int) -> Iterator[int]:
+    """What each stage holds outside its layers: the table of embeddings on the first, the head's on the last.
+
+    They are the largest things there; where they are one, each of the two stages has a copy.
+    """
+    size, rank = cell.micro_batch_size, cell.rank or 0
+    outside = costs.outside_bytes(profile, size, rank)
+    workspaces = int(min(profile.workspaces.sum() for profile in problem.profiles.values()))
+    table = int(profile.fixed[:, 0].max())
+    copies = int((profile.fixed[:, 0] == table).sum())
+    for stage in range(num_stages):
+        ends = (stage == 0) + (stage == num_stages - 1)
+        yield outside + workspaces + (min(ends, 2) - copies) * table

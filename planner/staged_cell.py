@@ -1,0 +1,54 @@
+"""What a plan carries of a cell where its model is cut into stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from .bounds import Int, Meta
+from .needs import Whole
+from .strategies import MOST_LAYERS, Cell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedCell:
+    """What the bounds of *cell* follow from where the model is cut into stages; see Staging."""
+
+    cell: Cell
+    num_stages: Annotated[int, Meta(ge=2, le=MOST_LAYERS)]
+    table: Whole
+    fixed_bytes: tuple[Int, ...]
+    head_high_bytes: Int
+    head_change_bytes: Int
+    device_picoseconds: Int
+    host_picoseconds: Int
+    update_high_bytes: Int
+    update_picoseconds: Int
+    message_bytes: Int
+    message_picoseconds: Int
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a step of one replica."""
+        return self.cell.gradient_accumulation_steps
+
+    def in_flight(self, stage: int) -> int:
+        """Micro-batches of which a *stage* holds activations at once under 1F1B."""
+        return min(self.num_stages - stage, self.num_micro_batches)
+
+    def outside_bytes(self, stage: int) -> int:
+        """What a *stage* holds beside its layers; see ``Staging.outside_bytes``."""
+        received = 0 if stage == 0 else self.in_flight(stage) + 1
+        returned = 0 if stage == self.num_stages - 1 else 2
+        return self.fixed_bytes[stage] + (received + returned) * self.message_bytes
+
+    def outside_picoseconds(self, stage: int, side: str) -> int:
+        """What a micro-batch of a *stage* takes beside its layers: its messages, and the loss on the last."""
+        own: int = getattr(self, side) if stage == self.num_stages - 1 else 0
+        return own + EXCHANGES * self.message_picoseconds
+
+
+EXCHANGES = 2
+"""Times that a stage waits for a neighbour in a micro-batch, each for as long as a message takes."""
+SIDES = ("device_picoseconds", "host_picoseconds")
+"""Either of which may be what a micro-batch waits for."""

@@ -1,0 +1,123 @@
+"""What is shown of a plan whose model is cut into stages, by its proof's own tables; nothing of the search is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .chain import Choice
+from .needs import Unproven
+from .proof import OPTIMAL_GAP, Proof, gap
+from .staged_bound import bound
+from .staged_cell import SIDES, StagedCell
+from .staged_tables import layers_of
+from .strategies import Cell, Configuration, Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Reckoned:
+    """What a plan's stages take by the proof's tables."""
+
+    peak_bytes: tuple[int, ...]
+    host_bytes: tuple[int, ...]
+    step_picoseconds: int
+    score_picoseconds: int
+
+
+def doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+    """What is wrong with *proof* as one of *configuration* in the *expected* cells; nothing if it holds."""
+    try:
+        return _doubts(proof, configuration, expected)
+    except Unproven as error:
+        return [str(error)]
+
+
+def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+    found: list[str] = []
+    spoken = [staged.cell for staged in proof.staged]
+    if len(set(spoken)) < len(spoken) or set(spoken) != set(expected):
+        raise Unproven(f"the proof speaks of {len(set(spoken))} cells, and {len(expected)} are allowed")
+    if any(staged.num_stages != configuration.num_stages for staged in proof.staged):
+        raise Unproven(f"the proof speaks of another number of stages than the plan's {configuration.num_stages}")
+    taken = reckoned(proof, configuration)
+    if taken.score_picoseconds < 1 or taken.score_picoseconds != proof.score_picoseconds:
+        found.append(f"the plan scores {taken.score_picoseconds}, its proof says {proof.score_picoseconds}")
+    for stage, peak in enumerate(taken.peak_bytes):
+        if peak > proof.budget_bytes:
+            found.append(f"stage {stage} takes {peak} bytes of {proof.budget_bytes}")
+    for stage, sent in enumerate(taken.host_bytes):
+        if proof.host_bytes is not None and sent > proof.host_bytes:
+            found.append(f"stage {stage} takes {sent} bytes of the host's {proof.host_bytes}")
+    shown = gap(max(1, taken.score_picoseconds), [bound(proof, staged) for staged in proof.staged])
+    if shown > proof.gap + OPTIMAL_GAP / 1000:
+        found.append(f"gap is said to be {proof.gap:.2g} and shown to be {shown:.2g}")
+    if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:
+        found.append(f"a plan that might be beaten by {proof.gap:.2g} is said to be optimal")
+    return found
+
+
+# What the plan takes
+
+
+def reckoned(proof: Proof, configuration: Configuration) -> Reckoned:
+    """What the stages of *configuration* take.
+
+    Raises:
+        Unproven: the proof does not speak of it.
+    """
+    staged = next((one for one in proof.staged if one.cell == configuration.cell), None)
+    if staged is None:
+        raise Unproven("the proof does not speak of the plan's own micro-batch, rank and loss")
+    layers = layers_of(proof, staged)
+    if len(layers) != configuration.num_layers or len(staged.fixed_bytes) != configuration.num_stages:
+        raise Unproven("the proof speaks of another number of layers or stages than the plan")
+    strategies = configuration.strategies()
+    peaks: list[int] = []
+    sent: list[int] = []
+    busy: list[int] = []
+    penalties = 0
+    for stage in range(configuration.num_stages):
+        span = configuration.layers_of(stage)
+        if not span:
+            raise Unproven(f"stage {stage} has no layers")
+        made = [_chosen(layers[number], strategies[number]) for number in span]
+        peaks.append(_peak(staged, stage, made))
+        sent.append(staged.in_flight(stage) * sum(choice.host_bytes for choice in made))
+        busy.append(
+            max(staged.outside_picoseconds(stage, side) + sum(getattr(c, side) for c in made) for side in SIDES)
+        )
+        penalties += sum(choice.penalty_picoseconds for choice in made)
+    longest = max(len(configuration.layers_of(stage)) for stage in range(configuration.num_stages))
+    step = sum(busy) + (staged.num_micro_batches - 1) * max(busy) + staged.update_picoseconds * longest
+    return Reckoned(tuple(peaks), tuple(sent), step, step + penalties)
+
+
+def _chosen(choices: Sequence[Choice], strategy: Strategy) -> Choice:
+    found = next((choice for choice in choices if choice.strategy == strategy), None)
+    if found is None:
+        raise Unproven(f"the proof does not speak of {strategy}")
+    return found
+
+
+def _saved(choice: Choice) -> int:
+    return choice.forward_change_bytes + choice.release_bytes
+
+
+def _peak(staged: StagedCell, stage: int, layers: Sequence[Choice]) -> int:
+    """The most that is allocated in a micro-batch, while all others in flight hold what they have saved."""
+    is_last = stage == staged.num_stages - 1
+    others = staged.in_flight(stage) - 1
+    level = staged.outside_bytes(stage) + sum(choice.resident_bytes + others * _saved(choice) for choice in layers)
+    levels = [level]
+    for choice in layers:
+        levels.append(level + choice.forward_high_bytes)
+        level += choice.forward_change_bytes
+    level += sum(choice.release_bytes for choice in layers)
+    if is_last:
+        levels.append(level + staged.head_high_bytes)
+        level += staged.head_change_bytes
+    for choice in reversed(layers):
+        levels.append(level + choice.backward_high_bytes)
+        level += choice.backward_change_bytes
+    levels.append(level + staged.update_high_bytes * len(layers))
+    return max(levels)

@@ -1,0 +1,78 @@
+"""Plans whose model is cut into pipeline stages: the search over one number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from shallowflow.planner import allowed, problem, staged_plan
+from shallowflow.planner.communication import Link, network, pcie
+from shallowflow.planner.cuts import FAR
+from shallowflow.planner.pipelined import StagedSearch, smallest
+from shallowflow.planner.plan import Workload
+from shallowflow.planner.solver import Solution
+from shallowflow.planner.strategies import Cell, Strategy
+from shallowflow.profiles import model_facts
+from shallowflow.profiles.load import load_instances
+from shallowflow.profiles.specs import GpuSpec
+from shallowflow.session import Session
+from shallowflow.workloads import space
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """The search for *workload* with the model in one number of stages, more than one."""
+
+    session: Session
+    workload: Workload
+    num_stages: int
+
+    def search(
+        self,
+        only: Callable[[Strategy], bool] = lambda _strategy: True,
+        within: Callable[[Cell], bool] = lambda _cell: True,
+    ) -> StagedSearch:
+        """The cells that are *within*, over *only* some strategies."""
+        session, workload = self.session, self.workload
+        cells, rank = space(session, workload, self.num_stages)
+        considered = tuple(filter(within, cells))
+        posed = session.problem(workload, considered, rank, only)
+        width = model_facts.size(session.model.config, "hidden_size") or 1
+        link = link_between(session.gpu, workload.num_gpus)
+        return StagedSearch.of(posed, considered, self.num_stages, width, link, session.trace_stage)
+
+    def solution(self, num_alternatives: int, better_than: int = FAR) -> tuple[problem.Problem, Solution] | None:
+        """The best that scores less than *better_than* with what it was searched in; None where there is none."""
+        search = self.search()
+        found = staged_plan.solution(search, num_alternatives, better_than)
+        return None if found is None else (search.problem, found)
+
+    def smallest_process_bytes(self) -> int:
+        """The lowest peak of the stage that takes the most, with every layer's leanest strategy."""
+        gpu, workload = self.session.gpu, replace(self.workload, deadline_hours=None)
+        open_to_it = allowed.strategies(workload, gpu)
+        lean = [s for s in open_to_it if s.activations in ("recompute", "offload")] or list(open_to_it)
+        bits = min(allowed.BYTES_PER_WEIGHT[s.weight_format] for s in lean)
+        lean = [s for s in lean if allowed.BYTES_PER_WEIGHT[s.weight_format] == bits]
+        cells, _ = space(self.session, workload, self.num_stages)
+        least = min(cell.micro_batch_size for cell in cells), max(cell.loss_chunks for cell in cells)
+        search = replace(self, workload=workload).search(
+            lambda strategy: strategy in lean, lambda cell: (cell.micro_batch_size, cell.loss_chunks) == least
+        )
+        return max(peak.peak_reserved_bytes for peak in smallest(search).peaks) + gpu.context_bytes
+
+
+def link_between(gpu: GpuSpec, num_gpus: int) -> Link:
+    """The slowest hop between neighbours: PCIe in a machine that has them all, the network where none has."""
+    machines = load_instances(gpu.name)
+    inside = pcie(gpu.pcie_bytes_per_second)
+    most = max((machine.num_gpus for machine in machines), default=num_gpus)
+    if num_gpus <= most:
+        return inside
+    largest = max(machines, key=lambda machine: (machine.num_gpus, machine.network_bits_per_second))
+    outside = network(largest.network_bits_per_second)
+    return (
+        outside
+        if outside.bytes_per_second < inside.bytes_per_second
+        else replace(inside, latency_seconds=outside.latency_seconds)
+    )

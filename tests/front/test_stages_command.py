@@ -1,0 +1,111 @@
+"""Plans in stages from the command line: what is shown, what is proved, and what a changed plan is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shallowflow.planner.serialize import from_json
+from tests.front.shell import sfplan
+
+TWO = ("--gpu", "t4", "--sequence-length", 32, "--global-batch-size", 8, "--rank", 8, "--tokens", 5000)
+STAGED = (*TWO, "--gpus", 2, "--stages", 2, "--no-packing")
+
+
+@pytest.fixture(scope="module")
+def staged(tiny_folder: Path) -> str:
+    """A plan for the tiny model on two T4s that hold a stage each."""
+    done = sfplan(tiny_folder, *STAGED, "--json")
+    assert done.code == 0, done.errors
+    return done.output
+
+
+def test_a_plan_shows_its_stages(tiny_folder: Path, staged: str) -> None:
+    """Which layers each holds, with what it takes, and what is proven of which cuts."""
+    plan = from_json(staged)
+    first, second = plan.configuration.stages
+    last = plan.configuration.num_layers - 1
+
+    shown = sfplan(tiny_folder, *STAGED).output
+
+    assert first == 0 and 0 < second <= last
+    assert len(plan.prediction.stages) == 2
+    assert f"1: layers 0-{second - 1} after the embedding, " in shown
+    assert f"2: layers {second}-{last}, norm and head, " in shown
+    assert "accumulated x 1 replica in 2 stages = 8 sequences" in shown
+    assert "of all cuts into 2 stages" in " ".join(shown.split())
+
+
+def test_the_proof_of_a_plan_in_stages_holds(staged: str, tmp_path: Path) -> None:
+    """By the plan's own tables."""
+    file = tmp_path / "plan.json"
+    file.write_text(staged, encoding="utf-8")
+
+    done = sfplan("verify", file)
+
+    assert done.code == 0, done.errors
+    assert done.output.startswith(f"The proof holds: {from_json(staged).proof.status}")
+
+
+def edits() -> list[Callable[[Any], None]]:
+    """Ways to make a plan in stages say more than it shows."""
+
+    def better(plan: Any) -> None:
+        plan["proof"]["score_picoseconds"] //= 2
+
+    def fewer(plan: Any) -> None:
+        del plan["proof"]["staged"][0]
+
+    def hurried(plan: Any) -> None:
+        plan["prediction"]["step_seconds"] /= 2
+
+    def lighter(plan: Any) -> None:
+        for table in plan["proof"]["tables"]:
+            for group in table:
+                for row in group["choices"]:
+                    row[7] *= 3  # the device's time
+
+    def elsewhere(plan: Any) -> None:
+        plan["configuration"]["stages"] = [0, 3 - plan["configuration"]["stages"][1]]
+
+    return [better, fewer, hurried, lighter, elsewhere]
+
+
+@pytest.mark.parametrize("edit", edits(), ids=lambda edit: edit.__name__)
+def test_a_plan_in_stages_that_says_more_is_doubted(edit: Callable[[Any], None], staged: str, tmp_path: Path) -> None:
+    """One line for each doubt, and exit code 1."""
+    plan = json.loads(staged)
+    edit(plan)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan), encoding="utf-8")
+
+    assert sfplan("verify", file).code == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ([0, 0], "stages begin with layers [0, 0]"),
+        ([1, 2], "stages begin with layers [1, 2]"),
+        ([0, 99], "stages begin with layers [0, 99]"),
+        ([0, 1, 2], "3 stages, which 2 GPUs cannot share"),
+        ([0], "prediction.stages tells of 2 stages, the configuration has 1"),
+    ],
+)
+def test_stages_that_are_none_are_told(stages: list[int], told: str, staged: str, tmp_path: Path) -> None:
+    """A plan file whose stages make no sense is none."""
+    plan = json.loads(staged)
+    plan["configuration"]["stages"] = stages
+    if len(stages) == 1:
+        plan["configuration"]["gradient_accumulation_steps"] //= 2  # so that the batch is the same
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan), encoding="utf-8")
+
+    done = sfplan("verify", file)
+
+    assert done.code == 2
+    assert told in done.error()

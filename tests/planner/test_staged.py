@@ -1,0 +1,163 @@
+"""Models cut into stages: what is shown of them holds for every cut, and what is found is what it says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallowflow.planner import staged_bound, staged_proof
+from shallowflow.planner.chain import Choice, Group
+from shallowflow.planner.cuts import FAR
+from shallowflow.planner.pipelined import StagedChoice, choose, cut_by_bounds, least_update
+from shallowflow.planner.proof import Proof, Tables
+from shallowflow.planner.reckoning import reckoned
+from shallowflow.planner.staged import Staging
+from shallowflow.planner.staged_plan import _cell
+from shallowflow.planner.strategies import Cell, Configuration, StrategyRun
+from tests.planner.chains import MIB, choices, sizes, times
+
+ROUNDED = 1e-9
+"""What a bound in floating point may differ by from one in whole numbers, as a share."""
+
+
+@st.composite
+def stagings(draw: st.DrawFn) -> Staging:
+    """A few layers, of one kind or of several, with two choices each, in two or three stages."""
+    layers = draw(st.sampled_from([(4,), (1, 2, 1), (2, 2), (1, 3, 1)]))
+    stages = draw(st.integers(2, 3))
+    cell = Cell(
+        micro_batch_size=1,
+        gradient_accumulation_steps=draw(st.integers(stages, 8)),
+        rank=8,
+        loss_chunks=1,
+    )
+    return Staging(
+        cell=cell,
+        num_stages=stages,
+        groups=tuple(Group(num_layers=n, choices=(draw(choices(0)), draw(choices(1)))) for n in layers),
+        fixed_bytes=tuple(draw(sizes) for _ in range(stages)),
+        head_high_bytes=draw(sizes),
+        head_change_bytes=draw(sizes) // 8,
+        device_picoseconds=draw(times),
+        host_picoseconds=draw(times),
+        update_high_bytes=draw(sizes) // 4,
+        update_picoseconds=draw(times) // 100,
+        message_bytes=draw(sizes) // 8,
+        message_picoseconds=draw(times) // 100,
+    )
+
+
+Way = tuple[tuple[int, ...], tuple[Choice, ...]]
+
+
+def ways(staging: Staging) -> Iterator[tuple[Way, list[int], int]]:
+    """Every cut with every choice for each layer: the peaks of its stages, and its score."""
+    number = staging.num_layers
+    for inner in itertools.combinations(range(1, number), staging.num_stages - 1):
+        starts = (0, *inner)
+        spans = [range(a, b) for a, b in itertools.pairwise((*starts, number))]
+        stages = [list(stage_ways(staging, stage, layers)) for stage, layers in enumerate(spans)]
+        update = staging.update_picoseconds * max(map(len, spans))
+        for picked in itertools.product(*stages):
+            chosen, peaks, busy, penalties = zip(*picked, strict=True)
+            score = sum(busy) + (staging.num_micro_batches - 1) * max(busy) + update + sum(penalties)
+            yield (starts, tuple(itertools.chain(*chosen))), list(peaks), score
+
+
+def stage_ways(staging: Staging, stage: int, layers: range) -> Iterator[tuple[tuple[Choice, ...], int, int, int]]:
+    """Every choice for each of a stage's layers, with its peak, its micro-batch's time and its penalties."""
+    chain = staging.chain(stage, layers, 1)
+    each = [group.choices for group in chain.groups for _ in range(group.num_layers)]
+    for picked in itertools.product(*each):
+        found = reckoned(chain, picked)
+        yield picked, found.peak_bytes, found.step_picoseconds, found.score_picoseconds - found.step_picoseconds
+
+
+def proof_of(staging: Staging, memory_bytes: int, score: int = 0) -> Proof:
+    """What a plan of *staging* would carry."""
+    tables = Tables()
+    staged = (_cell(tables, staging),)
+    return Proof(
+        status="feasible",
+        gap=0.0,
+        unfragmented_gap=0.0,
+        score_picoseconds=score,
+        bound_picoseconds=0,
+        budget_bytes=memory_bytes,
+        harm=None,
+        host_bytes=None,
+        step_picoseconds=None,
+        strategies=tuple(tables.strategies),
+        tables=tuple(tables.tables),
+        cells=(),
+        unfragmented=(),
+        staged=staged,
+    )
+
+
+@given(stagings(), st.data())
+def test_no_cut_scores_less_than_is_shown(staging: Staging, data: st.DataObject) -> None:
+    """Whatever memory there is: of all cuts and choices that fit, the best is no better than the bound."""
+    every = [(max(peaks), score) for _, peaks, score in ways(staging)]
+    memory = data.draw(st.sampled_from(sorted({peak for peak, _ in every}))) + data.draw(st.sampled_from([0, MIB]))
+    least = min(score for peak, score in every if peak <= memory)
+
+    proof = proof_of(staging, memory)
+    shown = staged_bound.bound(proof, proof.staged[0])
+
+    assert shown is not None and shown <= least
+    cut = cut_by_bounds(staging, [memory] * staging.num_stages)
+    assert cut is not None
+    assert abs(cut.total + least_update(staging) - shown) <= 10 + ROUNDED * shown  # the search's own arithmetic
+
+
+@given(stagings(), st.data())
+def test_what_is_chosen_fits_and_is_what_it_says(staging: Staging, data: st.DataObject) -> None:
+    """Strategies of every stage within its memory, a score by the proof's tables, and none better than the best."""
+    every = [(max(peaks), score) for _, peaks, score in ways(staging)]
+    memory = data.draw(st.sampled_from(sorted({peak for peak, _ in every})))
+    starts = data.draw(st.sampled_from(sorted({way[0] for way, _, _ in ways(staging)})))
+
+    found = choose(staging, starts, [memory] * staging.num_stages, None)
+
+    fits = [score for (at, _), peaks, score in ways(staging) if at == starts and max(peaks) <= memory]
+    if isinstance(found, int):
+        layers = range(starts[found], (*starts, staging.num_layers)[found + 1])
+        assert all(peak > memory for _, peak, _, _ in stage_ways(staging, found, layers))
+        return
+    assert found.score_picoseconds >= min(fits)
+    taken = staged_proof.reckoned(proof_of(staging, memory), configuration_of(found))
+    assert taken.score_picoseconds == found.score_picoseconds
+    assert taken.step_picoseconds == found.step_picoseconds
+    assert max(taken.peak_bytes) <= memory
+
+
+def configuration_of(found: StagedChoice) -> Configuration:
+    """The configuration that a choice stands for."""
+    cell = found.staging.cell
+    return Configuration(
+        layers=tuple(StrategyRun(first=n, last=n, strategy=s) for n, s in enumerate(found.strategies)),
+        rank=cell.rank,
+        alpha=8,
+        sequence_length=16,
+        micro_batch_size=cell.micro_batch_size,
+        gradient_accumulation_steps=cell.gradient_accumulation_steps,
+        num_gpus=len(found.starts),
+        loss_chunks=cell.loss_chunks,
+        stages=found.starts,
+    )
+
+
+@given(stagings())
+def test_what_fits_in_no_way_is_told(staging: Staging) -> None:
+    """With no memory there is no cut, and no bound."""
+    lean = replace(staging, fixed_bytes=tuple(MIB for _ in staging.fixed_bytes))
+    proof = proof_of(lean, 0)
+
+    assert staged_bound.bound(proof, proof.staged[0]) is None
+    assert cut_by_bounds(lean, [0] * lean.num_stages) is None
+    assert FAR > 0
