@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-FAR = 2**58
+FAR = 2**60
 """What a stretch takes that cannot be a stage."""
 
 

@@ -11,13 +11,8 @@ from . import problem as posing
 from .chain import Chain, Choice, Group
 from .communication import Link
 from .problem import Problem
+from .staged_cell import EXCHANGES, StagedCell
 from .strategies import Cell, Positive
-
-EXCHANGES = 2
-"""Times that a stage waits for a neighbour in a micro-batch: activations go one way while gradients come the other.
-
-PyTorch's schedule puts a send and a receive together and goes on once both are done (Schedule1F1B).
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +39,15 @@ class Staging:
     update_picoseconds: int
     message_bytes: int
     message_picoseconds: int
+
+    def told(self, table: int) -> StagedCell:
+        """What a plan carries of it, beside its groups, which are its *table*."""
+        names = (name for name in StagedCell.__dataclass_fields__ if name != "table")
+        return StagedCell(table=table, **{name: getattr(self, name) for name in names})
+
+    def layers(self) -> list[tuple[Choice, ...]]:
+        """For each layer what it may be given."""
+        return [group.choices for group in self.groups for _ in range(group.num_layers)]
 
     @property
     def num_layers(self) -> int:

@@ -1,27 +1,45 @@
-"""What every cut of a model into stages takes at least, by a plan's own tables; nothing of the search is used.
+"""What every cut of a model into stages takes at least, by a plan's own tables; nothing that a search found is used.
 
 Whatever stage is the slowest, a step takes its micro-batch's time as often as there are micro-batches and every other
 stage's once. So for each stage and stretch of layers let ``once`` and ``often`` be no more than the time and penalties
 of one micro-batch, and of that many. A cut takes at least the sum of its stages' ``once`` and the largest rise from
 there to ``often``. Both follow from prices of memory: whatever each layer gets, what its stage takes is at least the
 sum of its layers' cheapest choices, each at its seconds and its priced bytes, less the price of the stage's room, and
-of what it may send to the host (Lagrange's bound). The least over all cuts is a shortest path. All is whole numbers.
+of what it may send to the host (Lagrange's bound). The least over all cuts is a shortest path.
+
+Memory is looked at when all layers are through their forward pass, and when the one whose backward pass needs the most
+begins it: those behind it may have let go of what they saved for this micro-batch, and of nothing else. How much that
+one needs is gone through in a few cases. All is whole numbers; prices are rounded to shares of a picosecond, and any
+price gives a bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fractions import Fraction
-from math import floor
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+import numpy.typing as npt
 
 from .chain import Choice
+from .cuts import FAR, Cut, Ints, best_cut
 from .needs import Unproven
 from .proof import Proof
 from .staged_cell import SIDES, StagedCell
 from .staged_tables import layers_of
 
-Least = list[list[int | None]]
-"""For layers i up to j; None where they do not fit."""
+MOST_CASES = 4
+"""Of how much the backward pass that needs the most needs."""
+FINEST = 2**20
+"""Parts of a picosecond in which prices are counted, where numbers of 64 bits have room for it."""
+MOST = 2**60
+"""No sum may be larger, and no step longer, in bytes and picoseconds: thirteen days."""
+LARGE = MOST // 2**14
+"""For one of at most ten thousand layers, what none takes."""
+
+Masks = Sequence[npt.NDArray[np.bool_]]
 
 
 def bound(proof: Proof, staged: StagedCell) -> int | None:
@@ -29,193 +47,228 @@ def bound(proof: Proof, staged: StagedCell) -> int | None:
     layers = layers_of(proof, staged)
     if not layers or staged.num_stages != len(staged.fixed_bytes):
         raise Unproven("a cell does not say what each of its stages holds")
-    stages, weight = range(staged.num_stages), staged.num_micro_batches
-    often = [_least(staged, stage, layers, proof.budget_bytes, proof.host_bytes, weight) for stage in stages]
-    once = [_least(staged, stage, layers, proof.budget_bytes, proof.host_bytes, 1) for stage in stages]
-    rises = [_rise(*pair) for pair in zip(once, often, strict=True)]
-    update = staged.update_picoseconds * -(-len(layers) // staged.num_stages)
-    flattest = _flattest(rises, len(layers))
-    if flattest is None:
-        return None
-    best: int | None = None
-    most: int | None = flattest
-    is_first = True
-    while True:
-        found = _shortest(once, rises, len(layers), most)
-        if found is None or (best is not None and found[0] + flattest >= best):
-            break
-        total, top = found
-        best = total + top if best is None else min(best, total + top)
-        most, is_first = None if is_first else top - 1, False
-    return None if best is None else best + update
+    found = Bounds(staged, layers, proof.host_bytes).cut([proof.budget_bytes] * staged.num_stages)
+    return None if found is None else found.total
 
 
-def _rise(once: Least, often: Least) -> Least:
-    """By how much *often* is more than *once*."""
-    rows = (zip(a, b, strict=True) for a, b in zip(once, often, strict=True))
-    return [[None if a is None or b is None else max(0, b - a) for a, b in row] for row in rows]
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """What is allocated at some time: each choice's part, of every kind of layer, and what is left for them."""
+
+    needs: Sequence[Ints]
+    room: int
 
 
-def _flattest(rises: Sequence[Least], num_layers: int) -> int | None:
-    """The largest of *rises* in the cut where it is the least; None where there is no cut."""
-    level: list[int | None] = [0, *[None] * num_layers]
-    for rise in rises:
-        after: list[int | None] = [None] * (num_layers + 1)
-        for first, before in enumerate(level):
-            if before is None:
-                continue
-            for last in range(first + 1, num_layers + 1):
-                own, known = rise[first][last], after[last]
-                if own is None:
-                    continue
-                if known is None or max(before, own) < known:
-                    after[last] = max(before, own)
-        level = after
-    return level[-1]
+class Bounds:
+    """What stretches of *layers* take at least as stages of a cell, with so much of the host's memory for each.
 
-
-def _shortest(
-    once: Sequence[Least], rises: Sequence[Least], num_layers: int, most: int | None
-) -> tuple[int, int] | None:
-    """The least sum of *once* over all cuts with no rise of more than *most*, and that cut's largest rise."""
-    level: list[tuple[int, int] | None] = [(0, 0), *[None] * num_layers]
-    for least, rise in zip(once, rises, strict=True):
-        after: list[tuple[int, int] | None] = [None] * (num_layers + 1)
-        for first, before in enumerate(level):
-            if before is None:
-                continue
-            for last in range(first + 1, num_layers + 1):
-                own, more = least[first][last], rise[first][last]
-                if own is None or more is None or (most is not None and more > most):
-                    continue
-                reached, known = (before[0] + own, max(before[1], more)), after[last]
-                if known is None or reached < known:
-                    after[last] = reached
-        level = after
-    return level[-1]
-
-
-def _least(
-    staged: StagedCell,
-    stage: int,
-    layers: Sequence[Sequence[Choice]],
-    memory_bytes: int,
-    host_bytes: int | None,
-    weight: int,
-) -> Least:
-    """For each stretch of layers as a stage what *weight* micro-batches and the penalties come to at least.
-
-    It depends on how many layers of each kind there are, and is computed once for each such number.
+    Raises:
+        Unproven: numbers are beyond any step.
     """
-    others = staged.in_flight(stage) - 1
-    kinds = list(dict.fromkeys(map(tuple, layers)))
-    kind_of = [kinds.index(tuple(choices)) for choices in layers]
-    needs = [
-        [choice.resident_bytes + (others + 1) * (choice.forward_change_bytes + choice.release_bytes) for choice in kind]
-        for kind in kinds
-    ]
-    room = memory_bytes - staged.outside_bytes(stage) - _moment(staged, stage, kinds)
-    sent = [[(others + 1) * choice.host_bytes for choice in kind] for kind in kinds]
-    priced: list[tuple[int, Fraction, list[Fraction]]] = []
-    for side in SIDES:
-        costs = [[weight * getattr(c, side) + c.penalty_picoseconds for c in kind] for kind in kinds]
-        outside = weight * staged.outside_picoseconds(stage, side)
-        for price, host_price in _prices(needs, costs, sent, host_bytes):
-            values = [
-                min(cost + price * need + host_price * host for cost, need, host in zip(*rows, strict=True))
-                for rows in zip(costs, needs, sent, strict=True)
+
+    def __init__(self, staged: StagedCell, layers: Sequence[tuple[Choice, ...]], host_bytes: int | None) -> None:
+        self.staged, self.num_layers = staged, len(layers)
+        self.host_bytes = None if host_bytes is None else min(host_bytes, MOST)
+        self._kinds = list(dict.fromkeys(layers))
+        kind_of = np.array([self._kinds.index(choices) for choices in layers])
+        through = np.zeros((len(self._kinds), len(layers) + 1), dtype=np.int64)
+        through[:, 1:] = np.cumsum(kind_of == np.arange(len(self._kinds))[:, None], axis=1)
+        spans = np.maximum(through[:, None, :] - through[:, :, None], 0)
+        counts, place = np.unique(spans.reshape(len(self._kinds), -1), axis=1, return_inverse=True)
+        self._counts, self._place = counts, place.reshape(spans.shape[1:])
+        first, after = np.indices(spans.shape[1:])
+        self._is_stretch = first < after
+        self._known: dict[tuple[int, int, int], Ints] = {}
+        self._check()
+        self._ends = [
+            _of(kind, lambda c: c.backward_high_bytes + max(0, -c.backward_change_bytes)) for kind in self._kinds
+        ]
+        self._sent = [_of(kind, lambda c: c.host_bytes) for kind in self._kinds]
+
+    def _check(self) -> None:
+        staged = self.staged
+        seconds = ("device_picoseconds", "host_picoseconds", "penalty_picoseconds")
+        held = ("resident_bytes", "forward_change_bytes", "release_bytes", "backward_change_bytes", "host_bytes")
+        outside = (
+            *(staged.device_picoseconds, staged.host_picoseconds, staged.message_picoseconds),
+            staged.update_picoseconds,
+        )
+        longest = sum(self._largest(name) for name in seconds) + sum(map(abs, outside))
+        if longest * staged.num_micro_batches * (self.num_layers + 2 * staged.num_stages) >= FAR // 2:
+            raise Unproven("a cell takes longer than any step")
+        beside = (*staged.fixed_bytes, staged.head_high_bytes, staged.head_change_bytes, staged.message_bytes)
+        most = max(*map(self._largest, (*held, "backward_high_bytes")), *map(abs, beside))
+        if most * staged.num_stages * max(self.num_layers, 8) * len(held) >= MOST:
+            raise Unproven("a cell takes more memory than there is")
+
+    def _largest(self, name: str) -> int:
+        return max(abs(getattr(choice, name)) for kind in self._kinds for choice in kind)
+
+    def cut(self, memory_bytes: Sequence[int]) -> Cut | None:
+        """Where the bounds are least together, with so much memory for each stage, and what any cut scores at least."""
+        stages, weight = range(self.staged.num_stages), self.staged.num_micro_batches
+        once = np.array([self.least(stage, memory_bytes[stage], 1) for stage in stages])
+        often = np.array([self.least(stage, memory_bytes[stage], weight) for stage in stages])
+        return self.least_cut(once, often)
+
+    def least_cut(self, once: Ints, often: Ints) -> Cut | None:
+        """The cut where *once* and the largest rise to *often* are least together, with the update."""
+        rising = np.where((once < FAR) & (often < FAR), np.maximum(often - once, 0), FAR)
+        found = best_cut(rising[:, None], once[:, None])
+        if found is None:
+            return None
+        update = self.staged.update_picoseconds * -(-self.num_layers // self.staged.num_stages)
+        return Cut(found.total + update, found.starts, found.ways)
+
+    def least(self, stage: int, memory_bytes: int, weight: int) -> Ints:
+        """*weight* micro-batches' time and the penalties, at least, of layers i up to j as a *stage*: (i, j)."""
+        asked = (stage, memory_bytes, weight)
+        if asked not in self._known:
+            least = np.full(self._counts.shape[1], FAR, dtype=np.int64)
+            for low, high in self._cases():
+                least = np.minimum(least, self._in_case(stage, memory_bytes, weight, low, high))
+            self._known[asked] = np.where(self._is_stretch, least[self._place], FAR)
+        return self._known[asked]
+
+    def _cases(self) -> list[tuple[int, int]]:
+        """What the backward pass that needs the most needs, at least and at most, cut where the widest gaps are."""
+        ends = np.unique(np.concatenate(self._ends))
+        widest = np.argsort(-np.diff(ends), kind="stable")[: MOST_CASES - 1] + 1
+        places = [0, *sorted(widest.tolist()), len(ends)]
+        return [(int(ends[a]), int(ends[b - 1])) for a, b in itertools.pairwise(places)]
+
+    def _in_case(self, stage: int, memory_bytes: int, weight: int, low: int, high: int) -> Ints:
+        """``least`` by numbers of layers, if no backward pass needs more than *high*, and one needs *low*."""
+        allowed = [ends <= high for ends in self._ends]
+        moments = self._moments(stage, memory_bytes, allowed, low)
+        sent = [self.staged.in_flight(stage) * each[open_] for each, open_ in zip(self._sent, allowed, strict=True)]
+        found = np.full(self._counts.shape[1], -FAR, dtype=np.int64)
+        for moment in moments:
+            for side in SIDES:
+                costs = [
+                    (weight * _of(kind, attrgetter(side)) + _of(kind, attrgetter("penalty_picoseconds")))[open_]
+                    for kind, open_ in zip(self._kinds, allowed, strict=True)
+                ]
+                outside = weight * self.staged.outside_picoseconds(stage, side)
+                found = np.maximum(found, self._shown(moment, costs, sent) + outside)
+        fits = np.logical_and.reduce([self._fits(moment, sent) for moment in moments])
+        return np.where(fits, found, FAR)
+
+    def _moments(self, stage: int, memory_bytes: int, allowed: Masks, low: int) -> list[_Moment]:
+        staged, in_flight = self.staged, self.staged.in_flight(stage)
+        is_last = stage == staged.num_stages - 1
+        room = min(memory_bytes, MOST) - staged.outside_bytes(stage)
+        held = [
+            _of(kind, lambda c: c.resident_bytes + in_flight * (c.forward_change_bytes + c.release_bytes))[open_]
+            for kind, open_ in zip(self._kinds, allowed, strict=True)
+        ]
+        freed = [
+            _of(kind, lambda c: min(0, c.backward_change_bytes))[open_]
+            for kind, open_ in zip(self._kinds, allowed, strict=True)
+        ]
+        change = staged.head_change_bytes if is_last else 0
+        back = min(
+            c.backward_high_bytes
+            for kind, open_ in zip(self._kinds, allowed, strict=True)
+            for c, is_open in zip(kind, open_, strict=True)
+            if is_open
+        )
+        through = max(staged.head_high_bytes, change + back) if is_last else back
+        later = [a + b for a, b in zip(held, freed, strict=True)]
+        return [_Moment(held, room - through), _Moment(later, room - change - low)]
+
+    def _fits(self, moment: _Moment, sent: Sequence[Ints]) -> npt.NDArray[np.bool_]:
+        """Whether the leanest choices may fit, as many of them on the host as it has room for."""
+        least = np.array([need.min(initial=LARGE) for need in moment.needs])
+        fits: npt.NDArray[np.bool_] = least @ self._counts <= moment.room
+        if self.host_bytes is None:
+            return fits
+        fits &= np.array([host.min(initial=LARGE) for host in sent]) @ self._counts <= self.host_bytes
+        staying = [need[host == 0] for need, host in zip(moment.needs, sent, strict=True)]
+        if not all(map(len, staying)):
+            return fits
+        lows = [int(need.min()) for need in staying]
+        spared = 0
+        for low, need, host in zip(lows, moment.needs, sent, strict=True):
+            pairs = zip(need[host > 0].tolist(), host[host > 0].tolist(), strict=True)
+            spared = max([spared, *(-((n - low) * self.host_bytes // h) for n, h in pairs)])
+        return fits & (np.array(lows) @ self._counts - spared <= moment.room)
+
+    def _shown(self, moment: _Moment, costs: Sequence[Ints], sent: Sequence[Ints]) -> Ints:
+        """The most that prices of memory, and of the host's, show for each number of layers of each kind."""
+        found = np.full(self._counts.shape[1], -FAR, dtype=np.int64)
+        prices, parts = self._prices(moment, costs, sent)
+        values = [
+            parts[:, None] * cost + prices[:, None] * need for cost, need in zip(costs, moment.needs, strict=True)
+        ]
+        for host_prices in self._host_prices(values, sent):
+            worth = [
+                (value + host_prices[:, None] * host).min(axis=1, initial=LARGE)
+                for value, host in zip(values, sent, strict=True)
             ]
-            priced.append((outside, price * room + host_price * (host_bytes or 0), values))
-    least = [min(need) for need in needs]
-    staying, spared = _staying(needs, sent)
-    known: dict[tuple[int, ...], int | None] = {}
+            left = prices * moment.room + host_prices * (self.host_bytes or 0)
+            rows = (np.array(worth).T @ self._counts - left[:, None]) // parts[:, None]
+            found = np.maximum(found, rows.max(axis=0))
+        return found
 
-    def shown(counts: tuple[int, ...]) -> int | None:
-        if counts not in known:
-            fits = sum(n * low for n, low in zip(counts, least, strict=True)) <= room
-            if host_bytes is not None and staying is not None:  # what the host does not take stays
-                stays = sum(n * low for n, low in zip(counts, staying, strict=True))
-                fits = fits and stays - spared * host_bytes <= room
-            known[counts] = (
-                max(
-                    floor(sum(n * v for n, v in zip(counts, values, strict=True)) - left) + outside
-                    for outside, left, values in priced
-                )
-                if fits
-                else None
-            )
-        return known[counts]
+    def _prices(self, moment: _Moment, costs: Sequence[Ints], sent: Sequence[Ints]) -> tuple[Ints, Ints]:
+        """Prices of a byte, in which parts of a picosecond; none, and those at which two choices are as good."""
+        slopes: set[float] = set()
+        for need, cost, host in zip(moment.needs, costs, sent, strict=True):
+            slopes.update(hull_prices(need, cost), hull_prices(need[host == 0], cost[host == 0]))
+        most_bytes = max(abs(moment.room), self.num_layers * max(int(abs(n).max(initial=0)) for n in moment.needs))
+        most_cost = self.num_layers * max(int(abs(cost).max(initial=0)) for cost in costs)
+        times = 1 + self._most_sent(sent) // min(int(host[host > 0].min(initial=MOST)) for host in sent)
+        found = [(0, 1)]
+        for slope in sorted(slopes):
+            parts = min(FINEST, int(MOST // 4 / max(1.0, most_cost + slope * most_bytes) / times))
+            if parts:
+                found.append((round(slope * parts), parts))
+        return np.array([price for price, _ in found], dtype=np.int64), np.array([n for _, n in found], dtype=np.int64)
 
-    found: Least = [[None] * (len(layers) + 1) for _ in range(len(layers) + 1)]
-    for first in range(len(layers)):
-        counts = [0] * len(kinds)
-        for last in range(first, len(layers)):
-            counts[kind_of[last]] += 1
-            found[first][last + 1] = shown(tuple(counts))
-    return found
+    def _host_prices(self, values: Sequence[Ints], sent: Sequence[Ints]) -> list[Ints]:
+        """None, and the least for a byte of the host at which nothing is gained by it."""
+        none = np.zeros(len(values[0]), dtype=np.int64)
+        if self.host_bytes is None or any((host == 0).sum() == 0 for host in sent):
+            return [none]
+        gains = none
+        for value, host in zip(values, sent, strict=True):
+            if (host > 0).any():
+                stays = value[:, host == 0].min(axis=1)
+                gains = np.maximum(gains, -((value[:, host > 0] - stays[:, None]) // host[host > 0]).min(axis=1))
+        gains = np.where(gains < MOST // 2 // max(1, self._most_sent(sent)), gains, 0)
+        return [none, gains] if gains.any() else [none]
 
-
-def _moment(staged: StagedCell, stage: int, kinds: Sequence[Sequence[Choice]]) -> int:
-    """What is allocated at least beyond the layers' shares once all are through their forward pass."""
-    back = min(choice.backward_high_bytes for kind in kinds for choice in kind)
-    if stage < staged.num_stages - 1:
-        return back
-    return max(staged.head_high_bytes, staged.head_change_bytes + back)
-
-
-def _staying(needs: Sequence[Sequence[int]], sent: Sequence[Sequence[int]]) -> tuple[list[int] | None, Fraction]:
-    """What each kind of layer needs at least with nothing sent to the host; and what each byte there spares at most."""
-    staying = [[need for need, host in zip(*rows, strict=True) if not host] for rows in zip(needs, sent, strict=True)]
-    if not all(staying):
-        return None, Fraction(0)
-    least = [min(need) for need in staying]
-    spared = [
-        Fraction(low - need, host)
-        for low, *rows in zip(least, needs, sent, strict=True)
-        for need, host in zip(*rows, strict=True)
-        if host
-    ]
-    return least, max([Fraction(0), *spared])
+    def _most_sent(self, sent: Sequence[Ints]) -> int:
+        """To the host by all layers, or what it has room for."""
+        return max(self.host_bytes or 0, self.num_layers * max(int(host.max(initial=0)) for host in sent))
 
 
-def _prices(
-    needs: Sequence[Sequence[int]],
-    costs: Sequence[Sequence[int]],
-    sent: Sequence[Sequence[int]],
-    host_bytes: int | None,
-) -> list[tuple[Fraction, Fraction]]:
-    """Prices of a byte of memory and of one of the host; any give a bound.
-
-    Of memory those at which two choices of a layer are as good; of the host none, and that at which it gains nothing.
-    """
-    alone = {Fraction(0)}
-    for need, cost, host in zip(needs, costs, sent, strict=True):
-        alone |= _slopes(need, cost)
-        alone |= _slopes(*([v for v, h in zip(values, host, strict=True) if not h] for values in (need, cost)))
-    found = [(price, Fraction(0)) for price in alone]
-    for price in alone if host_bytes is not None else ():
-        gains = [Fraction(0)]
-        for rows in zip(needs, costs, sent, strict=True):
-            values = [(cost + price * need, host) for need, cost, host in zip(*rows, strict=True)]
-            staying = [value for value, host in values if not host]
-            if not staying:
-                break
-            gains += [(min(staying) - value) / host for value, host in values if host]
-        else:
-            found.append((price, max(gains)))
-    return found
+def after_forward(choice: Choice) -> int:
+    """A layer's share of what is allocated once all are through their forward pass, of what one micro-batch holds."""
+    return choice.resident_bytes + choice.forward_change_bytes + choice.release_bytes
 
 
-def _slopes(needs: Sequence[int], costs: Sequence[int]) -> set[Fraction]:
-    """What a byte costs along the lower hull of *costs* over *needs*."""
-    found: set[Fraction] = set()
-    best = sorted(zip(needs, costs, strict=True))
-    while best:
-        lean = best[0]
-        slopes = [(Fraction(lean[1] - c, n - lean[0]), n, c) for n, c in best[1:] if n > lean[0] and c < lean[1]]
-        if not slopes:
-            break
-        steepest = max(slopes)
-        found.add(steepest[0])
-        best = [pair for pair in best if pair[0] >= steepest[1] and pair[1] <= steepest[2]]
-    return found
+def hull_prices(needs: Ints, costs: Ints) -> list[float]:
+    """What a byte costs along the lower hull of *costs* over *needs*: between each two choices next to each other."""
+    order = np.lexsort((costs, needs))
+    hull: list[tuple[int, int]] = []
+    for need, cost in zip(needs[order].tolist(), costs[order].tolist(), strict=True):
+        if hull and cost >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], (need, cost)) >= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        if hull and need == hull[-1][0]:
+            hull.pop()
+        hull.append((need, cost))
+    return [_slope(lean, fast) for lean, fast in itertools.pairwise(hull)]
+
+
+def _slope(lean: tuple[int, int], fast: tuple[int, int]) -> float:
+    """What a byte saves from a lean choice to a fast one."""
+    more = fast[0] - lean[0]
+    return (lean[1] - fast[1]) / more if more > 0 else float("inf")
+
+
+def _of(choices: Sequence[Choice], value: Callable[[Choice], int]) -> Ints:
+    return np.array([value(choice) for choice in choices], dtype=np.int64)

@@ -49,6 +49,9 @@ class StagedCell:
 
 
 EXCHANGES = 2
-"""Times that a stage waits for a neighbour in a micro-batch, each for as long as a message takes."""
+"""Times that a stage waits for a neighbour in a micro-batch: activations go one way while gradients come the other.
+
+PyTorch's schedule puts a send and a receive together and goes on once both are done (Schedule1F1B).
+"""
 SIDES = ("device_picoseconds", "host_picoseconds")
 """Either of which may be what a micro-batch waits for."""

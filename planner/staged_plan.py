@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from . import quality, staged_bound
 from .cuts import FAR
-from .pipelined import StagedSearch, Traced, seconds
+from .cutting import seconds
+from .pipelined import StagedSearch, Traced
 from .plan import Candidate, Prediction, Sensitivity, StageMemory
 from .problem import Problem
 from .proof import OPTIMAL_GAP, Proof, Status, Tables, gap
 from .solver import LEANER, Solution
 from .staged import Staging
-from .staged_cell import StagedCell
 
 
 def solution(search: StagedSearch, num_alternatives: int, better_than: int = FAR) -> Solution | None:
@@ -74,7 +74,7 @@ def _candidate(problem: Problem, found: Traced) -> Candidate:
 def _proof(problem: Problem, made: Sequence[Staging], found: Traced) -> Proof:
     """The tables of all cells, and the gap that follows from them."""
     tables = Tables()
-    staged = tuple(_cell(tables, staging) for staging in made)
+    staged = tuple(staging.told(tables.table(staging.groups)) for staging in made)
     proof = Proof(
         status="feasible",
         gap=0.0,
@@ -96,8 +96,3 @@ def _proof(problem: Problem, made: Sequence[Staging], found: Traced) -> Proof:
     least = min((bound for bound in bounds if bound is not None), default=proof.score_picoseconds)
     status: Status = "optimal" if shown <= OPTIMAL_GAP else "within"
     return replace(proof, status=status, gap=shown, unfragmented_gap=shown, bound_picoseconds=max(0, least))
-
-
-def _cell(tables: Tables, staging: Staging) -> StagedCell:
-    own = {name: getattr(staging, name) for name in StagedCell.__dataclass_fields__ if name != "table"}
-    return StagedCell(table=tables.table(staging.groups), **own)

@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from shallowflow import packing, refusals
-from shallowflow.planner import allowed, breakdown, costs, latency, money, problem, solver, wall_time, words
+from shallowflow.planner import (
+    allowed,
+    breakdown,
+    costs,
+    latency,
+    money,
+    problem,
+    solver,
+    staged_plan,
+    wall_time,
+    words,
+)
 from shallowflow.planner.costs import LayerRuns
 from shallowflow.planner.cuts import FAR
 from shallowflow.planner.packing import trimmed_seconds
@@ -71,21 +82,26 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alte
     """
     numbers = stage_counts(workload, session.model)
     best: Plan | None = None
-    tried: list[str] = []
-    for number in numbers:
+    tried: dict[int, Plan | None] = {}
+    if 1 in numbers:
         try:
-            made = _whole(session, workload, notes, num_alternatives) if number == 1 else None
+            best = tried[1] = _whole(session, workload, notes, num_alternatives)
         except _Unsolved as nothing:
             if len(numbers) == 1:
                 raise refusals.infeasible(session, nothing.posed, nothing.considered, workload, _plan) from None
-            made = None
-        if number > 1:
-            made = _staged(session, workload, number, best, notes, num_alternatives)
-        tried.append(_outcome(number, made))
-        best = made or best
+            tried[1] = None
+    searches = {number: Staged(session, workload, number).search() for number in numbers if number > 1}
+    for number in sorted(searches, key=lambda number: searches[number].least):  # a good one soon, the rest by its bound
+        better_than = FAR if best is None else best.proof.score_picoseconds
+        solution = staged_plan.solution(searches[number], num_alternatives, better_than)
+        made = None if solution is None else _plan(session, searches[number].problem, workload, solution, notes)
+        tried[number], best = made, made or best
     if best is None:
         raise refusals.infeasible_in_stages(session, workload)
-    return best if len(tried) == 1 else replace(best, notes=(*best.notes, f"Compared: {'; '.join(tried)}."))
+    if len(tried) == 1:
+        return best
+    outcomes = "; ".join(_outcome(number, made) for number, made in sorted(tried.items()))
+    return replace(best, notes=(*best.notes, f"Compared: {outcomes}."))
 
 
 class _Unsolved(Exception):
@@ -94,20 +110,6 @@ class _Unsolved(Exception):
     def __init__(self, posed: problem.Problem, considered: tuple[Cell, ...]) -> None:
         super().__init__()
         self.posed, self.considered = posed, considered
-
-
-def _staged(
-    session: Session,
-    workload: Workload,
-    num_stages: int,
-    best: Plan | None,
-    notes: tuple[str, ...],
-    num_alternatives: int,
-) -> Plan | None:
-    """The best plan with the model in so many stages that scores less than the *best* known; None if there is none."""
-    better_than = FAR if best is None else best.proof.score_picoseconds
-    found = Staged(session, workload, num_stages).solution(num_alternatives, better_than)
-    return None if found is None else _plan(session, found[0], workload, found[1], notes)
 
 
 def _outcome(num_stages: int, made: Plan | None) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from shallowflow.planner import allowed, problem, staged_plan
+from shallowflow.planner import allowed
 from shallowflow.planner.communication import Link, network, pcie
-from shallowflow.planner.cuts import FAR
 from shallowflow.planner.pipelined import StagedSearch, smallest
 from shallowflow.planner.plan import Workload
-from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell, Strategy
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.load import load_instances
@@ -40,12 +38,6 @@ class Staged:
         width = model_facts.size(session.model.config, "hidden_size") or 1
         link = link_between(session.gpu, workload.num_gpus)
         return StagedSearch.of(posed, considered, self.num_stages, width, link, session.trace_stage)
-
-    def solution(self, num_alternatives: int, better_than: int = FAR) -> tuple[problem.Problem, Solution] | None:
-        """The best that scores less than *better_than* with what it was searched in; None where there is none."""
-        search = self.search()
-        found = staged_plan.solution(search, num_alternatives, better_than)
-        return None if found is None else (search.problem, found)
 
     def smallest_process_bytes(self) -> int:
         """The lowest peak of the stage that takes the most, with every layer's leanest strategy."""

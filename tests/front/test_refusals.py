@@ -34,6 +34,14 @@ from tests.front.shell import SMALL, sfplan
             ["--deadline-hours is not planned for models in stages yet", "--stages 1"],
         ),
         (
+            ["SmolLM2-135M", "--gpus", "2", "--stages", "2", "--adapter", "full"],
+            ["--adapter full is not planned for models in stages", "--stages 1"],
+        ),
+        (
+            ["SmolLM2-135M", "--gpus", "2", "--stages", "2", "--sharding", "weights"],
+            ["--sharding weights is not planned for models in stages", "--stages 1"],
+        ),
+        (
             ["SmolLM2-135M", "--target-modules", "q_prj,v_proj"],
             ["'q_prj'", "down_proj, gate_proj, k_proj"],
         ),

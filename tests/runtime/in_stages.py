@@ -12,14 +12,14 @@ import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.planner.strategies import Configuration, Strategy, StrategyRun
+from shallowflow.planner.strategies import Activations, Configuration, Strategy, StrategyRun
 from shallowflow.runtime import build, joining, pipeline, quantized
 from shallowflow.runtime.evaluate import mean_loss
 from shallowflow.runtime.learner import Learner
@@ -108,12 +108,16 @@ def alike(quantization: str, shapes: list[list[int]], asked: dict[str, Any]) -> 
 
 
 def moved(steps: list[list[int]]) -> dict[str, Any]:
-    """A run that goes on in other numbers of GPUs and stages, each up to a step; and the same in one go."""
+    """A run that goes on in other numbers of GPUs and stages, each up to a step; and the same in one go.
+
+    Of no stages, the GPUs share the weights.
+    """
     wanted = request("moved")
     found: list[Any] = []
     for gpus, stages, until in steps:
         now = replace(wanted, num_steps=until, resume=True)
-        found = in_processes(gpus, functools.partial(_trained, planned(gpus, stages), now))
+        plan = planned(gpus, stages) if stages else planned(gpus, 1, sharding="weights")
+        found = in_processes(gpus, functools.partial(_trained, plan, now))
     return {"moved": found, "whole": in_processes(1, functools.partial(_trained, planned(1, 1), request("in one go")))}
 
 
@@ -158,8 +162,9 @@ def _no_memory(*_args: Any) -> None:
 
 def steps_of_every_kind() -> list[Any]:
     """For each way to store and save: loss and norm of two steps in one process and in two stages, and evaluated."""
-    policies = ("save", "recompute attention", "recompute mlp", "recompute", "offload")
-    kinds = itertools.product(("fp32", "nf4", "int8"), policies)
+    policies = [policy for policy in get_args(Activations) if "reusing" not in policy]
+    kinds = [*itertools.product(("fp32", "nf4", "int8"), policies)]
+    kinds += [("nf4", policy) for policy in get_args(Activations) if "reusing" in policy]
     return [_steps_of(*kind, chunks) for kind, chunks in zip(kinds, itertools.cycle((1, 4)), strict=False)]
 
 
