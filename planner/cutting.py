@@ -11,8 +11,9 @@ import numpy as np
 from .arrangement import arranged
 from .branch import BranchAndBound
 from .cell_search import FEW_NODES
-from .chain import Limits, Taken
+from .chain import Chain, Limits, Taken
 from .cuts import FAR, Cut
+from .neighbours import Chosen
 from .problem import SECOND
 from .staged import Staging
 from .staged_bound import Bounds
@@ -204,13 +205,25 @@ def searched(
     for choices in (_staying(staging), staging):
         if choices is None:
             continue
-        chain = choices.chain(stage, layers, weight)
-        best = BranchAndBound(chain, limits).search(least, most_nodes).best
+        best = _near_best(choices.chain(stage, layers, weight), limits, least, most_nodes)
         if best is not None:
             least = seconds(best.taken.score_picoseconds)
             made = arranged(choices.chain(stage, layers, 1), best.counts, limits)
             found = StageChoice(made.strategies, made.taken)
     return found
+
+
+def _near_best(chain: Chain, limits: Limits, least: float, most_nodes: int) -> Chosen | None:
+    """The best found that scores less than *least* by enough to look for it."""
+    search = BranchAndBound(chain, limits)
+    best: Chosen | None = None
+    for nodes in range(FEW_NODES // 2, most_nodes + 1, FEW_NODES // 2):
+        if search.bound_seconds >= least * (1 - NEGLIGIBLE):
+            break
+        found = search.search(least, nodes).best
+        if found is not None:
+            best, least = found, seconds(found.taken.score_picoseconds)
+    return best
 
 
 def _staying(staging: Staging) -> Staging | None:
