@@ -13,10 +13,13 @@ Where neither holds, the data is refused. An answer ends with the special token 
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
+
+from transformers.utils import chat_template_utils
 
 from .conversations import Conversation, Message
 from .data_files import DataError
@@ -50,12 +53,24 @@ def _write(
     conversation: Conversation, messages: Sequence[Message], tokenizer: Any, *, call_for_answer: bool = False
 ) -> str:
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    stop_the_clock(tokenizer)
     try:
         text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=call_for_answer)
     except Exception as error:  # a template is a program of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{conversation.origin}: the chat template refuses this conversation: {reason}") from error
     return text
+
+
+DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
+"""What templates that write today's date are told it is, the day that Llama 3.1's own names where it is told none: on
+any other the same data would be other tokens, and a run could not be resumed the day after."""
+
+
+def stop_the_clock(tokenizer: Any) -> None:
+    """Let it be DAY in the templates of *tokenizer*."""
+    template = tokenizer.get_chat_template()
+    chat_template_utils._compile_jinja_template(template).environment.globals["strftime_now"] = DAY.strftime
 
 
 def _by_marks(conversation: Conversation, whole: str, tokenizer: Any) -> list[Span] | None:

@@ -7,8 +7,6 @@ import datetime
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from shallowflow.planner.plan import Plan
 
 from . import checkpoint, dequantizing, fallback, folder, interrupts, promise, quantized
@@ -117,10 +115,12 @@ def _attempt(
         learner = Learner.begin(work, progress, kept, path, trackers)
         if work.ranks.leads:
             folder.note_request(work.plan, work.request)
-        with interrupts.deferred(work.ranks, asked, learner.must_stop) as check:
+        with interrupts.deferred(work.ranks, asked, learner.must_stop, learner.is_updating) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
-    except (torch.OutOfMemoryError, fallback.BeyondBudget) as error:
+    except (RuntimeError, fallback.BeyondBudget) as error:
+        if isinstance(error, RuntimeError) and not fallback.is_short(error):
+            raise
         trouble = str(error).strip().split("\n")[0]
     except Diverged as error:
         progress.failure = str(error)

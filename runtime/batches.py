@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from shallowflow.planner.packing import first_fit_decreasing, trimmed_length
@@ -30,11 +32,12 @@ class Window:
     """A window of one document, or several that are packed: token numbers and the shifted labels.
 
     Attributes:
+        input_ids, labels: arrays of 4 bytes a token, which tuples would need 24 for.
         packed: the lengths of the packed windows, one after the other; empty for a window that stands alone.
     """
 
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
     num_targets: int
     packed: tuple[int, ...] = ()
 
@@ -62,8 +65,8 @@ def windows(documents: Sequence[Example], tokenizer: Any, sequence_length: int) 
 def _window(tokens: list[int], targets: list[int], first: int, length: int) -> Window:
     labels = targets[first : first + length]
     return Window(
-        input_ids=tuple(tokens[first : first + len(labels)]),
-        labels=tuple(labels),
+        input_ids=array("i", tokens[first : first + len(labels)]),
+        labels=array("i", labels),
         num_targets=sum(label != IGNORED_LABEL for label in labels),
     )
 
@@ -76,8 +79,8 @@ def packed(every: Sequence[Window], sequence_length: int) -> list[Window]:
 
 def _joined(chosen: Sequence[Window]) -> Window:
     return Window(
-        input_ids=tuple(token for window in chosen for token in window.input_ids),
-        labels=tuple(label for window in chosen for label in window.labels),
+        input_ids=array("i", itertools.chain.from_iterable(window.input_ids for window in chosen)),
+        labels=array("i", itertools.chain.from_iterable(window.labels for window in chosen)),
         num_targets=sum(window.num_targets for window in chosen),
         packed=tuple(len(window.input_ids) for window in chosen),
     )
@@ -92,15 +95,18 @@ def micro_batch(chosen: Sequence[Window], device: torch.device | str, length: in
     length = length or max(len(window.input_ids) for window in chosen)
     positions = [_positions(w.packed, length) for w in chosen] if any(w.packed for w in chosen) else None
     return MicroBatch(
-        input_ids=torch.tensor([_padded(w.input_ids, length, PADDING) for w in chosen], device=device),
-        labels=torch.tensor([_padded(w.labels, length, IGNORED_LABEL) for w in chosen], device=device),
+        input_ids=_padded([w.input_ids for w in chosen], length, PADDING).to(device),
+        labels=_padded([w.labels for w in chosen], length, IGNORED_LABEL).to(device),
         num_targets=sum(w.num_targets for w in chosen),
         position_ids=None if positions is None else torch.tensor(positions, device=device),
     )
 
 
-def _padded(values: tuple[int, ...], length: int, padding: int) -> tuple[int, ...]:
-    return values + (padding,) * (length - len(values))
+def _padded(rows: Sequence[Sequence[int]], length: int, padding: int) -> torch.Tensor:
+    made = np.full((len(rows), length), padding, dtype=np.int64)
+    for row, values in zip(made, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(made)
 
 
 def _positions(lengths: tuple[int, ...], total: int) -> list[int]:

@@ -6,9 +6,9 @@ folder gets its name once everything is on the disk; one that does not agree wit
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,9 +17,11 @@ from pathlib import Path
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import optimizers
+from .files import to_disk
 from .record import EvaluationRecord, FallbackRecord, StepRecord
 from .request import RunError
 from .step import Trainee
@@ -131,34 +133,44 @@ def write(folder: Path, whole: Held, state: State) -> Path:
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    best = whole.best
     name = f"step-{len(state.steps):08d}"
     partial, final = folder / f".{name}.partial", folder / name
     for left in folder.glob(".step-*.partial"):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    save_file(whole.learned, partial / _LEARNED)
-    save_file(whole.optimizer, partial / _OPTIMIZER)
-    if best is not None:
-        save_file(best, partial / _BEST)
-    (partial / _STATE).write_text(json.dumps(msgspec.to_builtins(state)), encoding="utf-8")  # with infinite norms
-    names = (_LEARNED, _OPTIMIZER, _STATE, *((_BEST,) if best is not None else ()))
-    for written in names:
-        _to_disk(partial / written)
-    (partial / _MANIFEST).write_bytes(msgspec.json.encode({n: _sha256(partial / n) for n in names}))
-    _to_disk(partial / _MANIFEST)
-    _to_disk(partial)
+    try:
+        _fill(partial, whole, state)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)  # which gives back the room that there was not
+        if isinstance(error, SafetensorError):
+            raise OSError(errno.EIO, str(error), str(partial)) from error
+        raise
     replaced = folder / f".{name}.replaced.partial"
     if final.exists():  # of the same step, and not to be believed, or it had been resumed from
         final.rename(replaced)
     partial.rename(final)
-    _to_disk(folder)
+    to_disk(folder)
     shutil.rmtree(replaced, ignore_errors=True)
     found = _found(folder)
     newer = [path for path in found if path.name > name]  # not believed, or left behind by a run that went back
     for old in (*newer, *found[len(newer) + NUM_KEPT :]):
         shutil.rmtree(old)
     return final
+
+
+def _fill(partial: Path, whole: Held, state: State) -> None:
+    """Write all files into the new folder *partial*, and wait for the disk."""
+    save_file(whole.learned, partial / _LEARNED)
+    save_file(whole.optimizer, partial / _OPTIMIZER)
+    if whole.best is not None:
+        save_file(whole.best, partial / _BEST)
+    (partial / _STATE).write_text(json.dumps(msgspec.to_builtins(state)), encoding="utf-8")  # with infinite norms
+    names = (_LEARNED, _OPTIMIZER, _STATE, *((_BEST,) if whole.best is not None else ()))
+    for written in names:
+        to_disk(partial / written)
+    (partial / _MANIFEST).write_bytes(msgspec.json.encode({n: _sha256(partial / n) for n in names}))
+    to_disk(partial / _MANIFEST)
+    to_disk(partial)
 
 
 def finish(folder: Path) -> None:
@@ -256,14 +268,6 @@ def doubt(path: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def fingerprint(parts: Mapping[str, bytes | str | float]) -> dict[str, str]:

@@ -18,6 +18,15 @@ class BeyondBudget(Exception):
     """A step that reserved more than was predicted, and more than the plan may."""
 
 
+def is_short(error: RuntimeError) -> bool:
+    """Whether *error* says that memory ran out: the allocator's own, a library's, the driver's, or a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _SHORT)
+
+
+_SHORT = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "cudaErrorMemoryAllocation")
+"""As CUDA and NCCL, cuBLAS, PyTorch's allocator for CPUs, and the locking of pages say it."""
+
+
 def candidate(plan: Plan, alternative: int | None) -> Candidate:
     """The plan's own configuration with its prediction, or one of its alternatives."""
     if alternative is not None:

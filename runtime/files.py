@@ -25,11 +25,23 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
         temporary.chmod(_usual_mode())
         os.replace(temporary, path)
+        to_disk(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def to_disk(path: Path) -> None:
+    """Wait until what was written to the file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -39,16 +51,23 @@ def new_folder(path: Path) -> Iterator[Path]:
     The files get the mode that new files have: some libraries write theirs for their owner alone.
     """
     partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    if old.exists() and not path.exists():  # whoever wrote it was killed between its two renames
+        old.rename(path)
     for left in (partial, old):
         shutil.rmtree(left, ignore_errors=True)
     try:
         yield partial
         for file in filter(Path.is_file, partial.iterdir()):
             file.chmod(_usual_mode())
+            to_disk(file)
+        to_disk(partial)
         if path.exists():
             path.rename(old)
         partial.rename(path)
+        to_disk(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
 

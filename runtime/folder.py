@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,6 +96,8 @@ def claimed(output: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a killed process gives up by itself
         except BlockingIOError as error:
             raise RunError(f"{output} is being written by another run; give a new folder with --output") from error
+        if not held.exists() or not os.path.samestat(os.fstat(lock.fileno()), held.stat()):
+            raise RunError(f"{output} was just left by another run; try again")  # which took the file's name away
         try:
             yield
         finally:

@@ -15,7 +15,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def deferred(
-    ranks: Ranks = ALONE, asked: list[int] | None = None, must_stop: Callable[[], bool] = lambda: False
+    ranks: Ranks = ALONE,
+    asked: list[int] | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
+    waits: Callable[[], bool] = lambda: False,
 ) -> Iterator[Callable[[], None]]:
     """Within, a first SIGINT or SIGTERM is kept until the function given is called, which raises KeyboardInterrupt.
 
@@ -28,7 +31,7 @@ def deferred(
 
     def hear(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
-        if len(asked) > 1 and not ranks.talks:
+        if len(asked) > 1 and not ranks.talks and not waits():
             raise KeyboardInterrupt
 
     def check() -> None:

@@ -19,7 +19,6 @@ from .evaluate import mean_loss, perplexity
 from .guard import Guard
 from .joining import end_together
 from .meter import MeasuredPeak, highest
-from .precision import LEAST_SCALE
 from .progress import Progress, exhausted, improves
 from .promise import Promise
 from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
@@ -70,7 +69,7 @@ class Learner:
     """A model that learns *work* under one configuration.
 
     Attributes:
-        updating: within an optimizer's update, which may leave half of it behind where memory runs out.
+        updating: from the begin of an optimizer's update until its step counts: what is learned is then no step's.
         asked_to_save: whether a notice wants a checkpoint of a model that is cut.
     """
 
@@ -96,8 +95,7 @@ class Learner:
         )
         progress.dequantizing = dequantizing.choose(trainee.model, work.device)
         made = cls(work, progress, promise, trainee, trackers)
-        trainee.optimizer.register_step_pre_hook(lambda *_: made._update(begins=True))
-        trainee.optimizer.register_step_post_hook(lambda *_: made._update(begins=False))
+        trainee.optimizer.register_step_pre_hook(lambda *_: made._begin_update())
         work.ranks.vote(WELL)  # or those with memory for the model would wait for what one without it never sends
         kept = work.ranks.led(None if path is None else checkpoint.load(path))
         if kept is not None:
@@ -124,8 +122,12 @@ class Learner:
         """Whether other processes hold the other layers, so that nothing can be saved without them."""
         return self.trainee.pipe is not None
 
-    def _update(self, *, begins: bool) -> None:
-        self.updating = begins
+    def is_updating(self) -> bool:
+        """Whether an update is being made, or was made and does not count yet."""
+        return self.updating
+
+    def _begin_update(self) -> None:
+        self.updating = True
 
     def learn(self) -> None:
         """Answer, evaluate, train, evaluate and answer again; Ctrl-C ends it early, with what was learned saved.
@@ -153,15 +155,16 @@ class Learner:
                 progress.failure = "interrupted within an update, which is half made and not kept"
             else:
                 self.save_state()
-        except (torch.OutOfMemoryError, fallback.BeyondBudget, GivenUp):
-            # now: tracing another configuration takes a while, and no signal waits for it; but others hold a cut model
-            if not (self.updating or self.is_cut):
-                self.save_state()
-            raise
         except Lost as lost:
             progress.lost, progress.failure = True, f"{lost} after step {len(progress.steps)}"
             if not self.is_cut:
                 self.save_state()
+        except (RuntimeError, fallback.BeyondBudget, GivenUp) as error:
+            short = not isinstance(error, RuntimeError) or fallback.is_short(error)
+            # now: tracing another configuration takes a while, and no signal waits for it; but others hold a cut model
+            if short and not (self.updating or self.is_cut):
+                self.save_state()
+            raise
         finally:
             self.trainee.optimizer.zero_grad(set_to_none=True)
 
@@ -199,7 +202,7 @@ class Learner:
 
     def _hear(self, record: StepRecord) -> None:
         scale = self.trainee.loss_scale
-        helpless = not scale.dynamic or (record.skipped and record.loss_scale <= LEAST_SCALE)
+        helpless = not scale.dynamic or scale.is_helpless
         if helpless and not (math.isfinite(record.loss) and math.isfinite(record.gradient_norm)):
             raise Diverged(
                 f"the loss of step {record.index} is {record.loss}, its gradients' norm {record.gradient_norm}, in "
@@ -207,6 +210,7 @@ class Learner:
                 "--learning-rate in a new --output"
             )
         self.progress.steps.append(record)
+        self.updating = False
         self.work.guard.stepped(record.seconds)
         if record.memory_measured:
             self._share_peak()
@@ -289,7 +293,18 @@ class Learner:
             due = since >= save_interval_seconds(progress.saving_seconds)
         due = due or self.asked_to_save
         if self.work.ranks.led(due) if self.is_cut else due:
+            self._try_to_save()
+
+    def _try_to_save(self) -> None:
+        """Write a checkpoint; one that cannot be written, as on a full disk, ends no run: the next may be."""
+        progress = self.progress
+        try:
             self.save_state()
+        except OSError as error:
+            note = f"no checkpoint after step {len(progress.steps)}: {error.strerror or error}"
+            progress.notes.append(note)
+            progress.saved_at = time.perf_counter()
+            self.work.watcher.note(note)
 
     def save_state(self) -> None:
         """Write a checkpoint, unless the newest holds all there is, or another process writes them.

@@ -25,12 +25,14 @@ class LossScale:
         dynamic: False for dtypes with the range of fp32.
         num_skipped: updates lost to overflow so far.
         num_calm: updates since the last change.
+        is_helpless: whether the last update overflowed at the lowest scale there is.
     """
 
     value: float
     dynamic: bool
     num_skipped: int = 0
     num_calm: int = 0
+    is_helpless: bool = False
 
     @classmethod
     def for_dtype(cls, compute_dtype: str) -> LossScale:
@@ -41,6 +43,7 @@ class LossScale:
 
     def update(self, *, overflowed: bool) -> None:
         """Learn from one update."""
+        self.is_helpless = overflowed and self.value <= LEAST_SCALE
         if overflowed:
             self.num_skipped += 1
             self.num_calm = 0

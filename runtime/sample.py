@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from . import build
+from .answers import stop_the_clock
 from .evaluate import evaluating
 from .request import RunError
 from .step import MicroBatch, Trainee
@@ -18,11 +19,20 @@ def prompt_tokens(tokenizer: Any, prompt: str, sequence_length: int) -> list[int
     """The numbers of *prompt*, as a user's turn where the tokenizer has a chat template.
 
     Raises:
-        RunError: it is empty, or leaves no room for an answer in the plan's sequences.
+        RunError: it is empty, no text, refused by the template, or leaves no room for an answer in a sequence.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise RunError(f"a prompt to sample is no text in UTF-8: {prompt!r}") from None
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        stop_the_clock(tokenizer)
+        try:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(f"the chat template refuses the prompt to sample {prompt!r}: {reason}") from error
         tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         tokens = list(tokenizer(prompt)["input_ids"])
@@ -66,7 +76,11 @@ def _next(trainee: Trainee, tokens: list[int], device: torch.device) -> int:
 
     def chosen(**taken: torch.Tensor) -> torch.Tensor:
         hidden = base.get_decoder()(**taken, use_cache=False).last_hidden_state
-        best: torch.Tensor = base.get_output_embeddings()(hidden[0, -1:]).argmax()
+        head = base.get_output_embeddings()
+        rows = hidden[0, -1:]
+        if head.weight.is_floating_point():  # some decoders end in a product, which autocast leaves in 16 bits
+            rows = rows.to(head.weight.dtype)
+        best: torch.Tensor = head(rows).argmax()
         return best
 
     if trainee.pipe is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ class Trackers:
         self.names, self.output, self.settings = names, output, settings
         self.made: list[Any] | None = None
         self.cloudwatch: CloudWatch | None = None
+        self._failed: list[str] = []
 
     def _started(self) -> list[Any]:
         """All of them, made when there is something to tell: a run that is refused leaves nothing behind."""
@@ -53,11 +54,22 @@ class Trackers:
                     continue
                 place = {"logging_dir" if name == "tensorboard" else "dir": str(self.output)}
                 tracker = getattr(tracking, TRACKERS[name])(name if name == "tensorboard" else PROJECT, **place)
-                tracker.start()
-                if name != "tensorboard":  # whose own way to store settings makes a second run of them
-                    tracker.store_init_configuration(self.settings)
-                self.made.append(tracker)
+                if self._try(name, tracker.start) and (
+                    name == "tensorboard"  # whose own way to store settings makes a second run of them
+                    or self._try(name, lambda made=tracker: made.store_init_configuration(self.settings))
+                ):
+                    self.made.append(tracker)
         return self.made
+
+    def _try(self, name: str, tell: Callable[[], object]) -> bool:
+        """Whether *tell* went well: no tracker's trouble ends a run."""
+        try:
+            tell()
+        except Exception as error:  # noqa: BLE001 - whatever a tracker's own code raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._failed.append(f"{name} is told no more: {reason}")
+            return False
+        return True
 
     def step(self, record: StepRecord, peak: MeasuredPeak | None = None, usd: float | None = None) -> None:
         """Tell all of one update: everything that its record holds; of *peak* and all dollars so far CloudWatch."""
@@ -84,15 +96,16 @@ class Trackers:
 
     def news(self) -> list[str]:
         """What a person should know: why something was not told."""
-        return [] if self.cloudwatch is None else self.cloudwatch.news()
+        failed, self._failed = self._failed, []
+        return failed if self.cloudwatch is None else [*failed, *self.cloudwatch.news()]
 
     def finish(self) -> None:
         """Write what is pending."""
         for tracker in self.made or ():
-            tracker.finish()
+            self._try(tracker.name, tracker.finish)
         if self.cloudwatch is not None:
             self.cloudwatch.finish()
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        for tracker in self._started():
-            tracker.log(values, step=step)
+        told = self._started()
+        self.made = [t for t in told if self._try(t.name, lambda made=t: made.log(values, step=step))]

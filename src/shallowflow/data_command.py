@@ -68,7 +68,7 @@ def _facts(read: Data, lengths: Lengths) -> dict[str, Any]:
         "formats": read.formats,
         "num_rows": read.num_rows,
         "num_documents": len(read.documents),
-        "ignored_columns": read.ignored,
+        "ignored_columns": [name.encode(errors="backslashreplace").decode() for name in read.ignored],
         "exact": lengths.exact,
         "num_tokens": lengths.num_tokens,
         "num_learned_tokens": lengths.num_learned,

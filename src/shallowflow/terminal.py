@@ -68,7 +68,7 @@ def _now_and_then(target: Console, message: str) -> Callable[[str], None]:
         nonlocal told
         if time.monotonic() - told >= PLAIN_SECONDS:
             told = time.monotonic()
-            target.print(f"{message}: {detail}", soft_wrap=True)
+            target.print(f"{message}: {detail}", soft_wrap=True, markup=False)
 
     return tell
 
@@ -82,10 +82,10 @@ class Watcher:
         self.figures = Figures(plan.prediction.peak_allocated_bytes)
         self.bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=target,
         )
         self.training: TaskID | None = None
@@ -122,7 +122,7 @@ class Watcher:
             self.last_line = time.monotonic()
             told = [f"step {record.index}", *self.figures.parts(), self.figures.skipped(), self.figures.money()]
             told.append(self.figures.remaining())
-            self.target.print(", ".join(part for part in told if part), soft_wrap=True)
+            self.target.print(", ".join(part for part in told if part), soft_wrap=True, markup=False)
 
     def money(self, money: Money) -> None:
         """Show what the run has cost."""
@@ -132,11 +132,11 @@ class Watcher:
         """Show what an evaluation came to."""
         self.figures.evaluated = f"after step {record.step}: loss {record.loss:.4f}, perplexity {record.perplexity:.2f}"
         if not self.target.is_terminal:
-            self.target.print(self.figures.evaluated, soft_wrap=True)
+            self.target.print(self.figures.evaluated, soft_wrap=True, markup=False)
 
     def note(self, message: str) -> None:
         """Say something that stays."""
-        self.target.print(message, soft_wrap=True)
+        self.target.print(message, soft_wrap=True, markup=False)
 
 
 @dataclass(slots=True)
