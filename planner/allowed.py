@@ -158,8 +158,8 @@ def cells(
 
 
 def shardings(workload: Workload) -> tuple[Sharding, ...]:
-    """Those that *workload* allows; one GPU has nothing to share, and only frozen weights are shared."""
-    if workload.num_gpus == 1 or workload.adapter == "full":
+    """Those that *workload* allows: with one GPU, over a network, and where every weight learns, none."""
+    if workload.num_gpus == 1 or workload.adapter == "full" or workload.num_machines > 1:
         return ("none",)
     return SHARDINGS if workload.sharding is None else (workload.sharding,)
 

@@ -22,6 +22,7 @@ LENGTH = Axis("sequence length", "{:,.0f}")
 SPEED = Axis("tokens/s", "{:,.0f}")
 HOURS = Axis("hours", "{:.2f} h")
 GPUS = Axis("GPUs", "{:,.0f}")
+PER_MILLION = Axis("$ per M tokens", "${:,.2f}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +142,17 @@ def over_gpus(model: str, gpu: str, points: Sequence[FrontierPoint], million_tok
     up = {SPEED: [point.tokens_per_second for point in points], HOURS: [point.hours for point in points]}
     prices = [point.usd for point in points if point.usd is not None]
     if len(prices) == len(points):
-        up[DOLLARS] = prices
+        up[PER_MILLION] = [price / million_tokens for price in prices]
     counts = [point.configuration.num_gpus for point in points]
     return View(
         title=f"{model} on {gpu.upper()}, by the number of them",
         heads=heads,
         rows=tuple(rows),
         charts=_over(GPUS, counts, up),
-        notes=("On the cheapest machine that has so many: some have more than are used.",),
+        notes=(
+            "On the cheapest machine that has so many: some have more than are used. More than one has are in as few as",
+            "have them, joined by their network.",
+        ),
     )
 
 

@@ -42,6 +42,7 @@ class Workload:
         packing: several documents to a sequence, or one; None lets the planner choose.
         num_eval_sequences: held out, and evaluated before and after training.
         global_batch_size: sequences per optimizer update over all GPUs.
+        num_machines: that the GPUs are in, as many in each.
         num_stages: parts that the model is cut into, each on a GPU of its own; None leaves that to the planner, 1 means
             that each GPU holds the whole model.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
@@ -65,6 +66,7 @@ class Workload:
     num_eval_sequences: Annotated[int, Meta(ge=0)] = 0
     global_batch_size: Annotated[int, Meta(ge=1, le=MOST_SEQUENCES)] = 16
     num_gpus: Positive = 1
+    num_machines: Positive = 1
     num_stages: Positive | None = None
     rank: Positive | None = None
     min_rank: Positive = 16
@@ -85,6 +87,11 @@ class Workload:
     max_process_bytes: Positive | None = None
     deadline_hours: Annotated[float, Meta(gt=0)] | None = None
     budget_usd: Annotated[float, Meta(gt=0)] | None = None
+
+    @property
+    def gpus_per_machine(self) -> int:
+        """In each of the machines."""
+        return self.num_gpus // self.num_machines
 
     def sequences(self, *, packing: bool) -> int:
         """Sequences in the whole work; where the data is not known, as many as its tokens would fill."""
@@ -226,6 +233,7 @@ class Offer:
     """What the work costs on one instance type in one region.
 
     Attributes:
+        num_instances: of them at once; dollars are for all, dollars an hour for one.
         hours: on the wall, with this instance's disk; without set-up and interruptions.
         price_date, price_source: of the prices.
     """
@@ -239,6 +247,7 @@ class Offer:
     spot_usd: Usd | None
     price_date: str
     price_source: str
+    num_instances: Positive = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,7 @@ class Problem:
         host_bytes: of host memory that activations may be sent to.
         beside_seconds: what a run takes on the wall beside its steps, where a deadline is set.
         weighed: for each layer the errors of its own weights, where they were measured.
+        link: between neighbouring GPUs; None for PCIe.
         sharded, sharded_heads: as *profiles* and *heads*, where the GPUs share the weights.
     """
 
@@ -47,6 +48,7 @@ class Problem:
     heads: Mapping[int, StepProfile]
     rank: int | None
     host_bytes: int | None = None
+    link: communication.Link | None = None
     beside_seconds: float = 0.0
     updates: Mapping[tuple[Optimizer, int | None, int], StepProfile] = field(default_factory=dict)
     weighed: tuple[LayerErrors, ...] = ()
@@ -61,6 +63,11 @@ class Problem:
     def under(self, sharding: Sharding) -> Problem:
         """The same with the profiles of *sharding*."""
         return self if sharding == "none" else replace(self, profiles=self.sharded, heads=self.sharded_heads)
+
+    @property
+    def between(self) -> communication.Link:
+        """What joins neighbouring GPUs."""
+        return self.link or communication.pcie(self.gpu.pcie_bytes_per_second)
 
     @property
     def num_layers(self) -> int:
@@ -227,8 +234,7 @@ def _around(problem: Problem, cell: Cell, groups: tuple[Group, ...]) -> Chain:
     outside = costs.outside_gradient_bytes(layers[0], rank)
     gradients = costs.learned_bytes([(profile, 1) for profile in layers], rank)
     update = max(costs.update_seconds(device, num_layers), costs.update_seconds(host, num_layers))
-    link = communication.pcie(problem.gpu.pcie_bytes_per_second)
-    waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus, link)
+    waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus, problem.between)
     return Chain(
         groups=groups,
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
@@ -258,7 +264,7 @@ def predict(problem: Problem, configuration: Configuration) -> Prediction:
     gradient_bytes = costs.learned_bytes(runs, rank)
     allocated = footprint.peak_allocated_bytes
     compute = latency.step_seconds(runs, micro_batch_size, rank, gpu).step(accumulation)
-    waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, communication.pcie(gpu.pcie_bytes_per_second))
+    waiting = communication.all_reduce_seconds(gradient_bytes, num_gpus, problem.between)
     tokens = configuration.global_batch_size * configuration.sequence_length
     return Prediction(
         resident_bytes=footprint.resident_bytes,

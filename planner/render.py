@@ -47,7 +47,7 @@ def plan(value: Plan) -> RenderableType:
         Text(),
         _speed(value),
         Text(),
-        _money(value.offers, value.workload.num_gpus),
+        _money(value.offers, value.workload),
         Text(),
         _alternatives(value),
         Text(),
@@ -137,7 +137,9 @@ def _headline(value: Plan) -> RenderableType:
     configuration = value.configuration
     gpus = "one" if configuration.num_gpus == 1 else str(configuration.num_gpus)
     plural = "" if configuration.num_gpus == 1 else "s"
-    title = Text(f"{value.model_name} on {gpus} {value.gpu.upper()}{plural}", style="bold")
+    machines = value.workload.num_machines
+    where = "" if machines == 1 else f" in {machines} machines"
+    title = Text(f"{value.model_name} on {gpus} {value.gpu.upper()}{plural}{where}", style="bold")
     grid = Table.grid(padding=(0, 2))
     if len(configuration.layers) == 1:
         grid.add_row("layers", f"{configuration.num_layers} x {strategies(configuration)}")
@@ -254,15 +256,17 @@ def _beside(wall: WallTime) -> str:
     return "with " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.5)
 
 
-def _money(offers: tuple[Offer, ...], num_gpus: int) -> RenderableType:
+def _money(offers: tuple[Offer, ...], workload: Workload) -> RenderableType:
     if not offers:
-        number = "this GPU" if num_gpus == 1 else f"{num_gpus} of this GPU"
+        each = workload.gpus_per_machine
+        number = "this GPU" if each == 1 else f"{each} of this GPU"
         return Text.assemble(("Money  ", "bold"), f"no shipped instance has {number}; hours are all there is")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, justify in (("instance", "left"), ("hours", "right"), ("on demand", "right"), ("spot", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for offer in offers[:3]:
-        table.add_row(offer.instance, f"{offer.hours:.2f}", usd(offer.on_demand_usd), usd(offer.spot_usd))
+        name = offer.instance if offer.num_instances == 1 else f"{offer.num_instances} x {offer.instance}"
+        table.add_row(name, f"{offer.hours:.2f}", usd(offer.on_demand_usd), usd(offer.spot_usd))
     heading = Text.assemble(("Money  ", "bold"), f"{offers[0].region}, prices: {offers[0].price_date}")
     return Group(heading, table)
 

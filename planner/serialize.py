@@ -68,6 +68,10 @@ def _contradictions(plan: Plan) -> list[str]:
         found.append(
             f"configuration.num_gpus is {plan.configuration.num_gpus}, workload.num_gpus {plan.workload.num_gpus}"
         )
+    if plan.workload.num_gpus % plan.workload.num_machines:
+        found.append(
+            f"workload.num_machines is {plan.workload.num_machines}, workload.num_gpus {plan.workload.num_gpus}"
+        )
     found += _disorder(plan)
     found += _mixed(plan)
     found += _formats(plan, plan.configuration) + _sharing(plan.configuration)

@@ -64,7 +64,7 @@ def _decisions(plan: Plan) -> list[str]:
 def _limits(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[str]:
     """Limits of the proof that are not the workload's."""
     harm = quality.most_harm(plan.workload.max_weight_error, plan.configuration.num_layers)
-    host = allowed.host_bytes(instances, plan.workload.num_gpus)
+    host = allowed.host_bytes(instances, plan.workload.gpus_per_machine)
     found = [
         f"the limit of {name} is {'none' if wanted is None else wanted}, the proof speaks of {said}"
         for name, wanted, said in (("harm", harm, plan.proof.harm), ("host memory", host, plan.proof.host_bytes))
@@ -81,7 +81,7 @@ def _time_limit(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> 
     work, said = plan.workload, plan.proof.step_picoseconds
     hours = [] if work.deadline_hours is None else [work.deadline_hours]
     if work.budget_usd is not None:
-        paid = money.hours_for(work.budget_usd, instances, work.region, work.num_gpus)
+        paid = money.hours_for(work.budget_usd, instances, work)
         if paid is None:
             return [f"no instance in {work.region} has a price, and the run may cost {work.budget_usd:g} USD"]
         hours.append(paid)

@@ -91,12 +91,13 @@ def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ..
     """How many GPUs the machine has: SkyPilot looks for one with exactly so many, of which the run takes its own."""
     if gpu.name not in ACCELERATORS or not instances:
         raise ExportError(f"the plan is for {gpu.title}, which no shipped instance has; plan for one, such as t4")
-    wanted = plan.configuration.num_gpus
+    wanted = plan.workload.gpus_per_machine
     enough = [instance.num_gpus for instance in instances if instance.num_gpus >= wanted]
     if not enough:
         most = max(instance.num_gpus for instance in instances)
         raise ExportError(
-            f"the plan is for {wanted} x {gpu.title}, and no machine has more than {most}; plan with --gpus {most}"
+            f"the plan is for {wanted} x {gpu.title} in a machine, and none has more than {most}; plan with "
+            f"--gpus {most}"
         )
     if not HUB_NAME.fullmatch(plan.model_name):
         raise ExportError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import click
 
 from shallowflow.data_command import data_format_option
+from shallowflow.planner import machines
 from shallowflow.planner.allowed import HEADROOM
 from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.strategies import (
@@ -24,6 +25,7 @@ from shallowflow.planner.strategies import (
 )
 from shallowflow.planner.weighed import MOST_ERROR
 from shallowflow.profiles import GpuSpec, load_gpu
+from shallowflow.profiles.load import load_instances
 from shallowflow.session import RequestError
 from shallowflow.work import size_of_work
 
@@ -133,8 +135,9 @@ def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     count = click.IntRange(min=1)
     gpu = click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
     gpus = click.option("--gpus", type=count, default=1, show_default=True, help="How many of them.")
+    nodes = click.option("--nodes", type=count, help="How many machines they are in.  [default: as few as have them]")
     region = click.option("--region", default=DEFAULTS.region, show_default=True, help="Where prices are taken from.")
-    return gpu(gpus(work_options(region(command))))
+    return gpu(gpus(nodes(work_options(region(command)))))
 
 
 def work_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -224,6 +227,7 @@ def request(
     model: tuple[str, str],
     gpu: str,
     gpus: int,
+    nodes: int | None,
     stages: int | None,
     tokens: int | None,
     data: Path | None,
@@ -239,6 +243,7 @@ def request(
 
     *model* is as it was asked for, and its name; *same* are the workload's own fields.
     """
+    device = load_gpu(gpu)
     work, notes = size_of_work(model, tokens, data, eval_data, data_format, same["sequence_length"])
     if rank and min_rank and rank < min_rank:
         raise RequestError(f"--rank {rank} is less than --min-rank {min_rank}; give one of them")
@@ -250,6 +255,7 @@ def request(
     options: dict[str, Any] = {
         **same,
         "num_gpus": gpus,
+        "num_machines": nodes or machines.fewest(load_instances(device.name), gpus),
         "num_stages": stages,
         "rank": rank,
         "min_rank": min_rank or DEFAULTS.min_rank,
@@ -257,4 +263,4 @@ def request(
         **work,
         **pinned,
     }
-    return load_gpu(gpu), Workload(**options), notes
+    return device, Workload(**options), notes

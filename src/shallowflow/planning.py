@@ -173,8 +173,7 @@ def _plan(
         wall=wall(),
         offers=money.offers(
             load_instances(gpu.name),
-            workload.region,
-            workload.num_gpus,
+            workload,
             lambda instance: wall(instance.disk_bytes_per_second).total_seconds / 3600,
         ),
         alternatives=solution.alternatives,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shallowflow.planner import allowed, costs, problem, quality, solver
+from shallowflow.planner import allowed, costs, machines, problem, quality, solver
 from shallowflow.planner.costs import PROFILED_LAYERS, StepProfile
 from shallowflow.planner.memory_record import TracedPeak
 from shallowflow.planner.plan import Workload
@@ -249,6 +249,7 @@ class Session:
             *found["none"],
             rank,
             self._host_bytes(workload),
+            link=machines.link(self.gpu, load_instances(self.gpu.name), workload.num_gpus, workload.num_machines),
             updates=self._updates(considered, rank) if any(profiles for profiles, _ in found.values()) else {},
             weighed=() if own is None else own.layers,
             sharded=found["weights"][0],
@@ -300,7 +301,7 @@ class Session:
 
     def _host_bytes(self, workload: Workload) -> int | None:
         """What activations may take of the memory of the smallest machine that has the GPUs."""
-        return allowed.host_bytes(load_instances(self.gpu.name), workload.num_gpus)
+        return allowed.host_bytes(load_instances(self.gpu.name), workload.gpus_per_machine)
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:

@@ -6,13 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shallowflow.planner import allowed
-from shallowflow.planner.communication import Link, network, pcie
 from shallowflow.planner.pipelined import StagedSearch, smallest
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.strategies import Cell, Strategy
 from shallowflow.profiles import model_facts
-from shallowflow.profiles.load import load_instances
-from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import Session
 from shallowflow.workloads import space
 
@@ -36,8 +33,7 @@ class Staged:
         considered = tuple(filter(within, cells))
         posed = session.problem(workload, considered, rank, only)
         width = model_facts.size(session.model.config, "hidden_size") or 1
-        link = link_between(session.gpu, workload.num_gpus)
-        return StagedSearch.of(posed, considered, self.num_stages, width, link, session.trace_stage)
+        return StagedSearch.of(posed, considered, self.num_stages, width, posed.between, session.trace_stage)
 
     def smallest_process_bytes(self) -> int:
         """The lowest peak of the stage that takes the most, with every layer's leanest strategy."""
@@ -52,19 +48,3 @@ class Staged:
             lambda strategy: strategy in lean, lambda cell: (cell.micro_batch_size, cell.loss_chunks) == least
         )
         return max(peak.peak_reserved_bytes for peak in smallest(search).peaks) + gpu.context_bytes
-
-
-def link_between(gpu: GpuSpec, num_gpus: int) -> Link:
-    """The slowest hop between neighbours: PCIe in a machine that has them all, the network where none has."""
-    machines = load_instances(gpu.name)
-    inside = pcie(gpu.pcie_bytes_per_second)
-    most = max((machine.num_gpus for machine in machines), default=num_gpus)
-    if num_gpus <= most:
-        return inside
-    largest = max(machines, key=lambda machine: (machine.num_gpus, machine.network_bits_per_second))
-    outside = network(largest.network_bits_per_second)
-    return (
-        outside
-        if outside.bytes_per_second < inside.bytes_per_second
-        else replace(inside, latency_seconds=outside.latency_seconds)
-    )

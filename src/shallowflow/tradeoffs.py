@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from shallowflow.planner.allowed import budget_bytes
 from shallowflow.planner.frontier import FrontierPoint, frontier, point
+from shallowflow.planner.machines import fewest
 from shallowflow.planner.plan import Objective, Workload
 from shallowflow.planner.remedies import SMALLEST_SEQUENCE, Infeasible, of_length
 from shallowflow.planning import make_plan
@@ -112,9 +113,13 @@ def find_over_lengths(
     return tuple(reversed(found))
 
 
+MOST_GPUS = 64
+"""In several machines, if need be."""
+
+
 def gpu_counts(gpu: GpuSpec, global_batch_size: int, micro_batch_size: int = 1) -> tuple[int, ...]:
-    """Powers of two that divide a batch into whole micro-batches, up to as many as a shipped machine has, or one."""
-    most = max((instance.num_gpus for instance in load_instances(gpu.name)), default=1)
+    """Powers of two that divide a batch into whole micro-batches, up to MOST_GPUS; one where no machine is known."""
+    most = MOST_GPUS if load_instances(gpu.name) else 1
     return tuple(
         n
         for n in (2**power for power in range(most.bit_length()))
@@ -140,7 +145,7 @@ def find_over_gpus(
     for count in counts:
         progress(f"{count} GPUs")
         try:
-            work = replace(workload, num_gpus=count)
+            work = replace(workload, num_gpus=count, num_machines=fewest(load_instances(gpu.name), count))
             found.append(point(make_plan(model, gpu, work, progress=progress, num_alternatives=0)))
         except Infeasible:
             if count == counts[-1] and not found:

@@ -70,9 +70,7 @@ _ENDS = {"interrupted": 130, "out of budget": 1}
 @click.option(
     "--nodes",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Machines that share the plan's GPUs; of several, say what to run on each.",
+    help="Machines that share the plan's GPUs; of several, say what to run on each.  [default: the plan's]",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record of the run as JSON.")
@@ -95,7 +93,7 @@ def train_command(
     patience: int | None,
     samples: tuple[str, ...],
     track: tuple[str, ...],
-    nodes: int,
+    nodes: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -116,6 +114,7 @@ def train_command(
     from shallowflow.terminal import results, show, watching
 
     loaded = processes.together(lambda: read_plan(plan))
+    nodes = nodes or loaded.workload.num_machines
     if nodes > 1 and not processes.are_started():
         line = processes.torchrun_line(loaded, nodes)
         if not dry_run:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from shallowflow import packing
-from shallowflow.planner import allowed, money, quality, words
+from shallowflow.planner import allowed, machines, money, quality, words
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles import model_facts
@@ -49,6 +49,7 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
     if workload.max_weight_error is not None and math.isnan(workload.max_weight_error):
         raise RequestError("max_weight_error is nan; give a number such as 0.05, or leave it out")
     check_method(workload)
+    _check_machines(workload, gpu)
     _check_strategies(workload, gpu)
     if model_facts.is_mixture_of_experts(model.config):
         raise RequestError(f"{model.name} is a mixture of experts, which cannot be planned yet; try a dense model")
@@ -68,6 +69,26 @@ def check(workload: Workload, model: ModelSpec, gpu: GpuSpec) -> None:
     reason = packing.refusal(workload, model)
     if workload.packing and reason is not None:
         raise RequestError(f"documents for {model.name} cannot be packed: {reason}; try --no-packing")
+
+
+def _check_machines(workload: Workload, gpu: GpuSpec) -> None:
+    """RequestError where GPUs cannot be shared out over the machines, or none has so many."""
+    number, each = workload.num_machines, workload.gpus_per_machine
+    if workload.num_gpus % number:
+        fewer = max(n for n in range(1, number) if workload.num_gpus % n == 0)
+        raise RequestError(
+            f"{words.counted(workload.num_gpus, 'GPU')} cannot be shared out over {number} machines; "
+            f"try --nodes {fewer}"
+        )
+    offered = load_instances(gpu.name)
+    if offered and not machines.suitable(offered, each):
+        most = max(instance.num_gpus for instance in offered)
+        raise RequestError(
+            f"no machine has {each} x {gpu.title}, the largest {most}; "
+            f"try --nodes {machines.fewest(offered, workload.num_gpus)}"
+        )
+    if number > 1 and workload.sharding == "weights":
+        raise RequestError("--sharding weights is not planned over a network; leave it out, or try --nodes 1")
 
 
 def check_method(workload: Workload) -> None:
@@ -205,7 +226,7 @@ def deadline_hours(workload: Workload, gpu: GpuSpec) -> float | None:
     """When the run must be over, for the time or for the money."""
     if workload.budget_usd is None:
         return workload.deadline_hours
-    hours = money.hours_for(workload.budget_usd, load_instances(gpu.name), workload.region, workload.num_gpus)
+    hours = money.hours_for(workload.budget_usd, load_instances(gpu.name), workload)
     if hours is None:
         raise RequestError(f"no shipped instance has {workload.num_gpus} x {gpu.title}, so --budget-usd has no price")
     return hours if workload.deadline_hours is None else min(hours, workload.deadline_hours)

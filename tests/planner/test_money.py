@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallowflow.planner.money import offers
+from shallowflow.planner.plan import Workload
 from shallowflow.profiles import InstanceSpec, Price, load_instances
 
 REGIONS = ["us-east-1", "eu-west-1", "ap-south-1"]
@@ -43,7 +44,7 @@ def test_offers_are_those_of_the_region_with_gpus_enough(
     """One offer for each instance that has the GPUs and a price in the region, and for no other."""
     specs, region, num_gpus, hours = request
 
-    found = offers(specs, region, num_gpus, lambda _instance: hours)
+    found = offers(specs, Workload(region=region, num_gpus=num_gpus), lambda _instance: hours)
 
     able = [s.name for s in specs if s.num_gpus >= num_gpus and region in {price.region for price in s.prices}]
     assert sorted(offer.instance for offer in found) == sorted(able)
@@ -54,7 +55,7 @@ def test_offers_are_those_of_the_region_with_gpus_enough(
 def test_offers_are_sorted_and_cost_their_hours(request: tuple[list[InstanceSpec], str, int, float]) -> None:
     """Cheapest first; each price times the hours, and no spot price where there is none."""
     specs, region, num_gpus, hours = request
-    found = offers(specs, region, num_gpus, lambda _instance: hours)
+    found = offers(specs, Workload(region=region, num_gpus=num_gpus), lambda _instance: hours)
 
     assert [offer.on_demand_usd for offer in found] == sorted(offer.on_demand_usd for offer in found)
     for offer in found:
@@ -70,7 +71,7 @@ def test_a_t4_for_an_hour_costs_what_its_list_says() -> None:
     specs = load_instances("t4")
     cheapest = min((p.on_demand_usd_per_hour, s.name) for s in specs for p in s.prices if p.region == "us-east-1")
 
-    found = offers(specs, "us-east-1", 1, lambda _instance: 1.0)
+    found = offers(specs, Workload(), lambda _instance: 1.0)
 
     assert (found[0].on_demand_usd, found[0].instance) == cheapest
     assert all(offer.price_date and offer.price_source for offer in found)
@@ -81,7 +82,24 @@ def test_four_gpus_are_not_offered_on_one() -> None:
     specs = load_instances("t4")
     enough = {spec.name for spec in specs if spec.num_gpus >= 4}
 
-    found = {offer.instance for offer in offers(specs, "us-east-1", 4, lambda _instance: 1.0)}
+    found = {offer.instance for offer in offers(specs, Workload(num_gpus=4), lambda _instance: 1.0)}
 
     assert found <= enough
     assert found
+
+
+@given(requests, st.integers(2, 5))
+def test_several_machines_cost_as_many_times_as_much(
+    request: tuple[list[InstanceSpec], str, int, float], number: int
+) -> None:
+    """Each machine has its part of the GPUs and takes all of the hours."""
+    specs, region, num_gpus, hours = request
+    one = offers(specs, Workload(region=region, num_gpus=num_gpus), lambda _instance: hours)
+    several = offers(
+        specs, Workload(region=region, num_gpus=num_gpus * number, num_machines=number), lambda _instance: hours
+    )
+
+    assert [offer.instance for offer in several] == [offer.instance for offer in one]
+    for few, many in zip(one, several, strict=True):
+        assert many.num_instances == number and many.hours == few.hours
+        assert many.on_demand_usd == pytest.approx(number * few.on_demand_usd)
