@@ -150,8 +150,8 @@ def over_gpus(model: str, gpu: str, points: Sequence[FrontierPoint], million_tok
         rows=tuple(rows),
         charts=_over(GPUS, counts, up),
         notes=(
-            "On the cheapest machine that has so many: some have more than are used. More than one has are in as few as",
-            "have them, joined by their network.",
+            "On the cheapest machine that has so many: some have more than are used. What no machine has is in as few",
+            "as have it, joined by their network.",
         ),
     )
 
