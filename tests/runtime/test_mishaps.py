@@ -34,7 +34,7 @@ def test_two_signals_between_an_update_and_its_record(
     plans: dict[str, Plan], request_for: RequestFor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The update counts, or it is not kept: a resumed run makes none twice."""
-    whole = train(plans["fp32"], request_for(num_steps=6, output=tmp_path / "whole"))
+    whole = train(plans["fp16"], request_for(num_steps=6, output=tmp_path / "whole"))
     seconds, calls = meter.Stopwatch.seconds, 0
 
     def interrupted(self: meter.Stopwatch) -> float:
@@ -47,8 +47,8 @@ def test_two_signals_between_an_update_and_its_record(
 
     with monkeypatch.context() as patch:
         patch.setattr(meter.Stopwatch, "seconds", interrupted)
-        cut = train(plans["fp32"], request_for(num_steps=6))
-    resumed = train(plans["fp32"], request_for(num_steps=6, resume=True))
+        cut = train(plans["fp16"], request_for(num_steps=6))
+    resumed = train(plans["fp16"], request_for(num_steps=6, resume=True))
 
     assert calls >= 4 and len(cut.steps) < 6
     assert losses(resumed) == losses(whole)
@@ -81,7 +81,7 @@ def test_memory_that_runs_out_under_another_name(
         return loss(self, batch)
 
     monkeypatch.setattr(Trainee, "loss", short)
-    record = train(plans["fp32"], request_for(num_steps=4))
+    record = train(plans["fp16"], request_for(num_steps=4))
 
     assert record.outcome == "completed" and len(record.steps) == 4 and len(record.fallbacks) == 1
 
@@ -99,7 +99,7 @@ def test_other_errors_are_not_taken_for_it(
 
     monkeypatch.setattr(Trainee, "loss", wrong)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        train(plans["fp32"], request_for())
+        train(plans["fp16"], request_for())
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_disk_that_is_full_for_a_while(
                 small_files(resource.RLIM_INFINITY)
 
     request = request_for(num_steps=6, save_every=2)
-    record = train(plans["fp32"], request, Filling())
+    record = train(plans["fp16"], request, Filling())
     kept = {path.name for path in (request.output / folder.CHECKPOINTS).iterdir()}
 
     assert record.outcome == "completed" and len(record.steps) == 6
@@ -166,7 +166,7 @@ def test_a_tracker_that_fails_ends_no_run(
     monkeypatch.setattr(Failing, "fails", fails)
     monkeypatch.setattr(tracking, "TensorBoardTracker", Failing)
     request = request_for(track=("tensorboard",))
-    record = train(plans["fp32"], request)
+    record = train(plans["fp16"], request)
 
     assert record.outcome == "completed" and len(record.steps) == 3
     assert (request.output / "adapter" / "adapter_model.safetensors").is_file()
