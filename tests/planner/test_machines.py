@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import shallowflow
 from shallowflow.planner import communication, machines
-from shallowflow.profiles import load_gpu, load_instances
+from shallowflow.planner.plan import Workload
+from shallowflow.planning import make_plan
+from shallowflow.profiles import ModelSpec, load_gpu, load_instances
 from shallowflow.session import RequestError
 from tests.front.shell import sfplan
 from tests.runtime import tiny
 
 T4 = load_gpu("t4")
 SHIPPED = tuple(load_instances("t4"))
+TINY = ModelSpec(name="tiny", config=dict(tiny.CONFIG))
+SMALL: dict[str, Any] = {
+    "sequence_length": 64,
+    "num_stages": 1,
+    "activations": "save",
+    "loss_chunks": 1,
+    "quantization": "fp16",
+}
 
 
 @given(st.integers(1, 200))
@@ -45,8 +57,8 @@ def test_the_link_is_the_slowest_on_the_way() -> None:
 
 def test_a_network_takes_longer_than_a_bus() -> None:
     """The same GPUs in more machines make a step no faster, by just what waiting for gradients takes longer."""
-    work = {"sequence_length": 64, "global_batch_size": 8, "num_gpus": 4, "sharding": "none", "num_stages": 1}
-    one, four = (shallowflow.plan(dict(tiny.CONFIG), "t4", **work, num_machines=n) for n in (1, 4))
+    work = Workload(**SMALL, global_batch_size=8, num_gpus=4, sharding="none")
+    one, four = (make_plan(TINY, T4, replace(work, num_machines=n)) for n in (1, 4))
     longer = four.prediction.communication_seconds - one.prediction.communication_seconds
 
     assert longer > 0
@@ -66,18 +78,20 @@ def test_a_network_takes_longer_than_a_bus() -> None:
         ),
     ],
 )
-def test_machines_that_there_are_not(asked: dict[str, object], said: str) -> None:
+def test_machines_that_there_are_not(asked: dict[str, Any], said: str) -> None:
     """What cannot be is refused, with what would work."""
     with pytest.raises(RequestError) as refused:
-        shallowflow.plan(dict(tiny.CONFIG), "t4", sequence_length=64, **asked)
+        make_plan(TINY, T4, replace(Workload(**SMALL), **asked))
 
     assert str(refused.value) == said
 
 
-def test_a_plan_says_its_machines() -> None:
+def test_a_plan_says_its_machines(tmp_path: Path) -> None:
     """GPUs that no machine has are in as few as have them, without being asked."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(tiny.CONFIG), encoding="utf-8")
     done = sfplan(
-        "SmolLM2-135M", "--gpu", "t4", "--gpus", 16, "--stages", 1, "--sequence-length", 64, "--fix", "loss_chunks=1",
+        config, "--gpu", "t4", "--gpus", 16, "--stages", 1, "--sequence-length", 64, "--fix", "loss_chunks=1",
         "--fix", "activations=save", "--quantization", "fp16",
     )  # fmt: skip
 
@@ -88,4 +102,4 @@ def test_a_plan_says_its_machines() -> None:
 
 def test_one_machine_is_the_default() -> None:
     """A workload that says nothing of machines is one of a single one."""
-    assert replace(shallowflow.Workload(), num_gpus=8).gpus_per_machine == 8
+    assert replace(Workload(), num_gpus=8).gpus_per_machine == 8
