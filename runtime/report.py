@@ -24,8 +24,8 @@ ROWS_SHOWN = 40
 
 def html(plan: Plan, run: RunRecord, timeline: Timeline | None = None) -> str:
     """The page: did it fit and learn, predicted beside measured, loss, time, memory by category and over the step."""
-    figures = [_memory(plan), _loss(run), _seconds(plan, run)]
-    figures += [_timeline(timeline, "The step's memory, predicted")] if timeline else []
+    figures = [memory_figure(plan), _loss(run), _seconds(plan, run)]
+    figures += [timeline_figure(timeline, "The step's memory, predicted")] if timeline else []
     charts = [chart(figure, first=index == 0) for index, figure in enumerate(figures)]
     return template("report.html").render(
         plan=plan,
@@ -45,7 +45,7 @@ def memory_html(record: MemoryRecord, name: str) -> str:
     return template("memory.html").render(
         record=record,
         name=name,
-        chart=chart(_timeline(record.timeline, peak), first=True),
+        chart=chart(timeline_figure(record.timeline, peak), first=True),
         answers=[
             ("resident before the step", record.resident_bytes),
             ("peak allocated", record.peak_allocated_bytes),
@@ -103,7 +103,8 @@ def chart(figure: go.Figure, *, first: bool, name: str | None = None) -> str:
     return page
 
 
-def _memory(plan: Plan) -> go.Figure:
+def memory_figure(plan: Plan) -> go.Figure:
+    """The process's memory at the peak, by category."""
     bars: list[Any] = [
         go.Bar(
             name=part.category,
@@ -125,7 +126,7 @@ def _memory(plan: Plan) -> go.Figure:
     return figure
 
 
-def _timeline(timeline: Timeline, title: str) -> go.Figure:
+def timeline_figure(timeline: Timeline, title: str) -> go.Figure:
     """Categories stacked over the step's allocations and frees, what is reserved above them, and where phases begin."""
     figure = go.Figure()
     for name, levels in timeline.categories.items():

@@ -33,6 +33,7 @@ from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import make_plan
 from shallowflow.profiles import FactsError, load_gpu
 from shallowflow.profiles.load import load_instances
+from shallowflow.reporting import check_report, write_report
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
@@ -85,7 +86,8 @@ def cli() -> None:
 @workload_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan to a file.")
-def plan_command(model: str, as_json: bool, output: Path | None, **options: Any) -> None:
+@click.option("--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a page on the plan, FILE.html.")
+def plan_command(model: str, as_json: bool, output: Path | None, report: Path | None, **options: Any) -> None:
     """Find the best way to fine-tune MODEL on a GPU, without a GPU.
 
     MODEL is a shipped name, a folder or config.json, or a Hub id where there is a network.
@@ -94,6 +96,7 @@ def plan_command(model: str, as_json: bool, output: Path | None, **options: Any)
     sfplan Llama-3.1-8B --gpu t4
     sfplan Qwen2.5-1.5B --gpu t4 --sequence-length 1024 --tokens 5000000
     sfplan Qwen2.5-1.5B --gpu t4 --max-process-gib 10 --fix micro_batch_size=2
+    sfplan Qwen2.5-1.5B --gpu t4 --output plan.json --report plan.html
     """
     from shallowflow.hub import find_model
     from shallowflow.terminal import status
@@ -101,6 +104,7 @@ def plan_command(model: str, as_json: bool, output: Path | None, **options: Any)
     spec = find_model(model)
     device, workload, notes = request((model, spec.name), **options)
     _check_writable(output)
+    check_report(report)
     try:
         with status(f"planning {spec.name}") as tell:
             made = make_plan(spec, device, workload, progress=tell, notes=notes)
@@ -113,6 +117,9 @@ def plan_command(model: str, as_json: bool, output: Path | None, **options: Any)
             write_text(output, to_json(made))
         except OSError as error:
             raise RequestError(f"cannot write {output}: {error.strerror}") from None
+    if report:
+        with status("writing the page") as tell:
+            write_report(made, report, tell)
     _show(made, as_json)
 
 
