@@ -19,6 +19,7 @@ from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 from .report import INK, chart, memory_figure, template, timeline_figure
 
 GIB = 2**30
+MOST_PRICES = 12
 BELOW = {"orientation": "h", "y": -0.3}
 
 
@@ -45,7 +46,8 @@ def html(
         words=words,
         charts=charts,
         strategies=words.strategies(plan.configuration),
-        money=_money(plan, instances),
+        money=_money(plan, instances)[:MOST_PRICES],
+        num_prices=len(_money(plan, instances)),
         data=_data(plan, gpu, variants) if variants else None,
     )
 
