@@ -187,11 +187,11 @@ TRACED_MICRO_BATCHES = 2
 def traced_micro_batches(configuration: Configuration, stage: int = 0) -> int:
     """Micro-batches of a step that show all that a step of *stage* takes.
 
-    Those in flight at once, and as many more as it takes until none of the first is: the last message that was sent
-    before the first backward pass is held beyond its own.
+    Those in flight at once, and one more, of which the first to begin once gradients are there: later ones find the
+    same or less, as the last message that was sent before the first backward pass is let go of at some time.
     """
     in_flight = configuration.num_stages - stage
-    return min(configuration.gradient_accumulation_steps, max(TRACED_MICRO_BATCHES, 2 * in_flight - 1))
+    return min(configuration.gradient_accumulation_steps, max(TRACED_MICRO_BATCHES, in_flight + 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,10 +68,10 @@ class MetaStep:
     def run(self, num_micro_batches: int | None = None) -> StepOutcome:
         """One optimizer update over the first *num_micro_batches*; None for all.
 
-        Of a stage all are run at any time: a pipeline has work for each of its stages.
+        Of a stage one more, so that one is held while another comes, as in any step of a pipeline.
         """
-        if self.trainee.pipe is not None:
-            num_micro_batches = None
+        if self.trainee.pipe is not None and num_micro_batches is not None:
+            num_micro_batches += 1
         return self.trainee.step(self.micro_batches[:num_micro_batches])
 
     def update_alone(self) -> None:
