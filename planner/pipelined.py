@@ -6,8 +6,9 @@ does not fit, its memory is cut by what was missed, and the cell cut again.
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from . import allowed
@@ -18,7 +19,7 @@ from .cutting import Cutting, StageChoice, StagedChoice, bounds_of, worthwhile
 from .memory_record import TracedPeak
 from .problem import Problem
 from .staged import Staging, stagings
-from .staged_bound import Bounds, after_forward
+from .staged_bound import Bounds, after_forward, at_a_glance
 from .strategies import Cell, Configuration
 
 MOST_TRACED = 12
@@ -74,12 +75,12 @@ class StagedSearch:
         """The best found that scores less than *better_than*; with *memory_bytes* one that composes to no more."""
         budget = self.problem.budget_bytes if memory_bytes is None else memory_bytes
         found: Traced | None = None
-        bounds = [self.bound(number, budget) for number in range(len(self.made))]
-        for number in sorted(range(len(self.made)), key=bounds.__getitem__):
+        for number, bound in self._in_order(budget):
             least = better_than if found is None else min(better_than, found.chosen.score_picoseconds)
-            if bounds[number] >= worthwhile(least):
+            if bound >= worthwhile(least):
                 break
-            found = self._in_cell(number, budget, least) or found
+            if number is not None:
+                found = self._in_cell(number, budget, least) or found
         if found is None and memory_bytes is None and better_than == FAR and self.made:
             lean = smallest(self)
             found = None if lean.short_of(budget) else lean
@@ -88,8 +89,19 @@ class StagedSearch:
     @property
     def least(self) -> int:
         """What any cut of any cell scores at least; FAR where none fits."""
-        budget = self.problem.budget_bytes
-        return min((self.bound(number, budget) for number in range(len(self.made))), default=FAR)
+        return next((bound for number, bound in self._in_order(self.problem.budget_bytes) if number is not None), FAR)
+
+    def _in_order(self, budget: int) -> Iterator[tuple[int | None, int]]:
+        """Cells with their bounds, the least first; without a number what all that are left take at least."""
+        left = [(at_a_glance(one.told(0), one.layers()), False, number) for number, one in enumerate(self.made)]
+        heapq.heapify(left)
+        while left:
+            bound, is_exact, number = heapq.heappop(left)
+            if is_exact:
+                yield number, bound
+                continue
+            yield None, bound
+            heapq.heappush(left, (self.bound(number, budget), True, number))
 
     def bound(self, number: int, budget: int) -> int:
         """What any cut of a cell scores at least; FAR where none fits."""

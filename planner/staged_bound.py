@@ -51,6 +51,28 @@ def bound(proof: Proof, staged: StagedCell) -> int | None:
     return None if found is None else found.total
 
 
+def least_of(proof: Proof, cells: Sequence[StagedCell]) -> int | None:
+    """The least of the bounds of *cells*; None if nothing fits in any. One that is no less at a glance is passed over."""
+    glances = [at_a_glance(staged, layers_of(proof, staged)) for staged in cells]
+    least: int | None = None
+    for number in sorted(range(len(cells)), key=glances.__getitem__):
+        if least is not None and glances[number] >= least:
+            break
+        found = bound(proof, cells[number])
+        if found is not None and (least is None or found < least):
+            least = found
+    return least
+
+
+def at_a_glance(staged: StagedCell, layers: Sequence[Sequence[Choice]]) -> int:
+    """What any cut of *layers* takes at least, whatever memory there is: as if they were shared out evenly."""
+    stages, side = staged.num_stages, "device_picoseconds"
+    busy = sum(min(choice.device_picoseconds for choice in choices) for choices in layers)
+    busy += sum(staged.outside_picoseconds(stage, side) for stage in range(stages))
+    update = staged.update_picoseconds * -(-len(layers) // stages)
+    return busy + (staged.num_micro_batches - 1) * (busy // stages) + update
+
+
 @dataclass(frozen=True, slots=True)
 class _Moment:
     """What is allocated at some time: each choice's part, of every kind of layer, and what is left for them."""
