@@ -52,7 +52,7 @@ def bound(proof: Proof, staged: StagedCell) -> int | None:
 
 
 def least_of(proof: Proof, cells: Sequence[StagedCell]) -> int | None:
-    """The least of the bounds of *cells*; None if nothing fits in any. One that is no less at a glance is passed over."""
+    """The least of the bounds of *cells*; None if nothing fits in any. What is no less at a glance is passed over."""
     glances = [at_a_glance(staged, layers_of(proof, staged)) for staged in cells]
     least: int | None = None
     for number in sorted(range(len(cells)), key=glances.__getitem__):
