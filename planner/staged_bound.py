@@ -30,7 +30,7 @@ from .proof import Proof
 from .staged_cell import SIDES, StagedCell
 from .staged_tables import layers_of
 
-MOST_CASES = 4
+MOST_CASES = 3
 """Of how much the backward pass that needs the most needs."""
 FINEST = 2**20
 """Parts of a picosecond in which prices are counted, where numbers of 64 bits have room for it."""
@@ -129,9 +129,23 @@ class Bounds:
     def cut(self, memory_bytes: Sequence[int]) -> Cut | None:
         """Where the bounds are least together, with so much memory for each stage, and what any cut scores at least."""
         stages, weight = range(self.staged.num_stages), self.staged.num_micro_batches
+        if not self._may_fit(memory_bytes):
+            return None
         once = np.array([self.least(stage, memory_bytes[stage], 1) for stage in stages])
         often = np.array([self.least(stage, memory_bytes[stage], weight) for stage in stages])
         return self.least_cut(once, often)
+
+    def _may_fit(self, memory_bytes: Sequence[int]) -> bool:
+        """Whether there is a cut none of whose stages is too large."""
+        reached = np.zeros(self.num_layers + 1, dtype=np.bool_)
+        reached[0] = True
+        for stage, memory in enumerate(memory_bytes):
+            fits = np.zeros(self._counts.shape[1], dtype=np.bool_)
+            for low, high in self._cases():
+                allowed = [ends <= high for ends in self._ends]
+                fits |= self._all_fit(self._moments(stage, memory, allowed, low), self._sent_by(stage, allowed))
+            reached = (reached[:, None] & self._is_stretch & fits[self._place]).any(axis=0)
+        return bool(reached[-1])
 
     def least_cut(self, once: Ints, often: Ints) -> Cut | None:
         """The cut where *once* and the largest rise to *often* are least together, with the update."""
@@ -163,7 +177,7 @@ class Bounds:
         """``least`` by numbers of layers, if no backward pass needs more than *high*, and one needs *low*."""
         allowed = [ends <= high for ends in self._ends]
         moments = self._moments(stage, memory_bytes, allowed, low)
-        sent = [self.staged.in_flight(stage) * each[open_] for each, open_ in zip(self._sent, allowed, strict=True)]
+        sent = self._sent_by(stage, allowed)
         found = np.full(self._counts.shape[1], -FAR, dtype=np.int64)
         for moment in moments:
             for side in SIDES:
@@ -173,8 +187,14 @@ class Bounds:
                 ]
                 outside = weight * self.staged.outside_picoseconds(stage, side)
                 found = np.maximum(found, self._shown(moment, costs, sent) + outside)
-        fits = np.logical_and.reduce([self._fits(moment, sent) for moment in moments])
-        return np.where(fits, found, FAR)
+        return np.where(self._all_fit(moments, sent), found, FAR)
+
+    def _sent_by(self, stage: int, allowed: Masks) -> list[Ints]:
+        return [self.staged.in_flight(stage) * each[open_] for each, open_ in zip(self._sent, allowed, strict=True)]
+
+    def _all_fit(self, moments: Sequence[_Moment], sent: Sequence[Ints]) -> npt.NDArray[np.bool_]:
+        fits: npt.NDArray[np.bool_] = np.logical_and.reduce([self._fits(moment, sent) for moment in moments])
+        return fits
 
     def _moments(self, stage: int, memory_bytes: int, allowed: Masks, low: int) -> list[_Moment]:
         staged, in_flight = self.staged, self.staged.in_flight(stage)
