@@ -124,7 +124,7 @@ class Bounds:
             raise Unproven("a cell takes more memory than there is")
 
     def _largest(self, name: str) -> int:
-        return max(abs(getattr(choice, name)) for kind in self._kinds for choice in kind)
+        return max(abs(int(getattr(choice, name))) for kind in self._kinds for choice in kind)
 
     def cut(self, memory_bytes: Sequence[int]) -> Cut | None:
         """Where the bounds are least together, with so much memory for each stage, and what any cut scores at least."""
@@ -234,7 +234,8 @@ class Bounds:
         for low, need, host in zip(lows, moment.needs, sent, strict=True):
             pairs = zip(need[host > 0].tolist(), host[host > 0].tolist(), strict=True)
             spared = max([spared, *(-((n - low) * self.host_bytes // h) for n, h in pairs)])
-        return fits & (np.array(lows) @ self._counts - spared <= moment.room)
+        fits &= np.array(lows) @ self._counts - spared <= moment.room
+        return fits
 
     def _shown(self, moment: _Moment, costs: Sequence[Ints], sent: Sequence[Ints]) -> Ints:
         """The most that prices of memory, and of the host's, show for each number of layers of each kind."""
@@ -245,7 +246,7 @@ class Bounds:
         ]
         for host_prices in self._host_prices(values, sent):
             worth = [
-                (value + host_prices[:, None] * host).min(axis=1, initial=LARGE)
+                (value + host_prices[:, None] * host).min(axis=1, initial=MOST // 2 // self.num_layers)
                 for value, host in zip(values, sent, strict=True)
             ]
             left = prices * moment.room + host_prices * (self.host_bytes or 0)
@@ -260,7 +261,8 @@ class Bounds:
             slopes.update(hull_prices(need, cost), hull_prices(need[host == 0], cost[host == 0]))
         most_bytes = max(abs(moment.room), self.num_layers * max(int(abs(n).max(initial=0)) for n in moment.needs))
         most_cost = self.num_layers * max(int(abs(cost).max(initial=0)) for cost in costs)
-        times = 1 + self._most_sent(sent) // min(int(host[host > 0].min(initial=MOST)) for host in sent)
+        least_sent = min(int(host[host > 0].min(initial=MOST)) for host in sent)
+        times = 2 + self._most_sent(sent) // (self.num_layers * least_sent)  # what the host's prices come to besides
         found = [(0, 1)]
         for slope in sorted(slopes):
             parts = min(FINEST, int(MOST // 4 / max(1.0, most_cost + slope * most_bytes) / times))
