@@ -10,7 +10,6 @@ import numpy as np
 
 from .arrangement import arranged
 from .branch import BranchAndBound
-from .cell_search import FEW_NODES
 from .chain import Chain, Limits, Taken
 from .cuts import FAR, Cut
 from .neighbours import Chosen
@@ -20,11 +19,12 @@ from .staged_bound import Bounds
 from .staged_cell import EXCHANGES
 from .strategies import Strategy
 
-MOST_ROUNDS = 60
+MOST_ROUNDS = 24
 """Cuts of one cell that are looked into."""
-MANY_NODES = 300
-"""Parts that the slowest stage's search goes through."""
-NEGLIGIBLE = 1e-3
+FEW_NODES, MANY_NODES = 60, 240
+"""Parts that a stage's search goes through, and that of the slowest."""
+NODES_AT_ONCE = 30
+NEGLIGIBLE = 5e-3
 """Of a score: nothing that promises to be better by less is looked for, and the gap that is told has it in."""
 
 Stretch = tuple[int, int, int, int]
@@ -217,7 +217,7 @@ def _near_best(chain: Chain, limits: Limits, least: float, most_nodes: int) -> C
     """The best found that scores less than *least* by enough to look for it."""
     search = BranchAndBound(chain, limits)
     best: Chosen | None = None
-    for nodes in range(FEW_NODES // 2, most_nodes + 1, FEW_NODES // 2):
+    for nodes in range(NODES_AT_ONCE, most_nodes + 1, NODES_AT_ONCE):
         if search.bound_seconds >= least * (1 - NEGLIGIBLE):
             break
         found = search.search(least, nodes).best

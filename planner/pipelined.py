@@ -6,8 +6,9 @@ does not fit, its memory is cut by what was missed, and the cell cut again.
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from . import allowed
@@ -18,9 +19,11 @@ from .cutting import Cutting, StageChoice, StagedChoice, bounds_of, worthwhile
 from .memory_record import TracedPeak
 from .problem import Problem
 from .staged import Staging, stagings
-from .staged_bound import Bounds, after_forward
+from .staged_bound import Bounds, after_forward, at_a_glance
 from .strategies import Cell, Configuration
 
+MOST_CELLS = 3
+"""That are searched, those of the least bounds first; the gap that is told is to the least of all."""
 MOST_TRACED = 12
 """Times that one cell is cut again because a stage did not fit when it was traced whole."""
 LEAST_CUT_BYTES = 4 * 2**20
@@ -48,48 +51,110 @@ class Traced:
         return {n: peak.peak_reserved_bytes - stage.taken.peak_bytes for n, (peak, stage) in enumerate(pairs)}
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where what searches found is kept, by the text of all that it follows from."""
+
+    recall: Callable[[str], tuple[int, ...] | None]
+    keep: Callable[[str, tuple[int, ...]], None]
+
+
 @dataclass(slots=True)
 class StagedSearch:
     """All cells of a problem with the model cut into *num_stages*.
 
     Attributes:
+        memory: what was found before.
         num_traced, num_rejected: configurations whose stages were traced, and those of them that did not fit.
     """
 
     problem: Problem
     trace: Trace
     made: list[Staging]
+    memory: Memory
     num_traced: int = 0
     num_rejected: int = 0
     _bounds: dict[int, Bounds] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, problem: Problem, cells: Sequence[Cell], num_stages: int, width: int, link: Link, trace: Trace
+        cls,
+        problem: Problem,
+        cells: Sequence[Cell],
+        num_stages: int,
+        width: int,
+        link: Link,
+        trace: Trace,
+        memory: Memory,
     ) -> StagedSearch:
         """The search in *cells*, cut into stages between which vectors of *width* go over *link*."""
-        return cls(problem, trace, stagings(problem, cells, num_stages, width, link))
+        return cls(problem, trace, stagings(problem, cells, num_stages, width, link), memory)
 
     def best(self, memory_bytes: int | None = None, better_than: int = FAR) -> Traced | None:
         """The best found that scores less than *better_than*; with *memory_bytes* one that composes to no more."""
         budget = self.problem.budget_bytes if memory_bytes is None else memory_bytes
-        found: Traced | None = None
-        bounds = [self.bound(number, budget) for number in range(len(self.made))]
-        for number in sorted(range(len(self.made)), key=bounds.__getitem__):
-            least = better_than if found is None else min(better_than, found.chosen.score_picoseconds)
-            if bounds[number] >= worthwhile(least):
-                break
-            found = self._in_cell(number, budget, least) or found
+        asked = repr((self.made, budget, self.problem.budget_bytes, self.problem.host_bytes, better_than))
+        known = self.memory.recall(asked)
+        if known is not None:
+            return self._again(known)
+        found = self._searched(budget, better_than)
         if found is None and memory_bytes is None and better_than == FAR and self.made:
             lean = smallest(self)
             found = None if lean.short_of(budget) else lean
+        self.memory.keep(asked, self._told(found))
+        return found
+
+    def _searched(self, budget: int, better_than: int) -> Traced | None:
+        found: Traced | None = None
+        num_searched = 0
+        for number, bound in self._in_order(budget):
+            least = better_than if found is None else min(better_than, found.chosen.score_picoseconds)
+            if bound >= worthwhile(least) or num_searched == MOST_CELLS:
+                break
+            if number is not None:
+                found = self._in_cell(number, budget, least) or found
+                num_searched += 1
+        return found
+
+    def _told(self, found: Traced | None) -> tuple[int, ...]:
+        """What was found in numbers: how many were traced and did not fit, and the cell, starts and layers' choices."""
+        counts = (self.num_traced, self.num_rejected)
+        if found is None:
+            return counts
+        chosen = found.chosen
+        number = next(n for n, one in enumerate(self.made) if one.cell == chosen.staging.cell)
+        layers = zip(self.made[number].layers(), chosen.strategies, strict=True)
+        places = (next(n for n, choice in enumerate(row) if choice.strategy == own) for row, own in layers)
+        return (*counts, number, *chosen.starts, *places)
+
+    def _again(self, told: tuple[int, ...]) -> Traced | None:
+        """What was found before, reckoned and traced anew."""
+        found: Traced | None = None
+        if len(told) > 2:
+            staging = self.made[told[2]]
+            starts, places = told[3 : 3 + staging.num_stages], told[3 + staging.num_stages :]
+            spans = itertools.pairwise((*starts, staging.num_layers))
+            stages = tuple(_placed(staging, stage, range(a, b), places[a:b]) for stage, (a, b) in enumerate(spans))
+            found = self.traced(StagedChoice(staging, starts, stages))
+        self.num_traced, self.num_rejected = told[:2]
         return found
 
     @property
     def least(self) -> int:
         """What any cut of any cell scores at least; FAR where none fits."""
-        budget = self.problem.budget_bytes
-        return min((self.bound(number, budget) for number in range(len(self.made))), default=FAR)
+        return next((bound for number, bound in self._in_order(self.problem.budget_bytes) if number is not None), FAR)
+
+    def _in_order(self, budget: int) -> Iterator[tuple[int | None, int]]:
+        """Cells with their bounds, the least first; without a number what all that are left take at least."""
+        left = [(at_a_glance(one.told(0), one.layers()), False, number) for number, one in enumerate(self.made)]
+        heapq.heapify(left)
+        while left:
+            bound, is_exact, number = heapq.heappop(left)
+            if is_exact:
+                yield number, bound
+                continue
+            yield None, bound
+            heapq.heappush(left, (self.bound(number, budget), True, number))
 
     def bound(self, number: int, budget: int) -> int:
         """What any cut of a cell scores at least; FAR where none fits."""
@@ -152,6 +217,14 @@ def smallest(search: StagedSearch) -> Traced:
     spans = [range(a, b) for a, b in itertools.pairwise((*cut.starts, staging.num_layers))]
     stages = tuple(_leanest(staging, stage, layers) for stage, layers in enumerate(spans))
     return search.traced(StagedChoice(staging, cut.starts, stages))
+
+
+def _placed(staging: Staging, stage: int, layers: range, places: Sequence[int]) -> StageChoice:
+    """A *stage* each of whose layers has its choice by its number."""
+    chain = staging.chain(stage, layers, 1)
+    rows = (group.choices for group in chain.groups for _ in range(group.num_layers))
+    chosen = [(row[place], 1) for row, place in zip(rows, places, strict=True)]
+    return StageChoice(tuple(choice.strategy for choice, _ in chosen), taken_in_order(chain, chosen))
 
 
 def _leanest(staging: Staging, stage: int, layers: range) -> StageChoice:

@@ -122,7 +122,11 @@ def at_once(choices: Sequence[Choice], in_flight: int) -> tuple[Choice, ...]:
 def stagings(problem: Problem, cells: Sequence[Cell], num_stages: int, width: int, link: Link) -> list[Staging]:
     """*cells* with the model cut into *num_stages*, between which vectors of *width* go over *link*."""
     alike = replace(problem, weighed=())
-    made = [_staging(alike, cell, num_stages, width, link) for cell in cells]
+    groups: dict[int, tuple[Group, ...]] = {}
+    for cell in cells:
+        if cell.micro_batch_size not in groups:
+            groups[cell.micro_batch_size] = posing.groups_of(alike, cell)
+    made = [_staging(alike, cell, num_stages, width, link, groups[cell.micro_batch_size]) for cell in cells]
     if not made:
         return made
     worth = quality.WORTH[problem.workload.objective] * min(map(_fastest_picoseconds, made))
@@ -138,14 +142,15 @@ def _fastest_picoseconds(staging: Staging) -> int:
     return busy + busy * (staging.num_micro_batches - 1) // staging.num_stages
 
 
-def _staging(problem: Problem, cell: Cell, num_stages: int, width: int, link: Link) -> Staging:
+def _staging(
+    problem: Problem, cell: Cell, num_stages: int, width: int, link: Link, groups: tuple[Group, ...]
+) -> Staging:
     size, rank, gpu = cell.micro_batch_size, cell.rank or 0, problem.gpu
     accumulates = cell.gradient_accumulation_steps > 1
     layers = posing.each_layer(problem, cell.optimizer)
     head = costs.with_update(problem.heads[cell.loss_chunks], layers[0])
     curve = costs.curves(head, size, rank, accumulates=accumulates)
     device, host = latency.profile_seconds(head, size, rank, gpu)
-    groups = posing.groups_of(problem, cell)
     state = max(costs.state_bytes(profile, rank) for profile in layers)
     gradients = max(costs.gradient_bytes(profile, 1, rank) for profile in layers)
     waiting = communication.all_reduce_seconds(gradients, problem.workload.num_gpus // num_stages, link)

@@ -30,7 +30,7 @@ from .proof import Proof
 from .staged_cell import SIDES, StagedCell
 from .staged_tables import layers_of
 
-MOST_CASES = 4
+MOST_CASES = 3
 """Of how much the backward pass that needs the most needs."""
 FINEST = 2**20
 """Parts of a picosecond in which prices are counted, where numbers of 64 bits have room for it."""
@@ -49,6 +49,28 @@ def bound(proof: Proof, staged: StagedCell) -> int | None:
         raise Unproven("a cell does not say what each of its stages holds")
     found = Bounds(staged, layers, proof.host_bytes).cut([proof.budget_bytes] * staged.num_stages)
     return None if found is None else found.total
+
+
+def least_of(proof: Proof, cells: Sequence[StagedCell]) -> int | None:
+    """The least of the bounds of *cells*; None if nothing fits in any. What is no less at a glance is passed over."""
+    glances = [at_a_glance(staged, layers_of(proof, staged)) for staged in cells]
+    least: int | None = None
+    for number in sorted(range(len(cells)), key=glances.__getitem__):
+        if least is not None and glances[number] >= least:
+            break
+        found = bound(proof, cells[number])
+        if found is not None and (least is None or found < least):
+            least = found
+    return least
+
+
+def at_a_glance(staged: StagedCell, layers: Sequence[Sequence[Choice]]) -> int:
+    """What any cut of *layers* takes at least, whatever memory there is: as if they were shared out evenly."""
+    stages, side = staged.num_stages, "device_picoseconds"
+    busy = sum(min(choice.device_picoseconds for choice in choices) for choices in layers)
+    busy += sum(staged.outside_picoseconds(stage, side) for stage in range(stages))
+    update = staged.update_picoseconds * -(-len(layers) // stages)
+    return busy + (staged.num_micro_batches - 1) * (busy // stages) + update
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +124,28 @@ class Bounds:
             raise Unproven("a cell takes more memory than there is")
 
     def _largest(self, name: str) -> int:
-        return max(abs(getattr(choice, name)) for kind in self._kinds for choice in kind)
+        return max(abs(int(getattr(choice, name))) for kind in self._kinds for choice in kind)
 
     def cut(self, memory_bytes: Sequence[int]) -> Cut | None:
         """Where the bounds are least together, with so much memory for each stage, and what any cut scores at least."""
         stages, weight = range(self.staged.num_stages), self.staged.num_micro_batches
+        if not self._may_fit(memory_bytes):
+            return None
         once = np.array([self.least(stage, memory_bytes[stage], 1) for stage in stages])
         often = np.array([self.least(stage, memory_bytes[stage], weight) for stage in stages])
         return self.least_cut(once, often)
+
+    def _may_fit(self, memory_bytes: Sequence[int]) -> bool:
+        """Whether there is a cut none of whose stages is too large."""
+        reached = np.zeros(self.num_layers + 1, dtype=np.bool_)
+        reached[0] = True
+        for stage, memory in enumerate(memory_bytes):
+            fits = np.zeros(self._counts.shape[1], dtype=np.bool_)
+            for low, high in self._cases():
+                allowed = [ends <= high for ends in self._ends]
+                fits |= self._all_fit(self._moments(stage, memory, allowed, low), self._sent_by(stage, allowed))
+            reached = (reached[:, None] & self._is_stretch & fits[self._place]).any(axis=0)
+        return bool(reached[-1])
 
     def least_cut(self, once: Ints, often: Ints) -> Cut | None:
         """The cut where *once* and the largest rise to *often* are least together, with the update."""
@@ -141,7 +177,7 @@ class Bounds:
         """``least`` by numbers of layers, if no backward pass needs more than *high*, and one needs *low*."""
         allowed = [ends <= high for ends in self._ends]
         moments = self._moments(stage, memory_bytes, allowed, low)
-        sent = [self.staged.in_flight(stage) * each[open_] for each, open_ in zip(self._sent, allowed, strict=True)]
+        sent = self._sent_by(stage, allowed)
         found = np.full(self._counts.shape[1], -FAR, dtype=np.int64)
         for moment in moments:
             for side in SIDES:
@@ -151,8 +187,14 @@ class Bounds:
                 ]
                 outside = weight * self.staged.outside_picoseconds(stage, side)
                 found = np.maximum(found, self._shown(moment, costs, sent) + outside)
-        fits = np.logical_and.reduce([self._fits(moment, sent) for moment in moments])
-        return np.where(fits, found, FAR)
+        return np.where(self._all_fit(moments, sent), found, FAR)
+
+    def _sent_by(self, stage: int, allowed: Masks) -> list[Ints]:
+        return [self.staged.in_flight(stage) * each[open_] for each, open_ in zip(self._sent, allowed, strict=True)]
+
+    def _all_fit(self, moments: Sequence[_Moment], sent: Sequence[Ints]) -> npt.NDArray[np.bool_]:
+        fits: npt.NDArray[np.bool_] = np.logical_and.reduce([self._fits(moment, sent) for moment in moments])
+        return fits
 
     def _moments(self, stage: int, memory_bytes: int, allowed: Masks, low: int) -> list[_Moment]:
         staged, in_flight = self.staged, self.staged.in_flight(stage)
@@ -192,7 +234,8 @@ class Bounds:
         for low, need, host in zip(lows, moment.needs, sent, strict=True):
             pairs = zip(need[host > 0].tolist(), host[host > 0].tolist(), strict=True)
             spared = max([spared, *(-((n - low) * self.host_bytes // h) for n, h in pairs)])
-        return fits & (np.array(lows) @ self._counts - spared <= moment.room)
+        fits &= np.array(lows) @ self._counts - spared <= moment.room
+        return fits
 
     def _shown(self, moment: _Moment, costs: Sequence[Ints], sent: Sequence[Ints]) -> Ints:
         """The most that prices of memory, and of the host's, show for each number of layers of each kind."""
@@ -203,7 +246,7 @@ class Bounds:
         ]
         for host_prices in self._host_prices(values, sent):
             worth = [
-                (value + host_prices[:, None] * host).min(axis=1, initial=LARGE)
+                (value + host_prices[:, None] * host).min(axis=1, initial=MOST // 2 // self.num_layers)
                 for value, host in zip(values, sent, strict=True)
             ]
             left = prices * moment.room + host_prices * (self.host_bytes or 0)
@@ -218,7 +261,8 @@ class Bounds:
             slopes.update(hull_prices(need, cost), hull_prices(need[host == 0], cost[host == 0]))
         most_bytes = max(abs(moment.room), self.num_layers * max(int(abs(n).max(initial=0)) for n in moment.needs))
         most_cost = self.num_layers * max(int(abs(cost).max(initial=0)) for cost in costs)
-        times = 1 + self._most_sent(sent) // min(int(host[host > 0].min(initial=MOST)) for host in sent)
+        least_sent = min(int(host[host > 0].min(initial=MOST)) for host in sent)
+        times = 2 + self._most_sent(sent) // (self.num_layers * least_sent)  # what the host's prices come to besides
         found = [(0, 1)]
         for slope in sorted(slopes):
             parts = min(FINEST, int(MOST // 4 / max(1.0, most_cost + slope * most_bytes) / times))

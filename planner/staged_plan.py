@@ -91,8 +91,13 @@ def _proof(problem: Problem, made: Sequence[Staging], found: Traced) -> Proof:
         unfragmented=(),
         staged=staged,
     )
-    bounds = [staged_bound.bound(proof, cell) for cell in staged]
-    shown = gap(proof.score_picoseconds, bounds)
-    least = min((bound for bound in bounds if bound is not None), default=proof.score_picoseconds)
+    least = staged_bound.least_of(proof, staged)
+    shown = gap(proof.score_picoseconds, [least])
     status: Status = "optimal" if shown <= OPTIMAL_GAP else "within"
-    return replace(proof, status=status, gap=shown, unfragmented_gap=shown, bound_picoseconds=max(0, least))
+    return replace(
+        proof,
+        status=status,
+        gap=shown,
+        unfragmented_gap=shown,
+        bound_picoseconds=max(0, proof.score_picoseconds if least is None else least),
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .chain import Choice
 from .needs import Unproven
 from .proof import OPTIMAL_GAP, Proof, gap
-from .staged_bound import bound
+from .staged_bound import least_of
 from .staged_cell import SIDES, StagedCell
 from .staged_tables import layers_of
 from .strategies import Cell, Configuration, Strategy
@@ -48,7 +48,7 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     for stage, sent in enumerate(taken.host_bytes):
         if proof.host_bytes is not None and sent > proof.host_bytes:
             found.append(f"stage {stage} takes {sent} bytes of the host's {proof.host_bytes}")
-    shown = gap(max(1, taken.score_picoseconds), [bound(proof, staged) for staged in proof.staged])
+    shown = gap(max(1, taken.score_picoseconds), [least_of(proof, proof.staged)])
     if shown > proof.gap + OPTIMAL_GAP / 1000:
         found.append(f"gap is said to be {proof.gap:.2g} and shown to be {shown:.2g}")
     if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:

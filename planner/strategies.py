@@ -185,13 +185,22 @@ TRACED_MICRO_BATCHES = 2
 
 
 def traced_micro_batches(configuration: Configuration, stage: int = 0) -> int:
-    """Micro-batches of a step that show all that a step of *stage* takes.
+    """Micro-batches of a step that show all that a step of *stage* takes, but for ``untraced_messages``.
 
-    Those in flight at once, and as many more as it takes until none of the first is: the last message that was sent
-    before the first backward pass is held beyond its own.
+    Those in flight at once, and one more: by then gradients are there.
     """
     in_flight = configuration.num_stages - stage
-    return min(configuration.gradient_accumulation_steps, max(TRACED_MICRO_BATCHES, 2 * in_flight - 1))
+    return min(configuration.gradient_accumulation_steps, max(TRACED_MICRO_BATCHES, in_flight + 1))
+
+
+def untraced_messages(configuration: Configuration, stage: int, num_traced: int) -> int:
+    """Messages that a *stage* holds at its peak and in no step of *num_traced* micro-batches.
+
+    What was sent last before the first backward pass is let go of once its own gradient has come, by when all that were
+    in flight with the first micro-batch are through.
+    """
+    last = 2 * (configuration.num_stages - stage) - 1
+    return int(num_traced < last <= configuration.gradient_accumulation_steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

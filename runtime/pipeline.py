@@ -171,6 +171,7 @@ class Line:
     Attributes:
         width, dtype, device: of what goes from one stage to the next: a vector for every token.
         schedule: PyTorch's, made at the first step for as many micro-batches as all have.
+        unseen: messages held at the peak of a step that has more micro-batches than are traced of it.
     """
 
     ranks: Ranks
@@ -180,6 +181,7 @@ class Line:
     device: torch.device
     stage: Stage | None = None
     schedule: Any = None
+    unseen: int = 0
 
     def buffer(self, batch: MicroBatch) -> torch.Tensor:
         """Memory for what goes between stages of a micro-batch."""
@@ -195,6 +197,7 @@ class Line:
         with contextlib.nullcontext() if self.ranks.talks else _unconnected():
             stage = self._prepared(trainee, len(micro_batches))
             stage.begin(micro_batches, num_targets)
+            _held = [self.buffer(micro_batches[0]) for _ in range(self.unseen)]
             target = torch.arange(len(micro_batches))
             with noticing():
                 self.schedule.step(target=target, return_outputs=False)

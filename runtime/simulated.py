@@ -14,7 +14,7 @@ from shallowflow.planner.memory_record import Timeline
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.profiler.kernels import Target, register_bitsandbytes
 from shallowflow.planner.profiler.simulate import traced_timeline
-from shallowflow.planner.strategies import Configuration, traced_micro_batches
+from shallowflow.planner.strategies import Configuration, traced_micro_batches, untraced_messages
 from shallowflow.profiles import load_gpu
 
 from . import attention, build, evaluate, pipeline, quantized, stages
@@ -68,10 +68,10 @@ class MetaStep:
     def run(self, num_micro_batches: int | None = None) -> StepOutcome:
         """One optimizer update over the first *num_micro_batches*; None for all.
 
-        Of a stage all are run at any time: a pipeline has work for each of its stages.
+        Of a stage one more, so that one is held while another comes, as in any step of a pipeline.
         """
-        if self.trainee.pipe is not None:
-            num_micro_batches = None
+        if self.trainee.pipe is not None and num_micro_batches is not None:
+            num_micro_batches += 1
         return self.trainee.step(self.micro_batches[:num_micro_batches])
 
     def update_alone(self) -> None:
@@ -129,6 +129,8 @@ def make_meta_step(
     model = build.empty_model(config, build.weights_dtype(configuration, compute_dtype), "meta")
     trainee = make_trainee(model, configuration, compute_dtype, ranks=ranks, share=share)
     pipeline.connected(trainee, share, ranks, build.DTYPES[compute_dtype])
+    if isinstance(trainee.pipe, pipeline.Line):
+        trainee.pipe.unseen = untraced_messages(configuration, stage, num_micro_batches)
     shape = (configuration.micro_batch_size, configuration.sequence_length)
     batches = []
     for _ in range(num_micro_batches):

@@ -17,6 +17,8 @@ _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 _Known = tuple[list[_Layout | None], bool, tuple[operators.OpCost, ...]]
 
 _known: dict[Any, _Known] = {}
+_known_writes: dict[Any, tuple[operators.OpCost, ...]] = {}
+_targets: dict[Any, tuple[int, str] | None] = {}
 _fresh: dict[Any, bool] = dict.fromkeys((torch.ops.aten.nonzero.default, torch.ops.aten.eq.Scalar), False)
 """Whether an operator's answer is remembered; those that ``data_dependent`` gives from more than shapes are not."""
 
@@ -45,6 +47,41 @@ def _describe(value: Any) -> Any:
     return (value.__class__, value)
 
 
+def _written(func: Any) -> tuple[int, str] | None:
+    """The place and name of the one argument that *func* writes to and returns; None where that is not all it does."""
+    if func not in _targets:
+        schema, found = func._schema, None
+        if (
+            len(schema.returns) == 1
+            and schema.returns[0].alias_info is not None
+            and schema.returns[0].alias_info.is_write
+        ):
+            places = [n for n, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+            found = (places[0], schema.arguments[places[0]].name) if len(places) == 1 else None
+        _targets[func] = found
+    return _targets[func]
+
+
+def _write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[operators.OpCost, ...]]:
+    """Run *func*, which writes to an argument, or return that where it is known that nothing else comes of it."""
+    place, name = _written(func) or (0, "")
+    target = kwargs[name] if name in kwargs else args[place]
+    try:
+        key = (func, torch.get_default_dtype(), _describe(args), tuple([(k, _describe(v)) for k, v in kwargs.items()]))
+        launches = _known_writes.get(key)
+    except (_Unknown, TypeError):
+        out = func(*args, **kwargs)
+        return out, operators.costs(func, args, kwargs, out)
+    if launches is not None:
+        return target, launches
+    before = _describe(target), target.untyped_storage()._cdata, target.untyped_storage().nbytes()
+    out = func(*args, **kwargs)
+    launches = operators.costs(func, args, kwargs, out)
+    if out is target and before == (_describe(out), out.untyped_storage()._cdata, out.untyped_storage().nbytes()):
+        _known_writes[key] = launches
+    return out, launches
+
+
 def _shares_memory(results: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
     inputs = {t.untyped_storage()._cdata for t in operators.tensors(args)}
     return any(t.untyped_storage()._cdata in inputs for t in operators.tensors(results))
@@ -60,6 +97,8 @@ def call(
     if operators.is_view(func):
         return implementation(*args, **kwargs), ()
     if not _returns_fresh(func):
+        if implementation is func and _written(func) is not None:
+            return _write(func, args, kwargs)
         out = implementation(*args, **kwargs)
         return out, operators.costs(func, args, kwargs, out)
     try:

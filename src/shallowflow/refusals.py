@@ -153,11 +153,12 @@ def infeasible_in_stages(session: Session, workload: Workload) -> Infeasible:
 def smallest_process_bytes(session: Session, workload: Workload) -> int:
     """The lowest process peak of all configurations as lean as may be, weights too large for the GPU included.
 
-    Where the model may be cut, that is whole or in as many stages as may be.
+    Where the model may be cut and does not fit whole, that is in as many stages as may be.
     """
     counts = stage_counts(workload, session.model)
     found = [_smallest_whole(session, workload)] if 1 in counts else []
-    if max(counts) > 1:
+    fits = found and found[0] <= allowed.budget_bytes(session.gpu, workload) + session.gpu.context_bytes
+    if max(counts) > 1 and not fits:
         found.append(Staged(session, workload, max(counts)).smallest_process_bytes())
     return min(found)
 

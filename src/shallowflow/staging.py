@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from shallowflow.planner import allowed
-from shallowflow.planner.pipelined import StagedSearch, smallest
+from shallowflow.planner.pipelined import Memory, StagedSearch, smallest
 from shallowflow.planner.plan import Workload
+from shallowflow.planner.profiler import cache
 from shallowflow.planner.strategies import Cell, Strategy
 from shallowflow.profiles import model_facts
 from shallowflow.session import Session
@@ -33,7 +34,7 @@ class Staged:
         considered = tuple(filter(within, cells))
         posed = session.problem(workload, considered, rank, only)
         width = model_facts.size(session.model.config, "hidden_size") or 1
-        return StagedSearch.of(posed, considered, self.num_stages, width, posed.between, session.trace_stage)
+        return StagedSearch.of(posed, considered, self.num_stages, width, posed.between, session.trace_stage, _MEMORY)
 
     def smallest_process_bytes(self) -> int:
         """The lowest peak of the stage that takes the most, with every layer's leanest strategy."""
@@ -48,3 +49,13 @@ class Staged:
             lambda strategy: strategy in lean, lambda cell: (cell.micro_batch_size, cell.loss_chunks) == least
         )
         return max(peak.peak_reserved_bytes for peak in smallest(search).peaks) + gpu.context_bytes
+
+
+def _name(asked: str) -> str:
+    return cache.key("cut", {"asked": asked})
+
+
+_MEMORY = Memory(
+    recall=lambda asked: cache.read_numbers(_name(asked)),
+    keep=lambda asked, told: cache.write_numbers(_name(asked), told),
+)

@@ -40,6 +40,11 @@ def test_a_plan_shows_its_stages(tiny_folder: Path, staged: str) -> None:
     assert "of all cuts into 2 stages" in " ".join(shown.split())
 
 
+def test_what_was_found_once_is_found_again(tiny_folder: Path, staged: str) -> None:
+    """The same plan to the last byte, from what is remembered of the first search."""
+    assert sfplan(tiny_folder, *STAGED, "--json").output == staged
+
+
 def test_the_proof_of_a_plan_in_stages_holds(staged: str, tmp_path: Path) -> None:
     """By the plan's own tables."""
     file = tmp_path / "plan.json"
