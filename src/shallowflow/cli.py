@@ -25,6 +25,7 @@ from shallowflow.inspection import (
     profile_command,
     simulate_command,
 )
+from shallowflow.launch_command import launch_command
 from shallowflow.options import DEFAULT_MODEL, request, workload_options
 from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Plan
@@ -33,6 +34,7 @@ from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import make_plan
 from shallowflow.profiles import FactsError, load_gpu
 from shallowflow.profiles.load import load_instances
+from shallowflow.runs_command import runs_command, stop_command
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
@@ -69,6 +71,8 @@ def cli() -> None:
     sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
     sfplan evaluate RUN --tasks NAMES   how well it does on tasks of lm-evaluation-harness
+    sfplan launch PLAN --data FILE      the run on an instance of EC2, which ends by itself
+    sfplan runs                         the instances that were launched; sfplan stop RUN ends one
     sfplan cost RUN                     what AWS billed for a run, beside what it reckoned
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
@@ -167,6 +171,9 @@ for _command in (
     train_command,
     merge_command,
     evaluate_command,
+    launch_command,
+    runs_command,
+    stop_command,
     cost_command,
     export_command,
     data_command,
@@ -207,6 +214,9 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "sources": "WeightsError",
         "skypilot": "ExportError",
         "aws.bills": "BillError",
+        "aws.clients": "AwsError",
+        "machine": "ScriptError",
+        "storage": "StoreError",
     }
     return (*found, *_loaded(later))
 
