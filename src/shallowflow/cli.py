@@ -32,6 +32,7 @@ from shallowflow.planner.plan import Plan
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import make_plan
+from shallowflow.prices_command import prices_command
 from shallowflow.profiles import FactsError, load_gpu
 from shallowflow.profiles.load import load_instances
 from shallowflow.runs_command import runs_command, stop_command
@@ -78,6 +79,7 @@ def cli() -> None:
     sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan whatif MODEL                 every instance, region, spot or on demand, in hours and dollars
+    sfplan prices                       what instances cost, from when and where; --update asks AWS
     sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
@@ -168,6 +170,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
 for _command in (
     frontier_command,
     whatif_command,
+    prices_command,
     train_command,
     merge_command,
     evaluate_command,

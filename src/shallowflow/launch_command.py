@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from shallowflow import launching
+from shallowflow import launching, starting
 from shallowflow.data_command import data_format_option
-from shallowflow.launching import Launch, Standing
+from shallowflow.launching import Launch
 from shallowflow.options import POSITIVE
 from shallowflow.planner import words
 from shallowflow.session import RequestError
+from shallowflow.starting import Standing
 
 if TYPE_CHECKING:
     from shallowflow.planner.outlook import Market
@@ -178,9 +179,9 @@ def _rehearsed(launch: Launch) -> list[Call]:
     from shallowflow.runtime.aws.instances import STAND_INS
 
     rehearsal = Rehearsal(launch.price.region, STAND_INS)
-    launching.standing(rehearsal, launch)
-    launching.rehearse_store(rehearsal, launch)
-    launching.start(rehearsal, launch)
+    starting.standing(rehearsal, launch)
+    starting.rehearse_store(rehearsal, launch)
+    starting.start(rehearsal, launch)
     return rehearsal.calls
 
 
@@ -191,14 +192,14 @@ def _started(launch: Launch) -> str | Standing:
 
     aws = Live(launch.price.region)
     with status(f"launching {launch.run}") as tell:
-        found = launching.standing(aws, launch) or launching.stored(launch)
+        found = starting.standing(aws, launch) or starting.stored(launch)
         if found is not None:
             return found
-        launching.script(launch)  # which may be refused, before anything is uploaded
+        starting.script(launch)  # which may be refused, before anything is uploaded
         tell("uploading")
-        launching.upload(launch)
+        starting.upload(launch)
         tell("starting the instance")
-        return launching.start(aws, launch)
+        return starting.start(aws, launch)
 
 
 def _show_started(launch: Launch, found: str | Standing, as_json: bool) -> None:
@@ -237,7 +238,7 @@ def _show_calls(launch: Launch, calls: list[Call], as_json: bool) -> None:
             table.add_row(*first, _masked(f"{key}: {told}"))
     click.echo(_masked("\n".join([*launching.told(launch), ""])))
     show(table)
-    click.echo(_masked("\n".join(["", "UserData, which the instance runs:", "", launching.script(launch)])), nl=False)
+    click.echo(_masked("\n".join(["", "UserData, which the instance runs:", "", starting.script(launch)])), nl=False)
     click.echo("\nnothing was started, and AWS was asked nothing")
 
 

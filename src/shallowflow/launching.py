@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -10,8 +9,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from shallowflow.planner import outlook, words
 from shallowflow.planner.outlook import Circumstances, Market, Outlook, Way
@@ -21,7 +18,6 @@ from shallowflow.profiles.specs import InstanceSpec, Price
 from shallowflow.session import RequestError
 
 if TYPE_CHECKING:
-    from shallowflow.runtime.aws.clients import Aws, Rehearsal
     from shallowflow.runtime.aws.s3 import Place
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,8 +26,6 @@ MOST_HOURS, TIMES_LONGER = 24.0, 2.0
 DECIDED = ("--data", "--eval-data", "--data-format", "--output", "--store", "--resume", "--usd-per-hour")
 NOT_PASSED = (*DECIDED, "--budget-usd", "--weights", "--nodes", "--dry-run", "--json")
 """Options of ``sfplan train`` that are not passed on: they are decided here, or mean nothing there."""
-ENDED = ("completed", "stopped early")
-"""Outcomes of runs that need no machine any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,24 +64,6 @@ class Launch:
     def most_usd(self) -> float:
         """What one machine can cost at most, but for its disk."""
         return self.max_hours * self.usd_per_hour
-
-    def prefix(self) -> str:
-        """Where below the store's prefix the files go: the same files, the same place."""
-        digest = hashlib.sha256()
-        for name, path in sorted(self.files.items()):
-            digest.update(f"{name} {_sha256(path)}\n".encode())
-        return f"launch/{digest.hexdigest()[:16]}/"
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Why no machine is started: the run has one, or is over."""
-
-    why: str
-    instance_id: str | None = None
-
-
-# What is asked for
 
 
 def run_name(given: str | None, place: Place) -> str:
@@ -208,143 +184,6 @@ def train_words(launch_options: dict[str, Any], passed: Sequence[str]) -> tuple[
     return ("train", *line)
 
 
-# What is done
-
-
-def standing(aws: Aws, launch: Launch) -> Standing | None:
-    """Why the run needs no machine; None where it does.
-
-    Raises:
-        RequestError: it has a machine, or the store holds a run, and nobody said that it may go on.
-        AwsError, StoreError: AWS does not say.
-    """
-    from shallowflow.runtime.aws.instances import alive
-
-    for instance_id, state in alive(aws, launch.run):
-        if not launch.resume:
-            raise RequestError(
-                f"run {launch.run} has an instance already, {instance_id}, which is {state}; stop it first"
-            )
-        return Standing(f"run {launch.run} has an instance already, {instance_id}, which is {state}", instance_id)
-    return None
-
-
-def stored(launch: Launch) -> Standing | None:
-    """Why the store needs no machine; None where it does.
-
-    Raises:
-        RequestError: it holds a run, and nobody said that it may go on.
-        StoreError: it cannot be read.
-    """
-    from shallowflow.runtime.aws.s3 import S3Objects
-    from shallowflow.runtime.storage import Vault
-
-    latest = Vault.look(S3Objects(launch.place)).latest
-    if latest is None or latest.is_empty:
-        return None
-    if not launch.resume:
-        raise RequestError("the store holds a run; go on with it by --resume, or give another prefix with --store")
-    if latest.results is not None:
-        outcome = outcome_of(launch.place, latest.results.prefix)
-        if outcome in ENDED:
-            return Standing(
-                f"run {launch.run} is over: {outcome} after {words.counted(latest.results.num_steps, 'step')}"
-            )
-    return None
-
-
-def outcome_of(place: Place, prefix: str) -> str | None:
-    """How the run ended whose results are stored below *prefix*; None where they do not say."""
-    from shallowflow.runtime.aws.s3 import S3Objects
-
-    found = S3Objects(place).read(f"{prefix}run.json")
-    try:
-        return None if found is None else str(msgspec.json.decode(found[0], type=dict[str, Any]).get("outcome"))
-    except msgspec.DecodeError:
-        return None
-
-
-def upload(launch: Launch) -> None:
-    """Put plan, data and package into the store; what is there already stays.
-
-    Raises:
-        StoreError: they cannot be written.
-    """
-    from shallowflow.runtime.aws.s3 import S3Objects
-
-    objects, prefix = S3Objects(launch.place), launch.prefix()
-    for name, path in launch.files.items():
-        objects.upload(f"{prefix}{name}", path)
-
-
-def rehearse_store(rehearsal: Rehearsal, launch: Launch) -> None:
-    """Note what ``stored`` and ``upload`` would ask."""
-    from shallowflow.runtime.aws.s3 import PART_BYTES
-    from shallowflow.runtime.storage import LATEST
-
-    bucket, base = launch.place.bucket, launch.place.prefix
-    rehearsal.ask("s3", "get_object", "see what the store holds", Bucket=bucket, Key=f"{base}{LATEST}")
-    for name, path in launch.files.items():
-        size = path.stat().st_size
-        asked = {"Bucket": bucket, "Key": f"{base}{launch.prefix()}{name}"}
-        if size > PART_BYTES:
-            parts = words.counted(-(-size // PART_BYTES), "part")
-            rehearsal.ask("s3", "create_multipart_upload", f"store {name}", **asked)
-            rehearsal.ask("s3", "upload_part", f"store {name}, {parts}", **asked)
-            rehearsal.ask("s3", "complete_multipart_upload", f"store {name}", **asked)
-        else:
-            rehearsal.ask("s3", "put_object", f"store {name}", **asked, Body=f"<{size:,} bytes>")
-        rehearsal.ask("s3", "head_object", f"see that {name} is there", **asked)
-
-
-def start(aws: Aws, launch: Launch) -> str:
-    """Start the machine; returns the instance's id.
-
-    Raises:
-        AwsError, ScriptError: it cannot be started.
-    """
-    from shallowflow.runtime.aws import instances
-
-    return instances.start(
-        aws,
-        instances.Machine(
-            run=launch.run,
-            store=launch.store,
-            instance=launch.instance.name,
-            market=launch.market,
-            profile=launch.profile,
-            disk_gb=outlook.disk_gb(launch.plan),
-            script=script(launch),
-            image=launch.image,
-            subnet=launch.subnet,
-        ),
-    )
-
-
-def script(launch: Launch) -> str:
-    """What the machine runs.
-
-    Raises:
-        ScriptError: it is too long.
-    """
-    from shallowflow.runtime import machine
-
-    prefix = launch.prefix()
-    return machine.script(
-        machine.Errand(
-            region=launch.price.region,
-            bucket=launch.place.bucket,
-            prefix=launch.place.prefix,
-            files={name: (f"{prefix}{name}", _sha256(path)) for name, path in launch.files.items()},
-            package=launch.package,
-            train=launch.train,
-            max_hours=launch.max_hours,
-            idle_minutes=launch.idle_minutes,
-            token_parameter=launch.token_parameter,
-        )
-    )
-
-
 def told(launch: Launch) -> Iterator[str]:
     """What it will cost, in lines: expected, at most, and by which price."""
     where = f"{launch.instance.name} in {launch.price.region}, {launch.market}"
@@ -357,8 +196,3 @@ def told(launch: Launch) -> Iterator[str]:
         yield f"9 in 10   {found.nine_of_ten_hours:.2f} h, {words.usd(found.nine_of_ten_usd)}, or less"
     yield f"at most   {launch.max_hours:.2f} h, {words.usd(launch.most_usd)} and its disk, before it is made to end"
     yield f"price     {launch.price.date}; {launch.price.source}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
