@@ -1,0 +1,64 @@
+"""An account with what a launch needs: an image that the public parameter names, an instance profile, and a VPC."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import boto3
+from moto.ssm.models import Parameter, ssm_backends
+
+from shallowflow.runtime.aws.instances import IMAGE
+from tests.aws import planted
+
+PROFILE = "trainer"
+
+
+def prepare(region: str = "us-east-1") -> str:
+    """Let the region have all of it; returns the image's id."""
+    image = str(boto3.client("ec2", region_name=region).describe_images()["Images"][0]["ImageId"])
+    backend = ssm_backends[planted.ACCOUNT][region]
+    backend._parameters[IMAGE] = [
+        Parameter(
+            account_id=planted.ACCOUNT,
+            name=IMAGE,
+            value=image,
+            parameter_type="String",
+            description="",
+            allowed_pattern=None,
+            keyid=None,
+            last_modified_date=0,
+            version=1,
+            data_type="text",
+        )
+    ]
+    iam = boto3.client("iam")
+    if PROFILE not in [one["InstanceProfileName"] for one in iam.list_instance_profiles()["InstanceProfiles"]]:
+        iam.create_instance_profile(InstanceProfileName=PROFILE)
+    return image
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call as boto3 made it."""
+
+    service: str
+    operation: str
+    parameters: dict[str, Any]
+
+
+def instance(instance_id: str, region: str = "us-east-1") -> Any:
+    """What EC2 says of one."""
+    client = boto3.client("ec2", region_name=region)
+    return client.describe_instances(InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
+
+
+def tags(told: Any) -> dict[str, str]:
+    """What it is tagged with."""
+    return {tag["Key"]: tag["Value"] for tag in told["Tags"]}
+
+
+def plain(value: Any) -> Any:
+    """*value* as JSON has it."""
+    return json.loads(json.dumps(value))
