@@ -99,7 +99,8 @@ class Live:
             config = botocore.config.Config(
                 connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 5}
             )
-            self._clients[service] = boto3.Session().client(service, region_name=self.region, config=config)
+            session: Any = boto3.Session()
+            self._clients[service] = session.client(service, region_name=self.region, config=config)
         return self._clients[service]
 
 

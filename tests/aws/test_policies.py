@@ -110,17 +110,11 @@ def test_who_launches(plan: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_machine(plan: Path, bucket: str, tmp_path: Path) -> None:
     """Fetching what it is given, its log and its token, a run's whole store and its figures take just that policy."""
-    store = (
-        "--store",
-        f"s3://{bucket}/policy",
-        "--instance-profile",
-        PROFILE,
-        "--hf-token-parameter",
-        "/shallowflow/hf",
-    )
+    words: tuple[object, ...] = ("launch", plan, "--data", "train.jsonl", "--store", f"s3://{bucket}/policy")
+    words = (*words, "--instance-profile", PROFILE, "--hf-token-parameter", "/shallowflow/hf")
     rented.prepare()
-    started = json.loads(sfplan("launch", plan, "--data", "train.jsonl", *store, "--yes", "--json").output)
-    script = json.loads(sfplan("launch", plan, "--data", "train.jsonl", *store, "--dry-run", "--json").output)
+    started = json.loads(sfplan(*words, "--yes", "--json").output)
+    script = json.loads(sfplan(*words, "--dry-run", "--json").output)
     text = script["calls"][-1]["parameters"]["UserData"]
     (tmp_path / "objects.py").write_text(re.findall(r"<<'END-OF-FILE'\n(.*?)END-OF-FILE", text, re.DOTALL)[0])
     (tmp_path / "log.txt").write_text("said")

@@ -104,12 +104,26 @@ def test_every_command_of_the_help_runs(plan: Callable[..., Path]) -> None:
     """What its help shows works as it stands, and a file holds what would be printed."""
     plan()
     shown = re.findall(r"^ +sfplan (export plan.*)$", sfplan("export", "--help").output, re.MULTILINE)
-    assert len(shown) == 2
+    assert len(shown) == 3
 
-    printed, written = (sfplan(*shlex.split(words)) for words in shown)
+    printed, written, stored = (sfplan(*shlex.split(words)) for words in shown)
 
-    assert (printed.code, written.code, written.output) == (0, 0, "")
+    assert (printed.code, written.code, written.output, stored.code) == (0, 0, "", 0)
     assert printed.output == Path("task.yaml").read_text(encoding="utf-8")
+
+
+def test_a_store_takes_the_place_of_the_bucket(plan: Callable[..., Path]) -> None:
+    """Nothing is mounted then; the run stores its checkpoints itself, and has what it needs for that."""
+    store = ("--to", "skypilot", "--store", "s3://my-checkpoints/my run", "--data", "train.jsonl")
+
+    task = yaml.safe_load(sfplan("export", plan(), *store).output)
+
+    assert list(task["file_mounts"]) == ["~/shallowflow/plan.json", "~/shallowflow/train.jsonl"]
+    assert task["setup"] == "pip install 'shallowflow[aws]==0.1.0'"
+    assert task["run"] == (
+        "cd ~/shallowflow && sfplan train plan.json --data train.jsonl --output run "
+        "--store 's3://my-checkpoints/my run' --resume"
+    )
 
 
 def test_a_plan_file_is_data(plan: Callable[..., Path]) -> None:
@@ -149,6 +163,8 @@ def test_every_gpu_that_is_rented_has_a_name() -> None:
         (("--data", "train.jsonl", "--bucket", "My_Bucket"), "'My_Bucket' is no name of a bucket; give 3 to 63"),
         (("--data", "train.jsonl", "--bucket", "192.168.1.10"), "'192.168.1.10' is no name of a bucket"),
         (("--data", "train.jsonl", "--bucket", "my..bucket"), "'my..bucket' is no name of a bucket"),
+        (("--data", "train.jsonl", "--store", "s3://my-bucket/x"), "give either --bucket or --store"),
+        (("--data", "train.jsonl", "--store", "/here"), "'/here' is no store; give one such as s3://bucket/prefix"),
         (("--data", "train.jsonl", "--eval-data", "empty.jsonl"), "empty.jsonl is empty; give it one JSON object"),
         (("--data", "train.jsonl", "--to", "slurm"), "'slurm' is not"),
     ],
