@@ -9,6 +9,7 @@ from typing import Any
 import boto3
 from moto.ssm.models import Parameter, ssm_backends
 
+from shallowflow.runtime.aws.bills import TAG
 from shallowflow.runtime.aws.instances import IMAGE
 from tests.aws import planted
 
@@ -37,6 +38,16 @@ def prepare(region: str = "us-east-1") -> str:
     if PROFILE not in [one["InstanceProfileName"] for one in iam.list_instance_profiles()["InstanceProfiles"]]:
         iam.create_instance_profile(InstanceProfileName=PROFILE)
     return image
+
+
+def clear() -> None:
+    """End all instances, and let none be anybody's: moto keeps those that ended for ever."""
+    for region in ("us-east-1", "eu-west-1"):
+        client = boto3.client("ec2", region_name=region)
+        for many in client.describe_instances()["Reservations"]:
+            for one in many["Instances"]:
+                client.terminate_instances(InstanceIds=[one["InstanceId"]])
+                client.delete_tags(Resources=[one["InstanceId"]], Tags=[{"Key": TAG}])
 
 
 @dataclass(frozen=True)

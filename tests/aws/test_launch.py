@@ -27,16 +27,10 @@ ON = ("--region", "us-east-1")
 
 @pytest.fixture
 def image(endpoint: str, _aws: None) -> Iterator[str]:
-    """An account with all that is needed, in which nothing runs afterwards."""
+    """An account with all that is needed, in which nothing ran before, nor does afterwards."""
+    rented.clear()
     yield rented.prepare()
-    for region in ("us-east-1", "eu-west-1"):
-        client = boto3.client("ec2", region_name=region)
-        found = [one for many in client.describe_instances()["Reservations"] for one in many["Instances"]]
-        for one in found:
-            client.terminate_instances(InstanceIds=[one["InstanceId"]])
-        for one in found:  # moto keeps them for ever
-            client.create_tags(Resources=[one["InstanceId"]], Tags=[{"Key": "over", "Value": "yes"}])
-            client.delete_tags(Resources=[one["InstanceId"]], Tags=[{"Key": "shallowflow-run"}])
+    rented.clear()
 
 
 @pytest.fixture

@@ -32,7 +32,12 @@ from tests.front.shell import SMALL, sfplan
 TOKEN = "hf_plantedTokenOfTheHub"
 STAND_INS = {
     "shutdown": 'echo "shutdown $*" >>"$SHALLOWFLOW_PLACE/../ended.txt"',
-    "systemd-run": 'while case $1 in --*) true ;; *) false ;; esac; do shift; done\nexec "$@"',
+    "systemd-run": """while case $1 in --*) true ;; *) false ;; esac; do shift; done
+"$@" &
+echo $! >"$SHALLOWFLOW_PLACE/pid"
+wait $!
+echo $? >"$SHALLOWFLOW_PLACE/code"
+""",
     "nvidia-smi": 'if [ -e "$SHALLOWFLOW_PLACE"/idle ]; then echo 0; else echo 7; fi',
     "python3": """mkdir -p venv/bin
 printf '#!/bin/bash\\nexec @python@ "$@"\\n' >venv/bin/python
@@ -67,7 +72,17 @@ class Machine:
         """The same, to its end."""
         process = self.start(script, **more)
         with ended(process):
-            return process.wait(120)
+            process.wait(120)
+        return self.code
+
+    @property
+    def code(self) -> int:
+        """How the work ended."""
+        return int((self.place / "code").read_text(encoding="utf-8"))
+
+    def stop(self) -> None:
+        """Ask the work to end as systemd does with KillMode=mixed: its first process alone."""
+        os.kill(int((self.place / "pid").read_text(encoding="utf-8")), signal.SIGTERM)
 
     @property
     def log(self) -> str:
@@ -172,7 +187,7 @@ def test_a_machine_trains_saves_when_asked_and_another_goes_on(
     """What sfplan stop does to a machine stores what was learned; the next, on an empty disk, ends the run."""
     name = f"/mine/{uuid.uuid4().hex}"
     boto3.client("ssm").put_parameter(Name=name, Value=TOKEN, Type="SecureString")
-    launch = replace(launch, token_parameter=name)
+    launch = replace(launch, token_parameter=name, max_hours=50.0)
     starting.upload(launch)
     endless = replace(launch, train=words(launch, "--steps", "1000000", "--save-every", "4"))
     first = made()
@@ -180,10 +195,10 @@ def test_a_machine_trains_saves_when_asked_and_another_goes_on(
     process = first.start(starting.script(endless))
     with ended(process):
         until(lambda: list(first.place.glob("mine/checkpoints/step-*")))
-        os.kill(process.pid, signal.SIGTERM)  # to the script alone, as systemd does with KillMode=mixed
-        assert process.wait(60) == 130
+        first.stop()
+        process.wait(60)
 
-    assert first.shutdowns == ["shutdown -P +340", "shutdown -P now"]
+    assert first.code == 130 and first.shutdowns == ["shutdown -P +3040", "shutdown -P now"]
     assert "asked to end" in first.log and "exit code 130" in first.log
     vault = Vault.look(S3Objects(launch.place))
     assert vault.latest is not None
@@ -221,9 +236,9 @@ def test_a_machine_that_idles_or_takes_too_long_ends(
         if what == "idle":
             until((box.place / "begun").exists)
             (box.place / "idle").touch()
-        assert process.wait(60) == 3
+        process.wait(60)
 
-    assert told in box.log and box.shutdowns[-1] == "shutdown -P now"
+    assert box.code == 3 and told in box.log and box.shutdowns[-1] == "shutdown -P now"
     assert (box.home / "asked.txt").read_text() == "asked\n"
 
 
