@@ -65,7 +65,12 @@ class Live:
     """AWS itself; credentials and endpoints are boto3's to find."""
 
     region: str
+    session: Any = field(default_factory=boto3.Session)
     _clients: dict[str, Any] = field(default_factory=dict)
+
+    def elsewhere(self, region: str) -> Live:
+        """The same in another region; it shares what is slow to load."""
+        return Live(region, self.session)
 
     def ask(self, service: str, operation: str, purpose: str, **parameters: Any) -> Any:
         """AWS's answer; what may pass is tried again by boto3.
@@ -74,7 +79,7 @@ class Live:
             AwsError: there is none.
         """
         try:
-            return getattr(self._client(service), operation)(**parameters)
+            return getattr(self.client(service), operation)(**parameters)
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError, ValueError) as error:
             why = reason(error)
             hint = HINTS.get(why)
@@ -94,13 +99,13 @@ class Live:
                 return
             more = {"NextToken": answer["NextToken"]}
 
-    def _client(self, service: str) -> Any:
+    def client(self, service: str) -> Any:
+        """The one of boto3, made when it is first wanted."""
         if service not in self._clients:
             config = botocore.config.Config(
                 connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 5}
             )
-            session: Any = boto3.Session()
-            self._clients[service] = session.client(service, region_name=self.region, config=config)
+            self._clients[service] = self.session.client(service, region_name=self.region, config=config)
         return self._clients[service]
 
 

@@ -34,7 +34,7 @@ STAND_INS: dict[str, Any] = {
     "run_instances": {"Instances": [{"InstanceId": "i-new"}]},
 }
 """Answers for a rehearsal."""
-_ENDED = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) GMT\)")
+_ENDED = re.compile(r"\((\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:GMT|UTC)\)")
 _INTERRUPTED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")
 
 

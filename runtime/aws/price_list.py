@@ -51,7 +51,7 @@ def take(
     shapes: dict[str, TakenShape] = {}
     for region in regions:
         tell(f"spot prices of {region}")
-        aws = Live(region)
+        aws = pricing.elsewhere(region)
         spot |= {(name, region): usd for name, usd in _spot(aws, instances).items()}
         shapes |= {shape.instance: shape for shape in _shapes(aws, sorted(set(instances) - set(shapes)))}
     prices = []
@@ -118,8 +118,8 @@ def _shapes(aws: Live, instances: Sequence[str]) -> Iterator[TakenShape]:
 
 
 def _network_gigabits(told: Any) -> float:
-    """The baseline of all cards, which lasts."""
-    return float(sum(card["BaselineBandwidthInGbps"] for card in told["NetworkCards"]))
+    """The lasting rate of the first card, which is the one that a machine of its own talks through."""
+    return float(told["NetworkCards"][0]["BaselineBandwidthInGbps"])
 
 
 # The price list

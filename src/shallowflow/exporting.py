@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from shallowflow.amazon import needs_boto3
 from shallowflow.data_command import data_format_option
-from shallowflow.launch_command import needs_boto3
 from shallowflow.profiles.load import load_gpu, load_instances
 from shallowflow.session import RequestError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import click
 import msgspec
 
 from shallowflow import launching, starting
+from shallowflow.amazon import echo_json, masked, needs_boto3
 from shallowflow.data_command import data_format_option
 from shallowflow.launching import Launch
 from shallowflow.options import POSITIVE
@@ -79,16 +79,6 @@ def launch_command(plan: Path, dry_run: bool, yes: bool, as_json: bool, **option
         raise RequestError(_reluctance(launch))
     found = _started(launch)
     _show_started(launch, found, as_json)
-
-
-def needs_boto3(what: str) -> None:
-    """Refuse *what* where the package is missing.
-
-    Raises:
-        RequestError: it is.
-    """
-    if importlib.util.find_spec("boto3") is None:
-        raise RequestError(f"{what} needs the package boto3; install it with: pip install boto3")
 
 
 def _launch(
@@ -188,16 +178,21 @@ def _rehearsed(launch: Launch) -> list[Call]:
 def _started(launch: Launch) -> str | Standing:
     """The id of the instance that was started, or why none was."""
     from shallowflow.runtime.aws.clients import Live
+    from shallowflow.runtime.aws.s3 import S3Objects
     from shallowflow.terminal import status
 
     aws = Live(launch.price.region)
     with status(f"launching {launch.run}") as tell:
-        found = starting.standing(aws, launch) or starting.stored(launch)
+        found = starting.standing(aws, launch)
+        if found is not None:
+            return found
+        objects = S3Objects(launch.place)
+        found = starting.stored(objects, launch)
         if found is not None:
             return found
         starting.script(launch)  # which may be refused, before anything is uploaded
         tell("uploading")
-        starting.upload(launch)
+        starting.upload(objects, launch)
         tell("starting the instance")
         return starting.start(aws, launch)
 
@@ -207,18 +202,18 @@ def _show_started(launch: Launch, found: str | Standing, as_json: bool) -> None:
         ends = {"started": True, "instance_id": found}
         if isinstance(found, Standing):
             ends = {"started": False, "instance_id": found.instance_id, "why": found.why}
-        click.echo(_json({**_facts(launch), **ends}))
+        echo_json({**_facts(launch), **ends})
     elif isinstance(found, Standing):
-        click.echo(_masked(f"{found.why}; nothing was started"))
+        click.echo(masked(f"{found.why}; nothing was started"))
     else:
         lines = [*launching.told(launch), f"started   {found}; sfplan runs tells how it goes"]
         lines.append(f"stop it   sfplan stop {launch.run} --yes")
-        click.echo(_masked("\n".join(lines)))
+        click.echo(masked("\n".join(lines)))
 
 
 def _show_calls(launch: Launch, calls: list[Call], as_json: bool) -> None:
     if as_json:
-        click.echo(_json({**_facts(launch), "started": False, "calls": [asdict(call) for call in calls]}))
+        echo_json({**_facts(launch), "started": False, "calls": [asdict(call) for call in calls]})
         return
     from rich.table import Table
 
@@ -235,10 +230,10 @@ def _show_calls(launch: Launch, calls: list[Call], as_json: bool) -> None:
         for number, (key, value) in enumerate(shown.items()):
             told = value if isinstance(value, str) else msgspec.json.encode(value).decode()
             first = (f"{call.service} {call.operation}", call.purpose) if number == 0 else ("", "")
-            table.add_row(*first, _masked(f"{key}: {told}"))
-    click.echo(_masked("\n".join([*launching.told(launch), ""])))
+            table.add_row(*first, masked(f"{key}: {told}"))
+    click.echo(masked("\n".join([*launching.told(launch), ""])))
     show(table)
-    click.echo(_masked("\n".join(["", "UserData, which the instance runs:", "", starting.script(launch)])), nl=False)
+    click.echo(masked("\n".join(["", "UserData, which the instance runs:", "", starting.script(launch)])), nl=False)
     click.echo("\nnothing was started, and AWS was asked nothing")
 
 
@@ -257,14 +252,3 @@ def _facts(launch: Launch) -> dict[str, Any]:
         "max_hours": launch.max_hours,
         "most_usd": launch.most_usd,
     }
-
-
-def _json(told: dict[str, Any]) -> str:
-    return _masked(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
-
-
-def _masked(text: str) -> str:
-    """*text* without what may be an account's number, which names of buckets and roles like to hold."""
-    from shallowflow.runtime.aws.s3 import shown
-
-    return shown(text)

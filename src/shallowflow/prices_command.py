@@ -8,7 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from shallowflow.launch_command import needs_boto3
+from shallowflow.amazon import needs_boto3
 from shallowflow.planner import words
 from shallowflow.profiles import snapshot
 from shallowflow.profiles.load import load_instances, load_storage, shipped_instances

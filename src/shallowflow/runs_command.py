@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
-from shallowflow.launch_command import needs_boto3
+from shallowflow.amazon import echo_json, masked, needs_boto3
 from shallowflow.planner import words
 from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import Price
@@ -87,8 +86,7 @@ def runs_command(regions: tuple[str, ...], as_json: bool) -> None:
     now = datetime.datetime.now(datetime.UTC)
     found = _told(_rented(regions, now))
     if as_json:
-        text = msgspec.json.format(msgspec.json.encode([one.as_dict() for one in found]), indent=2).decode()
-        click.echo(_masked(text))
+        echo_json([one.as_dict() for one in found])
         return
     if not found:
         click.echo(f"no instance was launched in {words.counted(len(_regions(regions)), 'region')}")
@@ -97,7 +95,7 @@ def runs_command(regions: tuple[str, ...], as_json: bool) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     below = ["", *(one.where() for one in found)]
-    click.echo(_masked("\n".join(line for pair in zip(lines, below, strict=True) for line in pair if line)))
+    click.echo(masked("\n".join(line for pair in zip(lines, below, strict=True) for line in pair if line)))
     dates = sorted({one.price_date for one in found if one.price_date is not None})
     if dates:
         click.echo(f"dollars by prices of: {'; '.join(dates)}; without the disks")
@@ -134,8 +132,7 @@ def stop_command(run: str, regions: tuple[str, ...], yes: bool, as_json: bool) -
         for region in dict.fromkeys(one.region for one in found):
             terminate(Live(region), [one.instance_id for one in found if one.region == region])
     if as_json:
-        told = {"run": run, "stopped": [{"instance_id": one.instance_id, "region": one.region} for one in found]}
-        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+        echo_json({"run": run, "stopped": [{"instance_id": one.instance_id, "region": one.region} for one in found]})
         return
     click.echo(f"{run}: {names} saves, stores and ends, within about two minutes")
 
@@ -152,8 +149,12 @@ def _rented(regions: tuple[str, ...], now: datetime.datetime) -> list[Rented]:
     from shallowflow.terminal import status
 
     with status("asking AWS"), ThreadPoolExecutor(NUM_THREADS) as pool:
-        found = pool.map(lambda region: rented(Live(region), now), _regions(regions))
-        return [one for several in found for one in several]
+        first, *others = _regions(regions)
+        lives = [Live(first)]
+        lives += [lives[0].elsewhere(region) for region in others]
+        for aws in lives:
+            aws.client("ec2")  # made here, as threads may not make them at the same time
+        return [one for several in pool.map(lambda aws: rented(aws, now), lives) for one in several]
 
 
 def _told(found: list[Rented]) -> list[Told]:
@@ -197,9 +198,3 @@ def _stored(store: str | None) -> tuple[Latest | None, str | None]:
         return Vault.look(S3Objects(place(store))).latest, None
     except StoreError as error:
         return None, str(error)
-
-
-def _masked(text: str) -> str:
-    from shallowflow.runtime.aws.s3 import shown
-
-    return shown(text)

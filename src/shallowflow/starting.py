@@ -15,7 +15,7 @@ from shallowflow.session import RequestError
 
 if TYPE_CHECKING:
     from shallowflow.runtime.aws.clients import Aws, Rehearsal
-    from shallowflow.runtime.aws.s3 import Place
+    from shallowflow.runtime.storage import Objects
 
 ENDED = ("completed", "stopped early")
 """Outcomes of runs that need no machine any more."""
@@ -47,23 +47,22 @@ def standing(aws: Aws, launch: Launch) -> Standing | None:
     return None
 
 
-def stored(launch: Launch) -> Standing | None:
+def stored(objects: Objects, launch: Launch) -> Standing | None:
     """Why the store needs no machine; None where it does.
 
     Raises:
         RequestError: it holds a run, and nobody said that it may go on.
         StoreError: it cannot be read.
     """
-    from shallowflow.runtime.aws.s3 import S3Objects
     from shallowflow.runtime.storage import Vault
 
-    latest = Vault.look(S3Objects(launch.place)).latest
+    latest = Vault.look(objects).latest
     if latest is None or latest.is_empty:
         return None
     if not launch.resume:
         raise RequestError("the store holds a run; go on with it by --resume, or give another prefix with --store")
     if latest.results is not None:
-        outcome = outcome_of(launch.place, latest.results.prefix)
+        outcome = outcome_of(objects, latest.results.prefix)
         if outcome in ENDED:
             return Standing(
                 f"run {launch.run} is over: {outcome} after {words.counted(latest.results.num_steps, 'step')}"
@@ -71,26 +70,22 @@ def stored(launch: Launch) -> Standing | None:
     return None
 
 
-def outcome_of(place: Place, prefix: str) -> str | None:
+def outcome_of(objects: Objects, prefix: str) -> str | None:
     """How the run ended whose results are stored below *prefix*; None where they do not say."""
-    from shallowflow.runtime.aws.s3 import S3Objects
-
-    found = S3Objects(place).read(f"{prefix}run.json")
+    found = objects.read(f"{prefix}run.json")
     try:
         return None if found is None else str(msgspec.json.decode(found[0], type=dict[str, Any]).get("outcome"))
     except msgspec.DecodeError:
         return None
 
 
-def upload(launch: Launch) -> None:
+def upload(objects: Objects, launch: Launch) -> None:
     """Put plan, data and package into the store; what is there already stays.
 
     Raises:
         StoreError: they cannot be written.
     """
-    from shallowflow.runtime.aws.s3 import S3Objects
-
-    objects, prefix = S3Objects(launch.place), folder(launch)
+    prefix = folder(launch)
     for name, path in launch.files.items():
         objects.upload(f"{prefix}{name}", path)
 

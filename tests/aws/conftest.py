@@ -13,13 +13,13 @@ import boto3
 import pytest
 
 os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"  # moto's own way to let parts of a test be small
+os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"  # thousands, in every region
 
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from shallowflow.runtime.aws.s3 import Place, S3Objects
 from tests.aws import planted
 from tests.front.shell import sfplan
-from tests.runtime import tiny
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +57,8 @@ def objects(bucket: str) -> S3Objects:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model on disk: nobody may write into it."""
+    from tests.runtime import tiny
+
     return tiny.save(tmp_path_factory.mktemp("models") / "tiny")
 
 

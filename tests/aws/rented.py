@@ -18,7 +18,12 @@ PROFILE = "trainer"
 
 def prepare(region: str = "us-east-1") -> str:
     """Let the region have all of it; returns the image's id."""
-    image = str(boto3.client("ec2", region_name=region).describe_images()["Images"][0]["ImageId"])
+    client = boto3.client("ec2", region_name=region)
+    known = client.describe_images(Owners=["self"])["Images"]
+    if not known:
+        client.register_image(Name="a Deep Learning AMI", RootDeviceName="/dev/sda1", Architecture="x86_64")
+        known = client.describe_images(Owners=["self"])["Images"]
+    image = str(known[0]["ImageId"])
     backend = ssm_backends[planted.ACCOUNT][region]
     backend._parameters[IMAGE] = [
         Parameter(

@@ -173,6 +173,11 @@ def words(launch: launching.Launch, *passed: str) -> tuple[str, ...]:
     return launching.train_words(given, passed)
 
 
+def uploaded(launch: launching.Launch) -> None:
+    """Put what the machine fetches into the store."""
+    starting.upload(S3Objects(launch.place), launch)
+
+
 def until(found: Callable[[], Any], seconds: float = 90) -> None:
     """Wait for it."""
     end = time.monotonic() + seconds
@@ -188,7 +193,7 @@ def test_a_machine_trains_saves_when_asked_and_another_goes_on(
     name = f"/mine/{uuid.uuid4().hex}"
     boto3.client("ssm").put_parameter(Name=name, Value=TOKEN, Type="SecureString")
     launch = replace(launch, token_parameter=name, max_hours=50.0)
-    starting.upload(launch)
+    uploaded(launch)
     endless = replace(launch, train=words(launch, "--steps", "1000000", "--save-every", "4"))
     first = made()
 
@@ -209,7 +214,7 @@ def test_a_machine_trains_saves_when_asked_and_another_goes_on(
 
     assert code == 0 and f"resumed after step {steps}" in second.log
     assert second.shutdowns[-1] == "shutdown -P now" and "exit code 0" in second.log
-    found = starting.stored(launch)
+    found = starting.stored(S3Objects(launch.place), launch)
     assert found is not None and found.why == f"run mine is over: completed after {steps + 2:,} steps"
     keys = [
         one["Key"] for one in boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix="runs/mine/logs/")["Contents"]
@@ -228,7 +233,7 @@ def test_a_machine_that_idles_or_takes_too_long_ends(
     launch: launching.Launch, made: Callable[..., Machine], what: str, told: str
 ) -> None:
     """The run is asked once, and then the machine goes, whatever it says."""
-    starting.upload(launch)
+    uploaded(launch)
     limited = replace(launch, max_hours=6 / 60 if what == "time" else 5.0)
     box = made(STUBBORN)
     process = box.start(starting.script(limited))
@@ -254,7 +259,7 @@ def test_what_cannot_be_installed_ends_the_machine(launch: launching.Launch, mad
     assert missing.run(starting.script(launch)) == 1
     assert "404" in missing.log and missing.shutdowns[-1] == "shutdown -P now"
 
-    starting.upload(launch)
+    uploaded(launch)
     key = f"{launch.place.prefix}{starting.folder(launch)}train.jsonl"
     boto3.client("s3").put_object(Bucket=launch.place.bucket, Key=key, Body=b"something else")
     damaged = made()
@@ -270,7 +275,7 @@ def test_pip_gets_the_wheel_and_the_extras(
     wheel.write_bytes(b"wheel")
     package, files = launching.packed(str(wheel))
     launch = replace(launch, package=package, files={**launch.files, **files}, train=("--version",))
-    starting.upload(launch)
+    uploaded(launch)
     box = made("exit 0")
 
     assert box.run(starting.script(launch)) == 0
