@@ -104,6 +104,7 @@ while :; do
   code=$?
   kill -0 "$pid" || break
 done 2>/dev/null
+exit "$code"
 """
 
 

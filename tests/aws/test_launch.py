@@ -285,11 +285,11 @@ def test_a_run_is_stopped(launch: Callable[..., Done], run: str) -> None:
     first = started(launch("--yes", "--json"))["InstanceId"]
     other = started(launch("--yes", "--json", "--name", f"{run}-2"))["InstanceId"]
 
-    asked, unknown = sfplan("stop", run), sfplan("stop", "nobody")
+    asked, unknown = sfplan("stop", run, *ON), sfplan("stop", "nobody", *ON)
     assert asked.code == 2 and f"nothing was stopped: this ends {first} in us-east-1; --yes does it" in asked.error()
     assert unknown.code == 2 and "run 'nobody' has no instance" in unknown.error()
     assert rented.instance(first)["State"]["Name"] == "running"
-    done = sfplan("stop", run, "--yes")
+    done = sfplan("stop", run, *ON, "--yes")
     assert done.output == f"{run}: {first} in us-east-1 saves, stores and ends, within about two minutes\n"
     assert (rented.instance(first)["State"]["Name"], rented.instance(other)["State"]["Name"]) == (
         "terminated",
@@ -297,7 +297,7 @@ def test_a_run_is_stopped(launch: Callable[..., Done], run: str) -> None:
     )
     ended = next(one for one in json.loads(sfplan("runs", *ON, "--json").output) if one["run"] == run)
     assert ended["state"] == "terminated" and ended["hours"] is not None
-    assert json.loads(sfplan("stop", f"{run}-2", "--yes", "--json").output)["stopped"] == [
+    assert json.loads(sfplan("stop", f"{run}-2", *ON, "--yes", "--json").output)["stopped"] == [
         {"instance_id": other, "region": "us-east-1"}
     ]
 
@@ -320,7 +320,7 @@ def test_a_run_is_stopped(launch: Callable[..., Done], run: str) -> None:
         (("--", "--output", "x"), "--output cannot follow --"),
         (("--", "--budget-usd=9"), "--budget-usd cannot follow --"),
         (("--", "--stepz", "3"), "No such option"),
-        (("--", "--steps", "many"), "'many' is not a valid"),
+        (("--", "--steps", "many"), "'many' is not a whole number"),
         (("--", "--sample", "a\nb"), "holds a line break"),
     ],
 )
@@ -354,9 +354,9 @@ def test_what_aws_refuses_is_told(
     """AWS's code and what helps, and nothing of what AWS says beside it."""
     from tests.aws import pricing
 
-    with pricing.serving(endpoint) as market:
+    with pricing.serving(endpoint) as market, monkeypatch.context() as patch:
         market.denied[operation] = code
-        monkeypatch.setenv("AWS_ENDPOINT_URL_EC2", market.endpoint)
+        patch.setenv("AWS_ENDPOINT_URL_EC2", market.endpoint)
         done = launch("--yes")
 
     assert done.code == 2 and f"ec2 answers {code} (" in done.error() and told in done.error()
@@ -374,9 +374,9 @@ def test_no_secret_comes_out(launch: Callable[..., Done], bucket: str, image: st
         launch("--yes", "--resume", *store),
         sfplan("runs", *ON),
         sfplan("runs", *ON, "--json"),
-        sfplan("stop", run),
+        sfplan("stop", run, *ON),
     ]
-    texts.append(sfplan("stop", run, "--yes"))
+    texts.append(sfplan("stop", run, *ON, "--yes"))
 
     assert [done.code for done in texts] == [2, 0, 0, 0, 0, 0, 0, 2, 0]
     assert planted.found_in([text for done in texts for text in (done.output, done.errors)]) == []

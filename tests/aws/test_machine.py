@@ -31,7 +31,7 @@ from tests.front.shell import SMALL, sfplan
 
 TOKEN = "hf_plantedTokenOfTheHub"
 STAND_INS = {
-    "shutdown": 'echo "shutdown $*" >>"$SHALLOWFLOW_PLACE/../ended.txt"',
+    "shutdown": 'echo "shutdown $*" >>"$(dirname "$0")/../ended.txt"',
     "systemd-run": """while case $1 in --*) true ;; *) false ;; esac; do shift; done
 "$@" &
 echo $! >"$SHALLOWFLOW_PLACE/pid"
