@@ -99,7 +99,8 @@ def read() -> Snapshot:
 
     try:
         found = msgspec.json.decode(content, type=Snapshot)
-        for row in (*found.prices, *found.storage, *found.shapes):
+        rows: list[TakenPrice | TakenStorage | TakenShape] = [*found.prices, *found.storage, *found.shapes]
+        for row in rows:
             _check(row)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BadFacts(f"{file} is not as it was written: {error}; sfplan prices --reset removes it") from error

@@ -47,7 +47,7 @@ def market(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         monkeypatch.setenv("SHALLOWFLOW_DATA", str(tmp_path / "data"))
         made.sells("g4dn.xlarge", EAST, 0.6)
         made.sells("g4dn.xlarge", WEST, 0.7)
-        made.sells("g4dn.xlarge", "mars-north-1", 9.0)
+        made.sells("g4dn.xlarge", "sa-east-1", 9.0)
         made.stores(EAST, 0.09, 0.024)
         made.stores(WEST, 0.1, 0.026, "EU-")
         for zone, usd in (("a", "0.21"), ("b", "0.25"), ("c", "0.35")):
@@ -147,11 +147,11 @@ def test_another_regions_prices_stay(market: Market) -> None:
 
 def test_a_region_that_was_not_known_is_added(market: Market) -> None:
     """Spot there is not offered, as far as is known how often it is interrupted."""
-    update("mars-north-1")
+    update("sa-east-1")
 
-    (found,) = (p for p in load_instance("g4dn.xlarge").prices if p.region == "mars-north-1")
+    (found,) = (p for p in load_instance("g4dn.xlarge").prices if p.region == "sa-east-1")
     assert (found.on_demand_usd_per_hour, found.interruption_bucket) == (9.0, None)
-    assert [o.instance for o in money.offers(load_instances("t4"), "mars-north-1", 1, lambda _: 1.0)] == ["g4dn.xlarge"]
+    assert [o.instance for o in money.offers(load_instances("t4"), "sa-east-1", 1, lambda _: 1.0)] == ["g4dn.xlarge"]
 
 
 def test_what_is_shown(market: Market) -> None:
@@ -212,7 +212,7 @@ def test_what_aws_says_wrong_changes_nothing(market: Market, trouble: str, monke
     elif trouble == "spot denied":
         market.denied["DescribeSpotPriceHistory"] = "UnauthorizedOperation"
     else:
-        region = "moon-east-1"
+        region = "ap-northeast-3"
 
     done = sfplan("prices", "--update", "--region", region)
 
@@ -222,7 +222,7 @@ def test_what_aws_says_wrong_changes_nothing(market: Market, trouble: str, monke
         "price": "AWS says that g4dn.xlarge in us-east-1 is 'nan' dollars, which is no price",
         "denied": "ask for AmazonEC2's prices: pricing answers AccessDeniedException (docs/aws.md",
         "spot denied": "ask for spot prices in us-east-1: ec2 answers UnauthorizedOperation (docs/aws.md",
-        "nothing": "AWS lists no price in moon-east-1; nothing was changed",
+        "nothing": "AWS lists no price in ap-northeast-3; nothing was changed",
     }
     assert done.code == 2 and told[trouble] in done.error()
     assert planted.found_in([done.errors]) == []
