@@ -199,7 +199,7 @@ def _started(launch: Launch) -> str | Standing:
 
 def _show_started(launch: Launch, found: str | Standing, as_json: bool) -> None:
     if as_json:
-        ends = {"started": True, "instance_id": found}
+        ends: dict[str, Any] = {"started": True, "instance_id": found}
         if isinstance(found, Standing):
             ends = {"started": False, "instance_id": found.instance_id, "why": found.why}
         echo_json({**_facts(launch), **ends})

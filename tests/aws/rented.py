@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,9 @@ def prepare(region: str = "us-east-1") -> str:
         known = client.describe_images(Owners=["self"])["Images"]
     image = str(known[0]["ImageId"])
     backend = ssm_backends[planted.ACCOUNT][region]
+    parameter: Any = Parameter  # moto's own put_parameter refuses AWS's names
     backend._parameters[IMAGE] = [
-        Parameter(
+        parameter(
             account_id=planted.ACCOUNT,
             name=IMAGE,
             value=image,
@@ -34,7 +36,7 @@ def prepare(region: str = "us-east-1") -> str:
             description="",
             allowed_pattern=None,
             keyid=None,
-            last_modified_date=0,
+            last_modified_date=datetime.datetime.now(datetime.UTC),
             version=1,
             data_type="text",
         )

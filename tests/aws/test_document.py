@@ -63,7 +63,7 @@ def test_every_shown_command_prints_what_is_shown(place: Path, t4_plan: str) -> 
         printed = done.output + (done.errors if done.code else "")
         same = [vague(INSTANCE.sub("i-0", said)) for said in (printed, item.output)]
         if same[0] != same[1]:
-            lines = [plain(said).split("\n") for said in (item.output, printed)]
-            differences += [f"$ {item.text}", *list(difflib.unified_diff(*lines, n=0, lineterm=""))[2:]]
+            wanted, found = (plain(said).split("\n") for said in (item.output, printed))
+            differences += [f"$ {item.text}", *list(difflib.unified_diff(wanted, found, n=0, lineterm=""))[2:]]
 
     assert not differences, "\n".join(["docs/aws.md shows (-) what is not printed (+):", *differences])
