@@ -10,11 +10,11 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-from . import calibrated
+from . import calibrated, snapshot
 from .check import BadFacts, FactsError, UnknownName, validate_config
 from .specs import GpuSpec, InstanceSpec, ModelSpec, Price, Source, StoragePrices, StorageSpec, Trust
 
@@ -77,26 +77,39 @@ def load_gpu(name: str) -> GpuSpec:
 
 def instance_names() -> list[str]:
     """The instance types with shipped facts."""
-    return [instance.name for instance in _instances()]
+    return [instance.name for instance in _priced(snapshot.stamp())]
 
 
 def load_instances(gpu: str | None = None) -> tuple[InstanceSpec, ...]:
-    """Every instance type, or those that hold one kind of GPU."""
+    """Every instance type, or those that hold one kind of GPU; prices that the user took go before the shipped ones.
+
+    Raises:
+        BadFacts: the user's prices are broken.
+    """
     wanted = None if gpu is None else load_gpu(gpu).name
-    return tuple(instance for instance in _instances() if wanted in (None, instance.gpu))
+    return tuple(instance for instance in _priced(snapshot.stamp()) if wanted in (None, instance.gpu))
 
 
 def load_instance(name: str) -> InstanceSpec:
     """The facts of one instance type."""
-    for instance in _instances():
+    for instance in _priced(snapshot.stamp()):
         if instance.name == name.strip().lower():
             return instance
     raise UnknownName(_unknown("instance", name, instance_names()))
 
 
-@cache
 def load_storage(cloud: str = "aws") -> StorageSpec:
-    """What storage costs at one provider."""
+    """What storage costs at one provider; prices that the user took go before the shipped ones.
+
+    Raises:
+        BadFacts: the user's prices are broken.
+    """
+    return snapshot.storage_over(shipped_storage(cloud), snapshot.read())
+
+
+@cache
+def shipped_storage(cloud: str = "aws") -> StorageSpec:
+    """What storage costs at one provider, as shipped."""
     path = FACTS / "storage" / f"{cloud}.toml"
     facts = _read_toml(path)
     try:
@@ -242,8 +255,15 @@ def _host_memory_bytes() -> int:
         raise BadFacts("this system does not say how much memory it has; plan for a named GPU instead") from error
 
 
+@lru_cache(maxsize=2)
+def _priced(_stamp: tuple[str, int, int] | None) -> tuple[InstanceSpec, ...]:
+    """Every instance with the prices that the user took, as long as their file stays what it is."""
+    return snapshot.instances_over(shipped_instances(), snapshot.read())
+
+
 @cache
-def _instances() -> tuple[InstanceSpec, ...]:
+def shipped_instances() -> tuple[InstanceSpec, ...]:
+    """Every instance type as shipped."""
     return tuple(
         _instance(facts, family, path.name)
         for path in sorted((FACTS / "instances").glob("*.toml"))

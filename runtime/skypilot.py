@@ -1,4 +1,4 @@
-"""A plan as a SkyPilot task: a managed job on spot instances that resumes from a bucket."""
+"""A plan as a SkyPilot task: a managed job on spot instances that resumes from a bucket, mounted or as a store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shallowflow.planner.plan import Plan
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
 FILES, RESULTS = "~/shallowflow", "/shallowflow"
-"""On the machine: the folder of the uploaded files, and where the bucket is mounted."""
+"""On the machine: the folder of the uploaded files, and where a bucket is mounted."""
 
 ACCELERATORS = {
     "a100-40gb": "A100",
@@ -45,7 +45,9 @@ class Job:
 
     Attributes:
         plan_path, data_path, eval_data_path: files here, which are uploaded.
-        bucket: of S3, for checkpoints and results; made if there is none of that name.
+        bucket: of S3, mounted for checkpoints and results; made if there is none of that name.
+        store: in the place of a bucket, where the run itself puts them, such as ``s3://bucket/prefix``: what is named
+            there is whole, and is stored before a machine that is told so is taken.
         package: what pip installs.
         spot: on spot instances, or on demand.
         data_format: of rows of data; None is told from their columns.
@@ -53,8 +55,9 @@ class Job:
 
     plan_path: Path
     data_path: Path
-    bucket: str
     package: str
+    bucket: str | None = None
+    store: str | None = None
     eval_data_path: Path | None = None
     spot: bool = True
     data_format: str | None = None
@@ -107,7 +110,9 @@ def _check(plan: Plan, job: Job, gpu: GpuSpec, instances: tuple[InstanceSpec, ..
     for path in job.files().values():
         if not path.is_file():
             raise ExportError(f"file {path} does not exist; a task uploads files, so give one that is here")
-    if not BUCKET.fullmatch(job.bucket):
+    if (job.bucket is None) == (job.store is None):
+        raise ExportError("checkpoints go to one place; give either --bucket or --store")
+    if job.bucket is not None and not BUCKET.fullmatch(job.bucket):
         raise ExportError(
             f"{job.bucket!r} is no name of a bucket; give 3 to 63 small letters, digits, hyphens and single dots, "
             "and no IP address"
@@ -123,24 +128,37 @@ def _fields(plan: Plan, job: Job, num_gpus: int) -> dict[str, Any]:
         "use_spot": job.spot,
         "job_recovery": {"max_restarts_on_errors": MOST_RESTARTS},
     }
+    several = {} if plan.workload.num_machines == 1 else {"num_nodes": plan.workload.num_machines}
     return {
         "name": "shallowflow-" + re.sub(r"[^a-z0-9]+", "-", plan.model_name.rpartition("/")[2].lower()).strip("-"),
+        **several,
         "resources": resources,
-        "file_mounts": {
-            **{f"{FILES}/{name}": str(path) for name, path in job.files().items()},
-            RESULTS: {"name": job.bucket, "store": "s3", "mode": "MOUNT_CACHED"},
-        },
+        "file_mounts": {**{f"{FILES}/{name}": str(path) for name, path in job.files().items()}, **_mounted(job)},
         "setup": f"pip install {shlex.quote(job.package)}",
-        "run": f"cd {FILES} && {_command(job)}",
+        "run": f"cd {FILES} && {_command(plan, job)}",
     }
 
 
-def _command(job: Job) -> str:
-    """What runs on the machine, the first time and after every interruption."""
+def _mounted(job: Job) -> dict[str, Any]:
+    return {} if job.bucket is None else {RESULTS: {"name": job.bucket, "store": "s3", "mode": "MOUNT_CACHED"}}
+
+
+_TOGETHER = (
+    "torchrun --nnodes $SKYPILOT_NUM_NODES --nproc-per-node {} --node-rank $SKYPILOT_NODE_RANK "
+    '--master-addr "$(echo "$SKYPILOT_NODE_IPS" | head -n 1)" --master-port 29500 -m shallowflow'
+)
+"""What runs on each of several machines, which SkyPilot tells who they are (its "Distributed Jobs on Many Nodes")."""
+
+
+def _command(plan: Plan, job: Job) -> str:
+    """What runs on each machine, the first time and after every interruption."""
     data, *held = list(job.files())[1:]
-    words = ["sfplan", "train", "plan.json", "--data", data, "--output", f"{RESULTS}/run", "--resume"]
+    output = ["run", "--store", job.store] if job.store is not None else [f"{RESULTS}/run"]
+    words = ["train", "plan.json", "--data", data, "--output", *output, "--resume"]
     for name in held:
         words += ["--eval-data", name]
     if job.data_format is not None:
         words += ["--data-format", job.data_format]
-    return shlex.join(words)
+    work = plan.workload
+    program = "sfplan" if work.num_machines == 1 else _TOGETHER.format(work.gpus_per_machine)
+    return f"{program} {shlex.join(words)}"

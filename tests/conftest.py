@@ -25,9 +25,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_calibration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Plan with the shipped profiles, whatever was measured on this machine."""
+    """Plan with the shipped profiles and prices, whatever was measured on this machine, and taken from AWS."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHALLOWFLOW_CONFIG", str(tmp_path_factory.mktemp("configuration")))
+        patch.setenv("SHALLOWFLOW_DATA", str(tmp_path_factory.mktemp("prices")))
         yield
 
 

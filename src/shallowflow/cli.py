@@ -25,15 +25,18 @@ from shallowflow.inspection import (
     profile_command,
     simulate_command,
 )
+from shallowflow.launch_command import launch_command
 from shallowflow.options import DEFAULT_MODEL, request, workload_options
 from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import make_plan
+from shallowflow.prices_command import prices_command
 from shallowflow.profiles import FactsError, load_gpu
 from shallowflow.profiles.load import load_instances
 from shallowflow.reporting import check_report, write_report
+from shallowflow.runs_command import runs_command, stop_command
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
@@ -70,11 +73,14 @@ def cli() -> None:
     sfplan data FILE                    what a data file holds, and how long its documents are
     sfplan merge RUN                    the adapter and its base as one model
     sfplan evaluate RUN --tasks NAMES   how well it does on tasks of lm-evaluation-harness
+    sfplan launch PLAN --data FILE      the run on an instance of EC2, which ends by itself
+    sfplan runs                         the instances that were launched; sfplan stop RUN ends one
     sfplan cost RUN                     what AWS billed for a run, beside what it reckoned
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan whatif MODEL                 every instance, region, spot or on demand, in hours and dollars
+    sfplan prices                       what instances cost, from when and where; --update asks AWS
     sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
@@ -171,9 +177,13 @@ def verify_command(plan: Path, as_json: bool) -> None:
 for _command in (
     frontier_command,
     whatif_command,
+    prices_command,
     train_command,
     merge_command,
     evaluate_command,
+    launch_command,
+    runs_command,
+    stop_command,
     cost_command,
     export_command,
     data_command,
@@ -214,6 +224,9 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "sources": "WeightsError",
         "skypilot": "ExportError",
         "aws.bills": "BillError",
+        "aws.clients": "AwsError",
+        "machine": "ScriptError",
+        "storage": "StoreError",
     }
     return (*found, *_loaded(later))
 

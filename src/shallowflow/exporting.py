@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from shallowflow.amazon import needs_boto3
 from shallowflow.data_command import data_format_option
 from shallowflow.profiles.load import load_gpu, load_instances
 from shallowflow.session import RequestError
@@ -24,7 +25,10 @@ Target = Literal["skypilot"]
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="The file to learn; it is uploaded.")
 @click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity.")
 @data_format_option
-@click.option("--bucket", required=True, help="Of S3, for checkpoints and results; it is made if need be.")
+@click.option("--bucket", help="Of S3, mounted for checkpoints and results; it is made if need be.")
+@click.option(
+    "--store", metavar="s3://BUCKET/PREFIX", help="Instead: where the run itself puts them; the bucket has to exist."
+)
 @click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on.")
 @click.option("--package", help="What pip installs there.  [default: this version of shallowflow]")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to write, instead of printing.")
@@ -34,18 +38,21 @@ def export_command(
     data: Path,
     eval_data: Path | None,
     data_format: Format | None,
-    bucket: str,
+    bucket: str | None,
+    store: str | None,
     spot: bool,
     package: str | None,
     output: Path | None,
 ) -> None:
     """Write PLAN as a task for SkyPilot: a managed job that resumes from the bucket after every interruption.
 
-    Nothing is started.
+    Nothing is started. A mounted bucket needs nothing on the machine; with --store checkpoints are verified, and stored
+    before a machine that is told of its end is taken.
 
     \b
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints --output task.yaml
+    sfplan export plan.json --to skypilot --data train.jsonl --store s3://my-checkpoints/my-run
     """
     from shallowflow.runtime import skypilot
     from shallowflow.runtime.documents import read_data
@@ -63,9 +70,10 @@ def export_command(
         data_path=data,
         eval_data_path=eval_data,
         bucket=bucket,
+        store=_checked(store),
         spot=spot,
         data_format=data_format,
-        package=package or f"shallowflow=={version('shallowflow')}",
+        package=package or f"shallowflow{'[aws]' if store is not None else ''}=={version('shallowflow')}",
     )
     text = skypilot.task(loaded, job, load_gpu(loaded.gpu), tuple(load_instances(loaded.gpu)))
     for path in (data, eval_data):
@@ -75,3 +83,17 @@ def export_command(
         click.echo(text, nl=False)
         return
     write_text(output, text)
+
+
+def _checked(store: str | None) -> str | None:
+    """*store*, which is one.
+
+    Raises:
+        RequestError, StoreError: it cannot be used.
+    """
+    if store is not None:
+        needs_boto3("--store")
+        from shallowflow.runtime.aws.s3 import place
+
+        place(store)
+    return store

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import boto3
 import pytest
 
 os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"  # moto's own way to let parts of a test be small
+os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"  # thousands, in every region
 
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from shallowflow.runtime.aws.s3 import Place, S3Objects
 from tests.aws import planted
+from tests.front.shell import sfplan
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +52,20 @@ def bucket(endpoint: str, _aws: None) -> str:
 def objects(bucket: str) -> S3Objects:
     """A prefix of the bucket, as the runtime sees it."""
     return S3Objects(Place(bucket, "some/run/"))
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model on disk: nobody may write into it."""
+    from tests.runtime import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def t4_plan(small_model: Path) -> str:
+    """A plan for it on a T4, in JSON, as if it were a model of the Hub."""
+    words = ("--sequence-length", 32, "--quantization", "nf4", "--fix", "activations=save", "--optimizer", "adamw")
+    done = sfplan(small_model, "--gpu", "t4", *words, "--json")
+    assert done.code == 0, done.errors
+    return json.dumps({**json.loads(done.output), "model_name": "org/Tiny-1.1"})

@@ -100,16 +100,45 @@ def test_skypilot_reads_what_is_meant(plan: Callable[..., Path], tmp_path: Path,
     assert (bucket, mode) == ("my-checkpoints", "MOUNT_CACHED")
 
 
+@pytest.mark.skipif(not SKYPILOT.exists(), reason="SkyPilot's environment is made by `make setup`")
+def test_several_machines_are_nodes(plan: Callable[..., Path], tiny_folder: Path, tmp_path: Path) -> None:
+    """A plan for two machines is a task of two nodes, each of which starts its part of the processes."""
+    done = sfplan(tiny_folder, *PINNED, "--gpus", 2, "--nodes", 2, "--stages", 1, "--sharding", "none", "--json")
+    made = json.loads(done.output)
+    path = plan(**{**made, "model_name": "org/Tiny-1.1"})
+    assert sfplan("export", path, *TO, "--data", "train.jsonl", "--output", "task.yaml").code == 0
+
+    _, nodes, _, accelerators, _, _, _, run, *_ = read_by_skypilot(tmp_path / "task.yaml", tmp_path)
+
+    assert (nodes, accelerators) == (2, {"T4": 1})
+    assert "torchrun --nnodes $SKYPILOT_NUM_NODES --nproc-per-node 1 " in run
+    assert run.endswith(" -m shallowflow train plan.json --data train.jsonl --output /shallowflow/run --resume")
+
+
 def test_every_command_of_the_help_runs(plan: Callable[..., Path]) -> None:
     """What its help shows works as it stands, and a file holds what would be printed."""
     plan()
     shown = re.findall(r"^ +sfplan (export plan.*)$", sfplan("export", "--help").output, re.MULTILINE)
-    assert len(shown) == 2
+    assert len(shown) == 3
 
-    printed, written = (sfplan(*shlex.split(words)) for words in shown)
+    printed, written, stored = (sfplan(*shlex.split(words)) for words in shown)
 
-    assert (printed.code, written.code, written.output) == (0, 0, "")
+    assert (printed.code, written.code, written.output, stored.code) == (0, 0, "", 0)
     assert printed.output == Path("task.yaml").read_text(encoding="utf-8")
+
+
+def test_a_store_takes_the_place_of_the_bucket(plan: Callable[..., Path]) -> None:
+    """Nothing is mounted then; the run stores its checkpoints itself, and has what it needs for that."""
+    store = ("--to", "skypilot", "--store", "s3://my-checkpoints/my run", "--data", "train.jsonl")
+
+    task = yaml.safe_load(sfplan("export", plan(), *store).output)
+
+    assert list(task["file_mounts"]) == ["~/shallowflow/plan.json", "~/shallowflow/train.jsonl"]
+    assert task["setup"] == "pip install 'shallowflow[aws]==0.1.0'"
+    assert task["run"] == (
+        "cd ~/shallowflow && sfplan train plan.json --data train.jsonl --output run "
+        "--store 's3://my-checkpoints/my run' --resume"
+    )
 
 
 def test_a_plan_file_is_data(plan: Callable[..., Path]) -> None:
@@ -149,6 +178,8 @@ def test_every_gpu_that_is_rented_has_a_name() -> None:
         (("--data", "train.jsonl", "--bucket", "My_Bucket"), "'My_Bucket' is no name of a bucket; give 3 to 63"),
         (("--data", "train.jsonl", "--bucket", "192.168.1.10"), "'192.168.1.10' is no name of a bucket"),
         (("--data", "train.jsonl", "--bucket", "my..bucket"), "'my..bucket' is no name of a bucket"),
+        (("--data", "train.jsonl", "--store", "s3://my-bucket/x"), "give either --bucket or --store"),
+        (("--data", "train.jsonl", "--store", "/here"), "'/here' is no store; give one such as s3://bucket/prefix"),
         (("--data", "train.jsonl", "--eval-data", "empty.jsonl"), "empty.jsonl is empty; give it one JSON object"),
         (("--data", "train.jsonl", "--to", "slurm"), "'slurm' is not"),
     ],
