@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+WORKERS ?= 2
 export SHALLOWFLOW_CACHE ?= $(CURDIR)/build/cache
 
 .PHONY: setup demo test lint accuracy calibration gpu clean
@@ -42,8 +43,9 @@ $(VENV)/triton/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==3.9.0
 	touch $@
 
+# Each worker is one process of one thread.
 test: lint $(VENV)/triton/.installed
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
 
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy
