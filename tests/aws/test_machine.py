@@ -197,7 +197,7 @@ def test_a_machine_trains_saves_when_asked_and_another_goes_on(
     endless = replace(launch, train=words(launch, "--steps", "1000000", "--save-every", "4"))
     first = made()
 
-    process = first.start(starting.script(endless))
+    process = first.start(starting.script(endless), SHALLOWFLOW_MINUTE="2")
     with ended(process):
         until(lambda: list(first.place.glob("mine/checkpoints/step-*")))
         first.stop()
@@ -210,7 +210,9 @@ def test_a_machine_trains_saves_when_asked_and_another_goes_on(
     steps = vault.latest.checkpoints[0].num_steps
     second = made()
 
-    code = second.run(starting.script(replace(launch, train=words(launch, "--steps", str(steps + 2)))))
+    code = second.run(
+        starting.script(replace(launch, train=words(launch, "--steps", str(steps + 2)))), SHALLOWFLOW_MINUTE="2"
+    )
 
     assert code == 0 and f"resumed after step {steps}" in second.log
     assert second.shutdowns[-1] == "shutdown -P now" and "exit code 0" in second.log
