@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from shallowflow import __version__
+from shallowflow.check_command import check_command
 from shallowflow.cost_command import cost_command
 from shallowflow.data_command import data_command
 from shallowflow.evaluation import evaluate_command
@@ -71,7 +72,8 @@ def cli() -> None:
     sfplan evaluate RUN --tasks NAMES   how well it does on tasks of lm-evaluation-harness
     sfplan cost RUN                     what AWS billed for a run, beside what it reckoned
     sfplan verify PLAN                  whether a plan's proof holds
-    sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
+    sfplan export PLAN --to TOOL        the run as SkyPilot's task, or for axolotl, LLaMA-Factory, TRL or Unsloth
+    sfplan check FILE                   whether another trainer's configuration will do, and a corrected one
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan whatif MODEL                 every instance, region, spot or on demand, in hours and dollars
     sfplan weigh MODEL                  what int8 and nf4 do to its own weights
@@ -169,6 +171,7 @@ for _command in (
     evaluate_command,
     cost_command,
     export_command,
+    check_command,
     data_command,
     weigh_command,
     profile_command,
@@ -206,6 +209,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "user_step": "StepError",
         "sources": "WeightsError",
         "skypilot": "ExportError",
+        "trainers.settings": "ConfigurationError",
         "aws.bills": "BillError",
     }
     return (*found, *_loaded(later))
@@ -213,7 +217,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
 
 def _failures() -> tuple[type[Exception], ...]:
     """The exceptions that mean that what was begun could not be ended."""
-    return (Infeasible, OutOfDeviceMemory, *_loaded({"request": "RunFailed"}))
+    return (Infeasible, OutOfDeviceMemory, *_loaded({"request": "RunFailed", "trainers.export": "InexpressibleError"}))
 
 
 def _loaded(exceptions: dict[str, str]) -> list[type[Exception]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
@@ -13,20 +13,21 @@ from shallowflow.profiles.load import load_gpu, load_instances
 from shallowflow.session import RequestError
 
 if TYPE_CHECKING:
+    from shallowflow.planner.plan import Plan
     from shallowflow.runtime.documents import Format
 
-Target = Literal["skypilot"]
+Target = Literal["skypilot", "axolotl", "llamafactory", "trl", "unsloth", "accelerate"]
 
 
 @click.command("export")
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--to", "target", type=click.Choice(["skypilot"]), required=True, help="Whose file to write.")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="The file to learn; it is uploaded.")
-@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity.")
+@click.option("--to", "target", type=click.Choice(get_args(Target)), required=True, help="Whose file to write.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The file to learn.")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity. (skypilot)")
 @data_format_option
-@click.option("--bucket", required=True, help="Of S3, for checkpoints and results; it is made if need be.")
-@click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on.")
-@click.option("--package", help="What pip installs there.  [default: this version of shallowflow]")
+@click.option("--bucket", help="Of S3, for checkpoints and results; it is made if need be. (skypilot)")
+@click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on. (skypilot)")
+@click.option("--package", help="What pip installs there. (skypilot)  [default: this version of shallowflow]")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to write, instead of printing.")
 def export_command(
     plan: Path,
@@ -34,30 +35,60 @@ def export_command(
     data: Path,
     eval_data: Path | None,
     data_format: Format | None,
-    bucket: str,
+    bucket: str | None,
     spot: bool,
     package: str | None,
     output: Path | None,
 ) -> None:
-    """Write PLAN as a task for SkyPilot: a managed job that resumes from the bucket after every interruption.
+    """Write PLAN as a file that another program runs; nothing is started.
 
-    Nothing is started.
+    For skypilot it is a task that runs this plan itself: a managed job that resumes from the bucket after every
+    interruption. For a trainer (axolotl, llamafactory: a YAML; trl, unsloth: a script; accelerate: how many processes,
+    and in which precision) it is as near to the plan as that trainer's settings come, made leaner until its own step,
+    simulated, fits; comments at its head say what it cannot express.
 
     \b
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints --output task.yaml
+    sfplan export plan.json --to axolotl --data train.jsonl --output axolotl.yaml
+    sfplan export plan.json --to trl --data train.jsonl --output train.py
     """
-    from shallowflow.runtime import skypilot
-    from shallowflow.runtime.documents import read_data
     from shallowflow.runtime.files import write_text
     from shallowflow.training import read_plan
 
-    assert target == "skypilot"
     if output is not None and not output.parent.is_dir():
         raise RequestError(f"folder {output.parent} for --output does not exist")
     if output is not None and output.resolve() in {path.resolve() for path in (plan, data, eval_data) if path}:
-        raise RequestError(f"--output {output} is a file that the task uploads; give another name")
+        raise RequestError(f"--output {output} is a file that is read; give another name")
     loaded = read_plan(plan)
+    if target == "skypilot":
+        text = _task(loaded, plan, data, eval_data, data_format, bucket, package, spot=spot)
+    else:
+        if bucket is not None or package is not None or eval_data is not None:
+            raise RequestError(f"--bucket, --package and --eval-data are for --to skypilot, not for {target}")
+        text = _configuration(loaded, target, data)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text(output, text)
+
+
+def _task(
+    loaded: Plan,
+    plan: Path,
+    data: Path,
+    eval_data: Path | None,
+    data_format: Format | None,
+    bucket: str | None,
+    package: str | None,
+    *,
+    spot: bool,
+) -> str:
+    from shallowflow.runtime import skypilot
+    from shallowflow.runtime.documents import read_data
+
+    if bucket is None:
+        raise RequestError("--to skypilot wants --bucket, where checkpoints and results are kept")
     job = skypilot.Job(
         plan_path=plan,
         data_path=data,
@@ -71,7 +102,16 @@ def export_command(
     for path in (data, eval_data):
         if path is not None:
             read_data(path, data_format)  # what the machine could not learn is better told before it is paid for
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    write_text(output, text)
+    return text
+
+
+def _configuration(loaded: Plan, target: Target, data: Path) -> str:
+    from shallowflow.terminal import status
+
+    assert target != "skypilot"
+    if not data.is_file():
+        raise RequestError(f"file {data} does not exist")
+    with status(f"exporting to {target}") as tell:
+        from shallowflow.runtime.trainers.export import export
+
+        return export(loaded, target, data, load_gpu(loaded.gpu), tell).text

@@ -1,0 +1,198 @@
+"""Whether a trainer's settings will do on a GPU: its own step simulated, its traps, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shallowflow.planner.memory_record import CategoryBytes
+from shallowflow.planner.profiler.user_step import simulate
+from shallowflow.profiles import GpuSpec, ModelSpec
+
+from . import traps
+from .settings import Quantized, Settings
+from .steps import make_step
+from .traps import Finding
+
+FORMAT_VERSION = 1
+MOST_MICRO_BATCHES = 2
+"""That are simulated; those after are like the second."""
+WORTH_TRYING = 0.8
+"""Of the memory: where weights in 16 bits would take more, they are not tried in place of quantized ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one optimizer update is predicted to take.
+
+    Attributes:
+        peak_phase, peak_module: where the peak is.
+        step_seconds: of all its micro-batches.
+        categories: of the process's memory at the peak; they sum to ``peak_process_bytes``.
+    """
+
+    peak_process_bytes: int
+    peak_phase: str
+    peak_module: str
+    step_seconds: float
+    tokens_per_second: float
+    categories: tuple[CategoryBytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What is said of a trainer's settings on one GPU.
+
+    Attributes:
+        memory_bytes: the GPU's.
+        corrected: settings without the traps, that fit; None if there are none, or nothing is to be changed.
+        notes: what the prediction leaves out.
+    """
+
+    format_version: int
+    model: str
+    gpu: str
+    memory_bytes: int
+    settings: Settings
+    outcome: Outcome
+    findings: tuple[Finding, ...]
+    corrected: Settings | None
+    corrected_outcome: Outcome | None
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU's memory is enough."""
+        return self.outcome.peak_process_bytes <= self.memory_bytes
+
+    @property
+    def will_run(self) -> bool:
+        """Whether it fits, and nothing else makes it fail."""
+        return self.fits and not any(finding.severity == "fails" for finding in self.findings)
+
+
+def predict(settings: Settings, config: Mapping[str, Any], gpu: GpuSpec) -> Outcome:
+    """Simulate *settings* on a model of *config*: memory with two micro-batches where there are more, time of all."""
+    steps = settings.gradient_accumulation_steps
+    first = simulate(make_step(settings, config, 1), gpu)
+    record = first if steps == 1 else simulate(make_step(settings, config, MOST_MICRO_BATCHES), gpu)
+    assert first.step_seconds is not None and record.step_seconds is not None
+    seconds = first.step_seconds + (steps - 1) * (record.step_seconds - first.step_seconds)
+    tokens = steps * settings.micro_batch_size * settings.sequence_length
+    return Outcome(
+        peak_process_bytes=record.peak_process_bytes,
+        peak_phase=record.peak_phase,
+        peak_module=record.peak_module,
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        categories=record.categories,
+    )
+
+
+def check(
+    settings: Settings, model: ModelSpec, gpu: GpuSpec, progress: Callable[[str], None] = lambda _said: None
+) -> Verdict:
+    """Say of *settings* whether they will do on *gpu*, and correct them.
+
+    Raises:
+        BadFacts: the model cannot be built.
+    """
+    progress("its own step")
+    outcome = predict(settings, model.config, gpu)
+    findings = traps.found(settings, model.config, gpu)
+    corrected, better = _corrected(settings, outcome, model, gpu, progress)
+    if corrected is not None and better is not None and settings.quantization == "nf4":
+        plain, faster = _unquantized(corrected, better, model, gpu, progress)
+        if plain is not None and faster is not None:
+            findings = (*findings, _needless(settings, better, faster))
+            corrected, better = plain, faster
+    changed = corrected is not None and corrected != settings
+    return Verdict(
+        format_version=FORMAT_VERSION,
+        model=model.name,
+        gpu=gpu.name,
+        memory_bytes=gpu.memory_bytes,
+        settings=settings,
+        outcome=outcome,
+        findings=findings,
+        corrected=corrected if changed else None,
+        corrected_outcome=better if changed else None,
+        notes=_notes(settings),
+    )
+
+
+def _corrected(
+    settings: Settings, outcome: Outcome, model: ModelSpec, gpu: GpuSpec, progress: Callable[[str], None]
+) -> tuple[Settings | None, Outcome | None]:
+    """The first of ever leaner settings without traps that fits, as simulated."""
+    for candidate in leaner(replace(settings, **traps.mended(settings, model.config, gpu))):
+        progress(f"corrected: {candidate.micro_batch_size} at once")
+        found = outcome if candidate == settings else predict(candidate, model.config, gpu)
+        if found.peak_process_bytes <= gpu.memory_bytes:
+            return candidate, found
+    return None, None
+
+
+def leaner(settings: Settings) -> Iterator[Settings]:
+    """*settings*, and what to give up of them in turn: speed by recomputation, then batches, then bits."""
+    yield settings
+    if not settings.recomputes:
+        settings = replace(settings, recomputes=True)
+        yield settings
+    while settings.micro_batch_size % 2 == 0:
+        settings = replace(
+            settings,
+            micro_batch_size=settings.micro_batch_size // 2,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps * 2,
+        )
+        yield settings
+    if settings.adapter == "full":
+        return
+    coarser: dict[Quantized, tuple[Quantized, ...]] = {"none": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}
+    for quantization in coarser[settings.quantization]:
+        yield replace(
+            settings,
+            quantization=quantization,
+            double_quantization=quantization == "nf4",
+            product_dtype=settings.weights_dtype,
+        )
+
+
+def _unquantized(
+    settings: Settings, outcome: Outcome, model: ModelSpec, gpu: GpuSpec, progress: Callable[[str], None]
+) -> tuple[Settings | None, Outcome | None]:
+    """The same without quantization, if it fits and is faster."""
+    if model.num_parameters is None or 2 * model.num_parameters > WORTH_TRYING * gpu.memory_bytes:
+        return None, None
+    progress("without quantization")
+    plain = replace(settings, quantization="none", double_quantization=False)
+    found = predict(plain, model.config, gpu)
+    better = found.peak_process_bytes <= gpu.memory_bytes and found.step_seconds < outcome.step_seconds
+    return (plain, found) if better else (None, None)
+
+
+def _needless(settings: Settings, quantized: Outcome, plain: Outcome) -> Finding:
+    return Finding(
+        trap="needless quantization",
+        severity="slow",
+        where=settings.said("quantization"),
+        what=(
+            f"nf4 saves memory and not time: weights in 16 bits fit, and make a step "
+            f"{1 - plain.step_seconds / quantized.step_seconds:.0%} shorter"
+        ),
+        instead="no quantization",
+    )
+
+
+def _notes(settings: Settings) -> tuple[str, ...]:
+    notes = []
+    if settings.tool == "unsloth":
+        notes.append("Unsloth's own kernels and its offloading of layers' inputs hold less than this: an upper bound.")
+    if "paged" in settings.optimizer:
+        notes.append("A paged optimizer's state may leave the GPU; it is counted as on it.")
+    if not settings.optimizer.startswith(("adamw", "paged_adamw")):
+        notes.append(f"The optimizer {settings.optimizer} is counted as AdamW.")
+    if settings.num_gpus > 1:
+        notes.append("Several GPUs are counted as one: FSDP and DeepSpeed are not simulated.")
+    return tuple(notes)
