@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from shallowflow.planner.memory_record import CategoryBytes
-from shallowflow.planner.profiler.user_step import simulate
+from shallowflow.planner.profiler.user_step import simulate_accumulated
 from shallowflow.profiles import GpuSpec, ModelSpec
 
-from . import traps
-from .settings import Quantized, Settings
+from . import resolve, traps
+from .settings import DTYPES, Quantized, Settings, is_any
 from .steps import make_step
 from .traps import Finding
 
@@ -47,6 +47,7 @@ class Verdict:
     Attributes:
         memory_bytes: the GPU's.
         corrected: settings without the traps, that fit; None if there are none, or nothing is to be changed.
+        remaining: traps that the corrected settings still walk into, as the tool cannot say better.
         notes: what the prediction leaves out.
     """
 
@@ -59,6 +60,7 @@ class Verdict:
     findings: tuple[Finding, ...]
     corrected: Settings | None
     corrected_outcome: Outcome | None
+    remaining: tuple[Finding, ...]
     notes: tuple[str, ...]
 
     @property
@@ -75,10 +77,10 @@ class Verdict:
 def predict(settings: Settings, config: Mapping[str, Any], gpu: GpuSpec) -> Outcome:
     """Simulate *settings* on a model of *config*: memory with two micro-batches where there are more, time of all."""
     steps = settings.gradient_accumulation_steps
-    first = simulate(make_step(settings, config, 1), gpu)
-    record = first if steps == 1 else simulate(make_step(settings, config, MOST_MICRO_BATCHES), gpu)
-    assert first.step_seconds is not None and record.step_seconds is not None
-    seconds = first.step_seconds + (steps - 1) * (record.step_seconds - first.step_seconds)
+    traced = min(steps, MOST_MICRO_BATCHES)
+    record, update_seconds = simulate_accumulated(make_step(settings, config, traced, gpu.device_type), gpu)
+    assert record.step_seconds is not None
+    seconds = update_seconds + (record.step_seconds - update_seconds) * steps / traced
     tokens = steps * settings.micro_batch_size * settings.sequence_length
     return Outcome(
         peak_process_bytes=record.peak_process_bytes,
@@ -98,11 +100,13 @@ def check(
     Raises:
         BadFacts: the model cannot be built.
     """
+    assumed = settings.weights_dtype == "auto"
+    settings = resolve.resolved(settings, model.config)
     progress("its own step")
     outcome = predict(settings, model.config, gpu)
     findings = traps.found(settings, model.config, gpu)
     corrected, better = _corrected(settings, outcome, model, gpu, progress)
-    if corrected is not None and better is not None and settings.quantization == "nf4":
+    if corrected is not None and better is not None and settings.quantization != "none":
         plain, faster = _unquantized(corrected, better, model, gpu, progress)
         if plain is not None and faster is not None:
             findings = (*findings, _needless(settings, better, faster))
@@ -117,8 +121,9 @@ def check(
         outcome=outcome,
         findings=findings,
         corrected=corrected if changed else None,
+        remaining=traps.found(corrected, model.config, gpu) if changed and corrected is not None else (),
         corrected_outcome=better if changed else None,
-        notes=_notes(settings),
+        notes=_notes(settings, assumed=assumed),
     )
 
 
@@ -126,12 +131,39 @@ def _corrected(
     settings: Settings, outcome: Outcome, model: ModelSpec, gpu: GpuSpec, progress: Callable[[str], None]
 ) -> tuple[Settings | None, Outcome | None]:
     """The first of ever leaner settings without traps that fits, as simulated."""
-    for candidate in leaner(replace(settings, **traps.mended(settings, model.config, gpu))):
-        progress(f"corrected: {candidate.micro_batch_size} at once")
-        found = outcome if candidate == settings else predict(candidate, model.config, gpu)
-        if found.peak_process_bytes <= gpu.memory_bytes:
-            return candidate, found
-    return None, None
+
+    def found(candidate: Settings) -> Outcome:
+        progress(f"corrected: {candidate.micro_batch_size} at once, weights in {candidate.quantization}")
+        return outcome if candidate == settings else predict(candidate, model.config, gpu)
+
+    candidates = list(leaner(replace(settings, **traps.mended(settings, model.config, gpu))))
+    fitting = first_fitting(candidates, found, gpu.memory_bytes)
+    return (None, None) if fitting is None else fitting
+
+
+def first_fitting(
+    candidates: Sequence[Settings], predicted: Callable[[Settings], Outcome], most_bytes: int
+) -> tuple[Settings, Outcome] | None:
+    """The first of *candidates*, each leaner than those before it, whose peak is no more; None if the last one's is.
+
+    Few are predicted: the first, the last, and what halves those in between.
+    """
+    known: dict[int, Outcome] = {}
+
+    def fits(index: int) -> bool:
+        known[index] = predicted(candidates[index])
+        return known[index].peak_process_bytes <= most_bytes
+
+    last = len(candidates) - 1
+    if fits(0):
+        return candidates[0], known[0]
+    if last == 0 or not fits(last):
+        return None
+    low, high = 0, last  # the one does not fit, the other does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return candidates[high], known[high]
 
 
 def leaner(settings: Settings) -> Iterator[Settings]:
@@ -147,6 +179,13 @@ def leaner(settings: Settings) -> Iterator[Settings]:
             gradient_accumulation_steps=settings.gradient_accumulation_steps * 2,
         )
         yield settings
+    if settings.micro_batch_size > 1:
+        settings = replace(
+            settings,
+            micro_batch_size=1,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps * settings.micro_batch_size,
+        )
+        yield settings
     if settings.adapter == "full":
         return
     coarser: dict[Quantized, tuple[Quantized, ...]] = {"none": ("int8", "nf4"), "int8": ("nf4",), "nf4": ()}
@@ -155,7 +194,7 @@ def leaner(settings: Settings) -> Iterator[Settings]:
             settings,
             quantization=quantization,
             double_quantization=quantization == "nf4",
-            product_dtype=settings.weights_dtype,
+            product_dtype=DTYPES[settings.precision],
         )
 
 
@@ -178,21 +217,27 @@ def _needless(settings: Settings, quantized: Outcome, plain: Outcome) -> Finding
         severity="slow",
         where=settings.said("quantization"),
         what=(
-            f"nf4 saves memory and not time: weights in 16 bits fit, and make a step "
+            f"{settings.quantization} saves memory and not time: weights in 16 bits fit, and make a step "
             f"{1 - plain.step_seconds / quantized.step_seconds:.0%} shorter"
         ),
         instead="no quantization",
     )
 
 
-def _notes(settings: Settings) -> tuple[str, ...]:
+def _notes(settings: Settings, *, assumed: bool) -> tuple[str, ...]:
     notes = []
+    if assumed:
+        notes.append(f"The checkpoint's own dtype is counted as {settings.weights_dtype}.")
     if settings.tool == "unsloth":
         notes.append("Unsloth's own kernels and its offloading of layers' inputs hold less than this: an upper bound.")
+    if settings.tool == "axolotl" and settings.adapter != "full":
+        notes.append("axolotl's LoRA kernels hold fewer activations than PEFT's layers: an upper bound.")
     if "paged" in settings.optimizer:
         notes.append("A paged optimizer's state may leave the GPU; it is counted as on it.")
-    if not settings.optimizer.startswith(("adamw", "paged_adamw")):
+    if not is_any(settings.optimizer, ("adamw", "adam_")):
         notes.append(f"The optimizer {settings.optimizer} is counted as AdamW.")
-    if settings.num_gpus > 1:
-        notes.append("Several GPUs are counted as one: FSDP and DeepSpeed are not simulated.")
+    if settings.shards:
+        notes.append(f"{settings.shards} is not simulated: every GPU is counted with the whole model.")
+    if settings.loss == "fused":
+        notes.append("Of Liger's kernels the loss alone is simulated.")
     return tuple(notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
@@ -13,14 +13,19 @@ from . import axolotl, llamafactory, scripts, trl
 from .settings import TITLES, ConfigurationError, Settings, Tool
 
 MOST_BYTES = 2**20
-_YAMLS = {"axolotl": axolotl.DISTINCT, "llamafactory": llamafactory.DISTINCT, "trl": trl.DISTINCT}
+_YAMLS: dict[Tool, tuple[str, ...]] = {
+    "axolotl": axolotl.DISTINCT,
+    "llamafactory": llamafactory.DISTINCT,
+    "trl": trl.DISTINCT,
+}
 
 
-def read(path: Path, tool: Tool | None, *, has_bf16: bool) -> Settings:
+def read(path: Path, tool: Tool | None, *, has_bf16: bool, claims_bf16: bool = True) -> Settings:
     """What the file at *path* says; *tool* is told from its keys if it is None.
 
     Args:
         has_bf16: whether the GPU has bf16, and does not emulate it.
+        claims_bf16: whether PyTorch says that it has: of every GPU, as it counts emulation.
 
     Raises:
         ConfigurationError: it cannot be read, or is no configuration of a trainer that is known here.
@@ -30,21 +35,24 @@ def read(path: Path, tool: Tool | None, *, has_bf16: bool) -> Settings:
         return scripts.read(text, str(path), has_bf16=has_bf16)
     entries = _entries(text, path)
     tool = tool or _whose(entries, path)
-    settings = _read(entries, str(path), tool)
+    if tool == "axolotl":
+        settings = axolotl.read(entries, str(path), claims_bf16=claims_bf16)
+    elif tool == "llamafactory":
+        settings = llamafactory.read(entries, str(path), claims_bf16=claims_bf16)
+    else:
+        settings = trl.read(entries, str(path))
     if not settings.model:
-        raise ConfigurationError(f"{path} names no model; give {settings.key('model')}")
+        raise ConfigurationError(
+            f"{path} names no model; give {'base_model' if tool == 'axolotl' else 'model_name_or_path'}"
+        )
     return settings
 
 
-def _read(entries: Mapping[str, Any], where: str, tool: Tool) -> Settings:
-    # axolotl and others ask PyTorch whether a GPU has bf16, which says so wherever it is emulated
-    if tool == "axolotl":
-        return axolotl.read(entries, where, has_bf16=True)
-    if tool == "llamafactory":
-        return llamafactory.read(entries, where)
-    if tool == "trl":
-        return trl.read(entries, where)
-    raise ConfigurationError(f"{where}: {TITLES[tool]} is configured by a Python script; give a file that ends in .py")
+_MODEL_KEYS: dict[Tool, str] = {
+    "axolotl": "base_model",
+    "llamafactory": "model_name_or_path",
+    "trl": "model_name_or_path",
+}
 
 
 def _text(path: Path) -> str:
@@ -61,7 +69,7 @@ def _text(path: Path) -> str:
 def _entries(text: str, path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError, TypeError, KeyError, AttributeError) as error:
         said = " ".join(str(error).split())[:200] or "it is nested too deeply"
         raise ConfigurationError(f"{path} is no {'JSON' if path.suffix == '.json' else 'YAML'}: {said}") from None
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
@@ -71,13 +79,12 @@ def _entries(text: str, path: Path) -> Mapping[str, Any]:
 
 def _whose(entries: Mapping[str, Any], path: Path) -> Tool:
     counts = {tool: sum(key in entries for key in keys) for tool, keys in _YAMLS.items()}
-    best = max(counts, key=lambda tool: counts[tool])
+    best: Tool = max(counts, key=lambda tool: counts[tool])
     if not counts[best]:
         raise ConfigurationError(
-            f"{path} has no key of {', '.join(TITLES[tool] for tool in _YAMLS if tool in get_args(Tool))}; "  # type: ignore[index]
-            "name its tool by --tool"
+            f"{path} has no key of {', '.join(TITLES[tool] for tool in _YAMLS)}; name its tool by --tool"
         )
-    return best  # type: ignore[return-value]
+    return best
 
 
 _WRITERS = {"axolotl": axolotl.write, "llamafactory": llamafactory.write}
@@ -96,25 +103,31 @@ def corrected(path: Path, settings: Settings, better: Settings) -> str:
     for key in {**before, **after}:
         if before.get(key) != after.get(key):
             entries[key] = after.get(key)
-    for name in REPLACED.get(settings.tool, ()):
-        if name in entries and name not in after:
-            del entries[name]
+    for field, names in REPLACED[settings.tool].items():
+        if getattr(settings, field) != getattr(better, field):
+            for name in set(names) & set(entries) - set(after):
+                del entries[name]
+    if settings.loss == "cut" and better.loss != "cut":
+        entries["cut_cross_entropy"] = False  # or its plugin, where it is loaded, takes it for wanted
+    if settings.tool == "llamafactory" and settings.resumes_blindly and not better.resumes_blindly:
+        entries["overwrite_output_dir"] = True
     text: str = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=1000)
     return text
 
 
-REPLACED: dict[Tool, tuple[str, ...]] = {
-    "axolotl": (
-        "flash_attention",
-        "flex_attention",
-        "sdp_attention",
-        "xformers_attention",
-        "bfloat16",
-        "float16",
-        "cut_cross_entropy",
-        "liger_fused_linear_cross_entropy",
-        "auto_resume_from_checkpoints",
-    ),
-    "llamafactory": ("enable_liger_kernel", "pure_bf16", "resume_from_checkpoint"),
+REPLACED: dict[Tool, dict[str, tuple[str, ...]]] = {
+    "axolotl": {
+        "attention": (*axolotl.FLAGS,),
+        "precision": ("bfloat16", "float16"),
+        "loss": ("liger_fused_linear_cross_entropy",),
+        "resumes_blindly": ("auto_resume_from_checkpoints",),
+    },
+    "llamafactory": {
+        "loss": ("enable_liger_kernel",),
+        "precision": ("pure_bf16",),
+        "adapter_dtype": ("pure_bf16",),
+        "longest_first": ("train_sampling_strategy",),
+        "resumes_blindly": ("resume_from_checkpoint",),
+    },
 }
-"""Other spellings of what a written file says, and what it shall not have."""
+"""By a field, other spellings of what a written file says of it, and what it shall not have any more."""

@@ -12,7 +12,7 @@ from shallowflow.profiles import GpuSpec, ModelSpec, load_gpu
 
 from .check import Verdict
 from .check import check as check_settings
-from .settings import Adapter, ConfigurationError, Dtype, Packing, Precision, Quantized, Settings, Tool, is_any
+from .settings import Adapter, ConfigurationError, Dtype, Packing, Precision, Quantized, Settings, Tool
 
 NUM_ROWS = 1000
 """Of the data, whose longest is taken for the longest there is, where the trainer itself has no limit."""
@@ -73,7 +73,7 @@ def settings_of(trainer: Any, sequence_length: int | None = None) -> Settings:
         recomputes=bool(arguments.gradient_checkpointing),
         attention=attention,
         loss="tiled" if tool == "trl" else "fused" if getattr(arguments, "use_liger_kernel", False) else "whole",
-        packing=_packing(arguments, attention),
+        packing=_packing(arguments),
         longest_first=getattr(arguments, "train_sampling_strategy", "random") == "group_by_length"
         or bool(getattr(arguments, "group_by_length", False)),
         optimizer=str(getattr(arguments.optim, "value", arguments.optim)),
@@ -115,10 +115,10 @@ def _quantized(base: torch.nn.Module) -> tuple[Quantized, Dtype | None, bool]:
     return "none", None, False
 
 
-def _packing(arguments: Any, attention: str) -> Packing:
+def _packing(arguments: Any) -> Packing:
     if not getattr(arguments, "packing", False):
         return "none"
-    return "separate" if is_any(attention, ("flash", "flex")) else "leaking"
+    return "leaking" if getattr(arguments, "packing_strategy", "bfd") == "wrapped" else "separate"
 
 
 def _longest(trainer: Any) -> int:

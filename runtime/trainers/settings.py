@@ -16,12 +16,32 @@ TITLES: dict[Tool, str] = {
 }
 Precision = Literal["fp16", "bf16", "fp32"]
 Dtype = Literal["float16", "bfloat16", "float32"]
+Stored = Literal["float16", "bfloat16", "float32", "auto"]
 Quantized = Literal["none", "int8", "nf4"]
 Adapter = Literal["lora", "rslora", "dora", "full"]
 Loss = Literal["whole", "tiled", "parts", "fused", "cut"]
 Packing = Literal["none", "separate", "leaking"]
 
 DTYPES: dict[Precision, Dtype] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+WORDS: dict[str, Stored] = {
+    "float16": "float16",
+    "half": "float16",
+    "fp16": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float32": "float32",
+    "float": "float32",
+    "fp32": "float32",
+    "auto": "auto",
+}
+"""How files and scripts call dtypes, without ``torch.``."""
+VARLEN = "sdpa_varlen"
+"""axolotl's attention over packed rows: PyTorch's ``varlen_attn``, which is FlashAttention."""
+
+
+_TRUE = ("true", "yes", "on", "auto", "full", "unsloth", "offload", "offload_disk", "legacy", "disk", "hidden_states")
+_FALSE = ("false", "no", "off")
+"""Words that trainers take for yes and no."""
 
 
 class ConfigurationError(ValueError):
@@ -37,13 +57,13 @@ class Settings:
         sequence_length: the most tokens of a sequence.
         micro_batch_size, gradient_accumulation_steps: of each GPU.
         quantization, double_quantization: of the frozen base; ``none`` where it is stored as *weights_dtype*.
-        weights_dtype: of what is not quantized, as it lies on the GPU.
+        weights_dtype: of what is not quantized, as it lies on the GPU; ``auto`` for what the checkpoint has.
         casts_rest: what is not quantized is made fp32 after loading (PEFT's ``prepare_model_for_kbit_training``).
         product_dtype: in which quantized weights are multiplied.
         precision: that autocast multiplies in; fp32 where there is none.
         adapter_dtype: of the adapter's weights.
         rank, alpha: None in full fine-tuning.
-        target_modules: names of the modules that have an adapter; empty for all linear ones.
+        target_modules: names of the modules that have an adapter; empty for all linear ones, None for PEFT's choice.
         trained_whole: names of modules beside the layers that learn whole, such as embeddings.
         recomputes: whether every layer is computed again in its backward pass.
         attention: as transformers calls it.
@@ -51,6 +71,7 @@ class Settings:
             whose gradients are formed in the forward pass (Liger); or never held, by Triton's products (cut
             cross-entropy).
         packing: several documents to a sequence, kept apart or not.
+        shards: the key by which FSDP or DeepSpeed is asked for, or nothing.
         longest_first: whether the longest batch comes in the first step.
         optimizer: as the tool calls it.
         initial_scale: of an fp16 loss.
@@ -69,7 +90,7 @@ class Settings:
     num_gpus: int = 1
     quantization: Quantized = "none"
     double_quantization: bool = False
-    weights_dtype: Dtype = "float16"
+    weights_dtype: Stored = "float16"
     casts_rest: bool = False
     product_dtype: Dtype = "float16"
     precision: Precision = "fp16"
@@ -78,12 +99,13 @@ class Settings:
     rank: int | None = 16
     alpha: int | None = 32
     dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | None = ()
     trained_whole: tuple[str, ...] = ()
     recomputes: bool = True
     attention: str = "sdpa"
     loss: Loss = "whole"
     packing: Packing = "none"
+    shards: str = ""
     longest_first: bool = False
     optimizer: str = "adamw_torch"
     learning_rate: float = 2e-4
@@ -99,9 +121,33 @@ class Settings:
         """Whether the optimizer keeps its moments in 8 bits."""
         return "8bit" in self.optimizer
 
+    @property
+    def multiplied(self) -> Stored:
+        """What weights that are not quantized are multiplied in."""
+        return self.weights_dtype if self.precision == "fp32" else DTYPES[self.precision]
+
+    @property
+    def is_flattened(self) -> bool:
+        """Whether a micro-batch is one row of all its documents, as TRL packs (its ``padding_free``)."""
+        return self.tool in ("trl", "unsloth") and self.packing == "separate"
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether attention is given a mask even where a row is full: the one that keeps documents apart.
+
+        LLaMA-Factory makes one for every batch; transformers makes one where a row has more than one document.
+        """
+        if self.packing != "separate" or self.attention not in ("sdpa", "eager"):
+            return False
+        return self.tool == "llamafactory" or (self.is_flattened and self.micro_batch_size > 1)
+
     def key(self, name: str) -> str:
         """What the tool calls the field *name*."""
         return self.keys.get(name, name)
+
+    def is_said(self, name: str) -> bool:
+        """Whether the file says anything of the field *name*."""
+        return name in self.values
 
     def said(self, name: str) -> str:
         """``key: value`` as it stands in the file, or that it is not there."""
@@ -134,12 +180,20 @@ class Entries:
                 self.values[name] = _shown(found)
         return found
 
+    def name(self, name: str, key: str) -> None:
+        """Say that the entry *key* decides the field *name*."""
+        self._read.add(key)
+        self.keys[name] = key
+        self.values.pop(name, None)
+        if key in self._entries:
+            self.values[name] = _shown(self._entries[key])
+
     def whole(self, key: str, default: int | None = None, name: str | None = None, *, least: int = 1) -> int:
         """A whole number of at least *least*; without a *default* it has to be there."""
         found = self._named(key, name)
         if found is None and default is not None:
             return default
-        if isinstance(found, str) and found.strip().isdigit():
+        if isinstance(found, str) and found.strip().isdecimal() and len(found) < 20:
             found = int(found)
         if isinstance(found, float) and found.is_integer():
             found = int(found)
@@ -165,9 +219,9 @@ class Entries:
         found = self._named(key, name)
         if found is None:
             return default
-        if isinstance(found, str) and found.lower() in ("true", "false", "auto", "unsloth", "offload"):
-            return found.lower() != "false"
-        if not isinstance(found, bool) and found not in (0, 1):
+        if isinstance(found, str) and found.lower() in (*_TRUE, *_FALSE):
+            return found.lower() in _TRUE
+        if not isinstance(found, bool) and not (isinstance(found, int) and found in (0, 1)):
             raise self._wrong(key, found, "true or false")
         return bool(found)
 
@@ -186,6 +240,8 @@ class Entries:
         if found is None:
             return ()
         listed = [part.strip() for part in found.split(",")] if isinstance(found, str) else found
+        if isinstance(found, Mapping):
+            listed = list(found)
         if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
             raise self._wrong(key, found, "a list of names")
         return tuple(one for one in listed if one)
@@ -223,11 +279,11 @@ def _shown(value: Any) -> str:
     return " ".join(str(value).split())[:100]
 
 
-def first(*candidates: str | None) -> str | None:
-    """The first that is there."""
-    return next((one for one in candidates if one), None)
-
-
 def is_any(text: str, words: Iterable[str]) -> bool:
     """Whether one of *words* is in *text*."""
     return any(word in text for word in words)
+
+
+def dtype_of(word: Any, otherwise: Stored) -> Stored:
+    """What a file calls a dtype, or *otherwise* where that is nothing known."""
+    return WORDS.get(str(word).removeprefix("torch."), otherwise)

@@ -15,18 +15,24 @@ from runtime.simulated import register_quantization
 from shallowflow.planner.profiler.user_step import MakeStep
 from shallowflow.profiles import model_facts
 
-from . import tiled
+from . import resolve, tiled
 from .settings import DTYPES, Settings
 
 PART_TOKENS = 1024
 """Of Unsloth's loss, which takes as many at a time as free memory allows."""
 
 
-def make_step(settings: Settings, config: Mapping[str, Any], num_micro_batches: int) -> MakeStep:
+def make_step(
+    settings: Settings, config: Mapping[str, Any], num_micro_batches: int, device_type: str = "cuda"
+) -> MakeStep:
     """What ``simulate`` takes: *settings* on a model of *config*, with so many micro-batches to an update.
 
     Left out: a paged optimizer's state, which is counted as on the device; what Unsloth offloads of recomputed layers;
-    FSDP and DeepSpeed.
+    the fused kernels of axolotl, Unsloth and Liger; FSDP and DeepSpeed.
+
+    Args:
+        settings: resolved for the model.
+        device_type: of the device that is meant, as "meta" is none.
     """
 
     def built(device: str) -> Callable[[], None]:
@@ -34,16 +40,15 @@ def make_step(settings: Settings, config: Mapping[str, Any], num_micro_batches: 
         model = _model(settings, config, device)
         model.train()
         learning = [p for p in model.parameters() if p.requires_grad]
-        optimizer = _optimizer(settings, learning)
-        shape = (settings.micro_batch_size, settings.sequence_length)
+        optimizer = _optimizer(settings, learning, device_type)
+        batches = [_tokens(settings, device) for _ in range(num_micro_batches)]
         lower = build.DTYPES[DTYPES[settings.precision]]
-        batches = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(num_micro_batches)]
 
         def step() -> None:
             for tokens in batches:
                 context = contextlib.nullcontext() if lower == torch.float32 else torch.autocast(device, lower)
                 with context:
-                    found = _loss(settings, model, tokens, lower)
+                    found = _loss(settings, model, tokens, device_type)
                 found.backward()
             torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
@@ -54,11 +59,35 @@ def make_step(settings: Settings, config: Mapping[str, Any], num_micro_batches: 
     return built
 
 
+def _tokens(settings: Settings, device: str) -> torch.Tensor:
+    rows, length = settings.micro_batch_size, settings.sequence_length
+    shape = (1, rows * length) if settings.is_flattened else (rows, length)
+    return torch.zeros(shape, dtype=torch.int64, device=device)
+
+
+def _mask(settings: Settings, tokens: torch.Tensor) -> torch.Tensor | None:
+    """What keeps documents apart: LLaMA-Factory's in its compute dtype, transformers' of truth values."""
+    if not settings.is_masked:
+        return None
+    rows, length = tokens.shape
+    if settings.tool != "llamafactory" and settings.attention == "sdpa":
+        return torch.ones((rows, 1, length, length), dtype=torch.bool, device=tokens.device)
+    dtype = build.DTYPES[settings.product_dtype if settings.tool == "llamafactory" else _stored(settings)]
+    return torch.zeros((rows, 1, length, length), dtype=dtype, device=tokens.device)
+
+
+def _stored(settings: Settings) -> str:
+    """The dtype of weights; bf16 where it was never resolved."""
+    return "bfloat16" if settings.weights_dtype == "auto" else settings.weights_dtype
+
+
 def _model(settings: Settings, config: Mapping[str, Any], device: str) -> Any:
     made = build.transformers_config(config)
     # whatever else it is called keeps no scores, as SDPA does with as many KV heads as query heads
     attention = settings.attention if settings.attention in ("sdpa", "eager") and settings.tool != "unsloth" else None
-    model: Any = build.empty_model(made, settings.weights_dtype, device, attention)
+    if resolve.caps_scores(config):
+        attention = "eager"
+    model: Any = build.empty_model(made, _stored(settings), device, attention)
     if settings.quantization != "none":
         for layer in build.decoder_layers(model):
             quantized.quantize_linears(
@@ -69,7 +98,9 @@ def _model(settings: Settings, config: Mapping[str, Any], device: str) -> Any:
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
     if settings.recomputes:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the method's coming name
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     if settings.adapter == "full":
         model.requires_grad_(requires_grad=True)
@@ -85,7 +116,8 @@ def _adapted(settings: Settings, model: Any) -> Any:
         lora_alpha=settings.alpha or 1,
         use_rslora=settings.adapter == "rslora",
         lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules) or build.adapter_targets(model),
+        use_dora=settings.adapter == "dora",
+        target_modules=_targets(settings, model),
         modules_to_save=list(settings.trained_whole) or None,
         task_type="CAUSAL_LM",
     )
@@ -99,21 +131,34 @@ def _adapted(settings: Settings, model: Any) -> Any:
     return adapted
 
 
-def _optimizer(settings: Settings, learning: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _targets(settings: Settings, model: Any) -> list[str] | None:
+    if settings.target_modules is None:
+        return None
+    return list(settings.target_modules) or build.adapter_targets(model)
+
+
+def _optimizer(settings: Settings, learning: list[torch.nn.Parameter], device_type: str) -> torch.optim.Optimizer:
+    """Of PyTorch's AdamW, the implementation that it would choose on the device itself."""
     if settings.in_8_bits:
         return optimizers.make("adamw8bit", learning, settings.learning_rate)
     fused = "fused" in settings.optimizer
-    return torch.optim.AdamW(learning, lr=settings.learning_rate, fused=fused or None, foreach=None if fused else True)
+    return torch.optim.AdamW(
+        learning, lr=settings.learning_rate, fused=fused or None, foreach=None if fused else device_type == "cuda"
+    )
 
 
-def _loss(settings: Settings, model: Any, tokens: torch.Tensor, lower: torch.dtype) -> torch.Tensor:
+def _loss(settings: Settings, model: Any, tokens: torch.Tensor, device_type: str) -> torch.Tensor:
     base = build.without_adapter(model)
+    lower = build.DTYPES[DTYPES[settings.precision]]
+    given = {"input_ids": tokens, "attention_mask": _mask(settings, tokens), "use_cache": False}
+    if settings.loss == "tiled":
+        head = base.get_output_embeddings()
+        dtype = head.weight.dtype if lower == torch.float32 else lower
+        hidden = base.get_decoder()(**given).last_hidden_state
+        return tiled.mean_loss(hidden, head.weight, tokens, dtype, has_kernels=device_type == "cuda")
     if settings.loss != "whole" and not model_facts.changes_logits(base.config.to_dict()):
-        if settings.loss == "tiled":
-            hidden = base.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-            return tiled.mean_loss(hidden, base.get_output_embeddings().weight, tokens, lower)
         return loss.chunked(model, tokens, tokens, _part(settings, base), dtype=lower)
-    output = model(input_ids=tokens, labels=tokens, use_cache=False)
+    output = model(**given, labels=tokens)
     if lower != torch.float32:  # accelerate returns what autocast made as fp32, all of the logits included
         output.logits = output.logits.float()
     found: torch.Tensor = output.loss

@@ -11,6 +11,7 @@ from shallowflow.profiles import GpuSpec
 
 from .check import Outcome, Verdict
 from .settings import TITLES, Settings
+from .traps import a
 
 _COLOURS = {"fails": "bold red", "wrong": "red", "slow": "yellow", "late": "cyan"}
 _SHOWN = (
@@ -32,7 +33,7 @@ def shown(verdict: Verdict, gpu: GpuSpec) -> RenderableType:
     """The answer first; then traps, what to write instead, and what that would take."""
     settings, outcome = verdict.settings, verdict.outcome
     parts: list[RenderableType] = [
-        Text(f"{verdict.model} with {TITLES[settings.tool]} on an {gpu.title}", style="bold"),
+        Text(f"{verdict.model} with {TITLES[settings.tool]} on {a(gpu)}", style="bold"),
         _answer(verdict),
         Text(f"at the peak: {outcome.peak_phase}{_in(outcome)}; {_largest(outcome)}"),
         Text(f"a step: {_step(outcome)}, {outcome.tokens_per_second:,.0f} tokens/s"),
@@ -95,12 +96,15 @@ def _corrected(verdict: Verdict, corrected: Settings, outcome: Outcome) -> list[
     for name in _SHOWN:
         before, after = getattr(verdict.settings, name), getattr(corrected, name)
         if before != after:
-            table.add_row(Text(corrected.key(name)), Text(f"{_plain(before)} -> {_plain(after)}"))
+            table.add_row(Text(name.replace("_", " ")), Text(f"{_plain(before)} -> {_plain(after)}"))
     said = f"corrected: {words.gib(outcome.peak_process_bytes)}, {_step(outcome)} a step"
     faster = verdict.outcome.step_seconds / outcome.step_seconds
     if faster > 1.05:
         said += f", {faster:.1f} times as fast"
-    return [Text(said, style="bold"), table]
+    parts: list[RenderableType] = [Text(said, style="bold"), table]
+    if verdict.remaining:
+        parts.append(Text(f"what stays: {', '.join(finding.trap for finding in verdict.remaining)}"))
+    return parts
 
 
 def _plain(value: object) -> str:

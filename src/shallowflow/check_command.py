@@ -43,17 +43,17 @@ def check_command(file: Path, gpu: str, tool: Any, model: str | None, output: Pa
     sfplan check axolotl.yaml --gpu t4 --output corrected.yaml
     """
     from shallowflow.hub import find_model
-    from shallowflow.runtime.trainers import files
+    from shallowflow.runtime.trainers import files, names
     from shallowflow.terminal import show, status
 
     device = load_gpu(gpu)
     if output is not None and not output.parent.is_dir():
         raise RequestError(f"folder {output.parent} for --output does not exist")
     has_bf16 = device.compute_dtype == "bfloat16"
-    settings = files.read(file, tool, has_bf16=has_bf16)
+    settings = files.read(file, tool, has_bf16=has_bf16, claims_bf16=has_bf16 or device.device_type == "cuda")
     if output is not None and settings.tool not in files.WRITTEN:
         raise RequestError(f"--output writes YAML; {file} is a script, whose corrections are printed")
-    spec = find_model(model or settings.model)
+    spec = find_model(names.original(model or settings.model))
     with status(f"checking {file.name}") as tell:
         from shallowflow.runtime.trainers.check import check
 
