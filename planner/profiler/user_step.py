@@ -67,7 +67,7 @@ def simulate(
 
 
 def simulate_accumulated(make_step: MakeStep, gpu: GpuSpec) -> tuple[MemoryRecord, float]:
-    """``simulate`` in two steps, which are enough for one that does the same each time, and the update's seconds.
+    """``simulate`` in two steps, of which the first makes the optimizer's state, and the seconds of the update.
 
     The update is the optimizer's own step: it is there once, however many micro-batches come before it.
     """

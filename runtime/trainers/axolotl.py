@@ -154,12 +154,11 @@ def _packing(own: Entries, named: str) -> Packing:
     return "leaking" if named in ("", "fp8") else "separate"
 
 
-def write(settings: Settings, data: str) -> dict[str, Any]:
-    """The entries of a file that trains *settings*, on the rows of *data*."""
+def write(settings: Settings) -> dict[str, Any]:
+    """The entries of a file that trains *settings*, but for the data."""
     full = settings.adapter == "full"
     entries: dict[str, Any] = {
         "base_model": settings.model,
-        "datasets": [{"path": data, "ds_type": "json", "type": "chat_template"}],
         "output_dir": "run",
         "sequence_len": settings.sequence_length,
         "micro_batch_size": settings.micro_batch_size,

@@ -16,8 +16,6 @@ from .steps import make_step
 from .traps import Finding
 
 FORMAT_VERSION = 1
-MOST_MICRO_BATCHES = 2
-"""That are simulated; those after are like the second."""
 WORTH_TRYING = 0.8
 """Of the memory: where weights in 16 bits would take more, they are not tried in place of quantized ones."""
 
@@ -75,12 +73,11 @@ class Verdict:
 
 
 def predict(settings: Settings, config: Mapping[str, Any], gpu: GpuSpec) -> Outcome:
-    """Simulate *settings* on a model of *config*: memory with two micro-batches where there are more, time of all."""
+    """Simulate *settings* on a model of *config*: one micro-batch and the update, and the time of all micro-batches."""
     steps = settings.gradient_accumulation_steps
-    traced = min(steps, MOST_MICRO_BATCHES)
-    record, update_seconds = simulate_accumulated(make_step(settings, config, traced, gpu.device_type), gpu)
+    record, update_seconds = simulate_accumulated(make_step(settings, config, gpu.device_type), gpu)
     assert record.step_seconds is not None
-    seconds = update_seconds + (record.step_seconds - update_seconds) * steps / traced
+    seconds = update_seconds + (record.step_seconds - update_seconds) * steps
     tokens = steps * settings.micro_batch_size * settings.sequence_length
     return Outcome(
         peak_process_bytes=record.peak_process_bytes,

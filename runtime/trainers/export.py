@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any, Literal
 
 import yaml
 
-from runtime import build
 from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
-from shallowflow.profiles import GpuSpec, ModelSpec
+from shallowflow.planner.strategies import Optimizer
+from shallowflow.profiles import GpuSpec, load_gpu
+from shallowflow.runtime import build
+from shallowflow.runtime.documents import Format
 
-from . import axolotl, llamafactory, written
-from .check import Outcome, leaner, predict
-from .settings import TITLES, Dtype, Packing, Precision, Quantized, Settings, Tool
+from . import axolotl, llamafactory, resolve, rows, traps, written
+from .check import Outcome, first_fitting, leaner, predict
+from .settings import TITLES, Dtype, Loss, Precision, Quantized, Settings, Tool
 
 Target = Literal["axolotl", "llamafactory", "trl", "unsloth", "accelerate"]
 TARGETS: tuple[Target, ...] = ("axolotl", "llamafactory", "trl", "unsloth", "accelerate")
@@ -45,7 +48,12 @@ class Exported:
 
 
 def export(
-    plan: Plan, target: Target, data: Path, gpu: GpuSpec, progress: Callable[[str], None] = lambda _said: None
+    plan: Plan,
+    target: Target,
+    data: Path,
+    data_format: Format,
+    gpu: GpuSpec,
+    progress: Callable[[str], None] = lambda _said: None,
 ) -> Exported:
     """*plan* for *target*, with rows of *data*, leaner than the plan where *target* needs more memory for the same.
 
@@ -53,21 +61,24 @@ def export(
         InexpressibleError: nothing that *target* can say fits on the GPU.
     """
     tool: Tool = "trl" if target == "accelerate" else target
-    wanted = nearest(plan, tool, gpu)
-    model = ModelSpec(name=plan.model_name, config=plan.model_config)
-    for settings in leaner(wanted):
-        progress(f"{settings.micro_batch_size} sequences at once")
-        outcome = predict(settings, model.config, gpu)
-        if outcome.peak_process_bytes <= plan.budget_bytes + gpu.context_bytes:
-            break
-    else:
+    if tool == "unsloth" and gpu.device_type != "cuda":
+        raise InexpressibleError(f"Unsloth needs a GPU; the plan is for {gpu.title}")
+    wanted = resolve.resolved(nearest(plan, tool, gpu), plan.model_config)
+
+    def found(settings: Settings) -> Outcome:
+        progress(f"{settings.micro_batch_size} sequences at once, weights in {settings.quantization}")
+        return predict(settings, plan.model_config, gpu)
+
+    fitting = first_fitting(list(leaner(wanted)), found, plan.budget_bytes + gpu.context_bytes)
+    if fitting is None:
         raise InexpressibleError(
-            f"with {TITLES[tool]} nothing near this plan fits in {words.gib(plan.memory_bytes)}: the leanest takes "
-            f"{words.gib(outcome.peak_process_bytes)}; `sfplan train` runs the plan itself"
+            f"with {TITLES[tool]} nothing near this plan fits in {words.gib(plan.memory_bytes)}, not with one sequence "
+            "at once, recomputed, in 4 bits; `sfplan train` runs the plan itself"
         )
+    settings, outcome = fitting
     cannot = _cannot(plan, settings, wanted, outcome)
-    head = _head(plan, tool, settings, outcome, cannot)
-    return Exported(text=head + _body(plan, target, settings, data), settings=settings, outcome=outcome, cannot=cannot)
+    text = _head(plan, tool, settings, outcome, cannot) + _body(plan, target, settings, data, data_format)
+    return Exported(text=text, settings=settings, outcome=outcome, cannot=cannot)
 
 
 def nearest(plan: Plan, tool: Tool, gpu: GpuSpec) -> Settings:
@@ -77,18 +88,21 @@ def nearest(plan: Plan, tool: Tool, gpu: GpuSpec) -> Settings:
     formats = {strategy.weight_format for strategy in strategies}
     quantization: Quantized = "nf4" if "nf4" in formats else "int8" if "int8" in formats else "none"
     dtype: Dtype = plan.compute_dtype
-    packing: Packing = "separate" if configuration.packing and tool in ("llamafactory", "unsloth") else "none"
+    if configuration.is_full and tool == "axolotl" and dtype == "float16":
+        dtype = "float32"  # it has no fp32 weights under fp16
+    rows = configuration.micro_batch_size
+    flattens = configuration.packing and tool in ("trl", "unsloth")  # all of a micro-batch into one row
     return Settings(
         tool=tool,
         model=plan.model_name,
         sequence_length=configuration.sequence_length,
-        micro_batch_size=configuration.micro_batch_size,
-        gradient_accumulation_steps=configuration.gradient_accumulation_steps,
+        micro_batch_size=1 if flattens else rows,
+        gradient_accumulation_steps=configuration.gradient_accumulation_steps * (rows if flattens else 1),
         num_gpus=configuration.num_gpus,
         quantization=quantization,
         double_quantization=quantization == "nf4"
         and all(s.double_quantization for s in strategies if s.weight_format == "nf4"),
-        weights_dtype="float32" if configuration.is_full else dtype,
+        weights_dtype="float32" if configuration.is_full else "auto" if tool == "llamafactory" else dtype,
         product_dtype=dtype,
         precision=_PRECISIONS[dtype],
         adapter=configuration.adapter,
@@ -96,14 +110,25 @@ def nearest(plan: Plan, tool: Tool, gpu: GpuSpec) -> Settings:
         alpha=configuration.alpha,
         target_modules=_modules(plan),
         recomputes=any(strategy.activations != "save" for strategy in strategies),
-        attention=REPEATING if tool == "trl" and gpu.device_type == "cuda" else "sdpa",
-        loss={"trl": "tiled", "unsloth": "parts"}.get(tool, "whole"),  # type: ignore[arg-type]
-        packing=packing,
-        longest_first=packing == "none",
-        optimizer="adamw_bnb_8bit" if configuration.optimizer == "adamw8bit" else "adamw_torch",
+        attention=_attention(plan, tool, gpu),
+        loss=_LOSSES.get(tool, "whole"),
+        packing="separate" if configuration.packing else "none",
+        longest_first=not configuration.packing,
+        optimizer=_OPTIMIZERS[configuration.optimizer],
         learning_rate=2e-5 if configuration.is_full else 2e-4,
         initial_scale=1024.0 if tool == "trl" else 65536.0,
     )
+
+
+_LOSSES: dict[Tool, Loss] = {"trl": "tiled", "unsloth": "parts"}
+_OPTIMIZERS: dict[Optimizer, str] = {"adamw": "adamw_torch", "adamw8bit": "adamw_bnb_8bit"}
+
+
+def _attention(plan: Plan, tool: Tool, gpu: GpuSpec) -> str:
+    if resolve.caps_scores(plan.model_config):
+        return "eager"
+    repeats = tool == "trl" and gpu.device_type == "cuda" and resolve.repeats_heads(plan.model_config)
+    return REPEATING if repeats else "sdpa"
 
 
 def _modules(plan: Plan) -> tuple[str, ...]:
@@ -128,8 +153,6 @@ def _cannot(plan: Plan, settings: Settings, wanted: Settings, outcome: Outcome) 
         said.append(f"{title} recomputes all of every layer, or nothing; the plan: {', '.join(sorted(policies))}")
     if configuration.loss_chunks > 1 and settings.loss == "whole":
         said.append(f"the plan computes the loss in {configuration.loss_chunks} parts; {title} holds all logits")
-    if configuration.packing and settings.packing == "none":
-        said.append(f"the plan packs documents; {title} keeps packed ones apart with FlashAttention alone")
     if configuration.sharding == "weights":
         said.append(f"the plan shares the base's weights among {configuration.num_gpus} GPUs; here each holds them all")
     if settings.micro_batch_size != wanted.micro_batch_size:
@@ -139,12 +162,8 @@ def _cannot(plan: Plan, settings: Settings, wanted: Settings, outcome: Outcome) 
         )
     if settings.quantization != wanted.quantization:
         said.append(f"with {title} the base fits in {settings.quantization} only")
-    if settings.precision == "fp16" and settings.initial_scale > 1024:
-        said.append(f"{title} begins with a loss scale of 65536, which the first updates overflow: warm up longer")
-    if settings.attention == "sdpa" and settings.tool not in ("unsloth",) and plan.compute_dtype == "float16":
-        said.append(
-            f"{title} gives SDPA fewer KV heads than query heads; a T4's kernel refuses that, and scores are made whole"
-        )
+    found = traps.found(settings, plan.model_config, load_gpu(plan.gpu))
+    said += [f"{finding.what} ({finding.trap})" for finding in found if finding.trap in _TOLD]
     slower = outcome.step_seconds / plan.prediction.step_seconds - 1
     if slower > 0.01:
         said.append(f"a step is predicted to take {slower:.0%} longer than the plan's")
@@ -163,21 +182,42 @@ def _head(plan: Plan, tool: Tool, settings: Settings, outcome: Outcome, cannot: 
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)  # a plan is data: no line of its own
 
 
-def _body(plan: Plan, target: Target, settings: Settings, data: Path) -> str:
+_TOLD = ("grouped KV heads", "loss scale", "bf16 left over", "whole logits")
+"""Traps that a written file may still have, because its tool cannot say better."""
+
+
+def _body(plan: Plan, target: Target, settings: Settings, data: Path, data_format: Format) -> str:
+    seed = 0
     if target == "axolotl":
-        return _yaml(axolotl.write(settings, str(data)))
+        return _yaml({"datasets": [rows.for_axolotl(data, data_format)], **axolotl.write(settings)})
     if target == "llamafactory":
-        return _yaml(llamafactory.write(settings, data.stem))
+        return _llamafactory(settings, data, data_format)
     if target == "accelerate":
         return _yaml(accelerate(settings))
-    seed = 0
     if target == "trl":
-        return written.trl(settings, data, seed)
-    return written.unsloth(settings, data, seed, build.adapter_targets(_one_layer(plan)))
+        return written.trl(settings, data, data_format, seed)
+    return written.unsloth(settings, data, data_format, seed, _all_modules(plan))
 
 
-def _one_layer(plan: Plan) -> Any:
-    return build.empty_model(build.transformers_config(plan.model_config, 1), "float32", "meta")
+def _all_modules(plan: Plan) -> list[str]:
+    model = build.empty_model(build.transformers_config(plan.model_config, 1), "float32", "meta")
+    return build.adapter_targets(model)
+
+
+def _llamafactory(settings: Settings, data: Path, data_format: Format) -> str:
+    entry = json.dumps({rows.NAME: rows.for_llamafactory(data, data_format)})
+    is_text = data_format == "text"
+    told: dict[str, Any] = {
+        "stage": "pt" if is_text else "sft",
+        "dataset": rows.NAME,
+        "dataset_dir": ".",
+        "template": "empty" if is_text or data_format == "prompt-completion" else "default",
+    }
+    entries = {**llamafactory.write(settings), **told}
+    if is_text and entries.pop("neat_packing"):
+        entries["packing"] = True  # whose documents see each other, as they always do in this stage
+    note = "# dataset_info.json beside this file says what the data is; a template fits one family of models.\n"
+    return f"{note}# {entry}\n{_yaml(entries)}"
 
 
 def accelerate(settings: Settings) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def corrected(path: Path, settings: Settings, better: Settings) -> str:
     """
     entries = dict(_entries(_text(path), path))
     write = _WRITERS[settings.tool]
-    before, after = write(settings, ""), write(better, "")
+    before, after = write(settings), write(better)
     for key in {**before, **after}:
         if before.get(key) != after.get(key):
             entries[key] = after.get(key)

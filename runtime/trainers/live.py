@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from runtime import build
 from shallowflow.profiles import GpuSpec, ModelSpec, load_gpu
+from shallowflow.runtime import build
 
 from .check import Verdict
 from .check import check as check_settings

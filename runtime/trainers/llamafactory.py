@@ -125,17 +125,13 @@ def _packing(own: Entries, stage: str) -> Packing:
     return "leaking" if own.flag("packing", "packing", default=stage == "pt") else "none"
 
 
-def write(settings: Settings, data: str) -> dict[str, Any]:
-    """The entries of a file that trains *settings*, on a dataset called *data* in ``dataset_info.json``."""
+def write(settings: Settings) -> dict[str, Any]:
+    """The entries of a file that trains *settings*, but for the data."""
     full = settings.adapter == "full"
     entries: dict[str, Any] = {
         "model_name_or_path": settings.model,
-        "stage": "sft",
         "do_train": True,
         "finetuning_type": "full" if full else "lora",
-        "dataset": data,
-        "dataset_dir": ".",
-        "template": "default",
         "cutoff_len": settings.sequence_length,
         "output_dir": "run",
         "per_device_train_batch_size": settings.micro_batch_size,

@@ -137,7 +137,7 @@ class Settings:
 
         LLaMA-Factory makes one for every batch; transformers makes one where a row has more than one document.
         """
-        if self.packing != "separate" or self.attention not in ("sdpa", "eager"):
+        if self.packing != "separate" or self.tool == "unsloth" or is_any(self.attention, ("flash", "flex", VARLEN)):
             return False
         return self.tool == "llamafactory" or (self.is_flattened and self.micro_batch_size > 1)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from runtime import build, loss, optimizers, quantized
-from runtime.simulated import register_quantization
 from shallowflow.planner.profiler.user_step import MakeStep
 from shallowflow.profiles import model_facts
+from shallowflow.runtime import build, loss, optimizers, quantized
+from shallowflow.runtime.simulated import register_quantization
 
 from . import resolve, tiled
 from .settings import DTYPES, Settings
@@ -22,13 +22,12 @@ PART_TOKENS = 1024
 """Of Unsloth's loss, which takes as many at a time as free memory allows."""
 
 
-def make_step(
-    settings: Settings, config: Mapping[str, Any], num_micro_batches: int, device_type: str = "cuda"
-) -> MakeStep:
-    """What ``simulate`` takes: *settings* on a model of *config*, with so many micro-batches to an update.
+def make_step(settings: Settings, config: Mapping[str, Any], device_type: str = "cuda") -> MakeStep:
+    """What ``simulate`` takes: the last micro-batch of an update, and the update, of *settings* on a model of *config*.
 
-    Left out: a paged optimizer's state, which is counted as on the device; what Unsloth offloads of recomputed layers;
-    the fused kernels of axolotl, Unsloth and Liger; FSDP and DeepSpeed.
+    Where there are more micro-batches, gradients are there when it begins. The first call only makes the optimizer's
+    state. Left out: a paged optimizer's state, which is counted as on the device; what Unsloth offloads of recomputed
+    layers; the fused kernels of axolotl, Unsloth and Liger; FSDP and DeepSpeed.
 
     Args:
         settings: resolved for the model.
@@ -41,16 +40,21 @@ def make_step(
         model.train()
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = _optimizer(settings, learning, device_type)
-        batches = [_tokens(settings, device) for _ in range(num_micro_batches)]
+        tokens = _tokens(settings, device)
         lower = build.DTYPES[DTYPES[settings.precision]]
 
         def step() -> None:
-            for tokens in batches:
+            is_first = not optimizer.state
+            if is_first or settings.gradient_accumulation_steps > 1:
+                for parameter in learning:
+                    parameter.grad = torch.zeros_like(parameter)
+            if not is_first:
                 context = contextlib.nullcontext() if lower == torch.float32 else torch.autocast(device, lower)
                 with context:
                     found = _loss(settings, model, tokens, device_type)
                 found.backward()
-            torch.nn.utils.clip_grad_norm_(learning, 1.0)
+                del found
+                torch.nn.utils.clip_grad_norm_(learning, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shallowflow.runtime.documents import Format
+
+from . import rows
 from .settings import Settings
 
 _REPEATED = '''
@@ -39,7 +42,7 @@ if trainer.accelerator.scaler is not None:
 """
 
 
-def trl(settings: Settings, data: Path, seed: int) -> str:
+def trl(settings: Settings, data: Path, data_format: Format, seed: int) -> str:
     """A script that trains *settings* on the rows of *data* with TRL's ``SFTTrainer``; on a CPU it runs in fp32."""
     dtype = settings.weights_dtype
     bits = {
@@ -71,7 +74,7 @@ def trl(settings: Settings, data: Path, seed: int) -> str:
         ")",
         *_arguments("arguments = SFTConfig", _shared(settings, seed) | {"max_length": settings.sequence_length}),
         *([] if settings.adapter == "full" else _arguments("adapter = LoraConfig", _lora(settings))),
-        f'rows = load_dataset("json", data_files={str(data)!r}, split="train")',
+        *rows.for_trl(data, data_format),
         "trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows"
         + ("" if settings.adapter == "full" else ", peft_config=adapter")
         + ")",
@@ -83,7 +86,7 @@ def trl(settings: Settings, data: Path, seed: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def unsloth(settings: Settings, data: Path, seed: int, modules: Sequence[str]) -> str:
+def unsloth(settings: Settings, data: Path, data_format: Format, seed: int, modules: Sequence[str]) -> str:
     """A script that trains *settings* on the rows of *data* with Unsloth; it needs a GPU."""
     lora = {
         "r": settings.rank,
@@ -125,7 +128,7 @@ def unsloth(settings: Settings, data: Path, seed: int, modules: Sequence[str]) -
             else _arguments("model = FastLanguageModel.get_peft_model", lora, ["model"])
         ),
         *_arguments("arguments = SFTConfig", arguments),
-        f'rows = load_dataset("json", data_files={str(data)!r}, split="train")',
+        *rows.for_trl(data, data_format),
         "trainer = SFTTrainer(model=model, processing_class=tokenizer, args=arguments, train_dataset=rows)",
         "trainer.train()",
         'model.save_pretrained("run")',

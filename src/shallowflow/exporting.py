@@ -66,7 +66,7 @@ def export_command(
     else:
         if bucket is not None or package is not None or eval_data is not None:
             raise RequestError(f"--bucket, --package and --eval-data are for --to skypilot, not for {target}")
-        text = _configuration(loaded, target, data)
+        text = _configuration(loaded, target, data, data_format)
     if output is None:
         click.echo(text, nl=False)
         return
@@ -105,13 +105,16 @@ def _task(
     return text
 
 
-def _configuration(loaded: Plan, target: Target, data: Path) -> str:
+def _configuration(loaded: Plan, target: Target, data: Path, data_format: Format | None) -> str:
+    from shallowflow.runtime.documents import read_data
     from shallowflow.terminal import status
 
     assert target != "skypilot"
-    if not data.is_file():
-        raise RequestError(f"file {data} does not exist")
+    found = read_data(data, data_format).formats
+    # text that stands among prompts and completions is what follows an empty prompt, which no other trainer reads
+    if len(found) > 1:
+        raise RequestError(f"{data} mixes {' and '.join(found)}; other trainers want one format in a file")
     with status(f"exporting to {target}") as tell:
         from shallowflow.runtime.trainers.export import export
 
-        return export(loaded, target, data, load_gpu(loaded.gpu), tell).text
+        return export(loaded, target, data, found[0], load_gpu(loaded.gpu), tell).text
