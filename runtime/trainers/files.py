@@ -126,7 +126,7 @@ REPLACED: dict[Tool, dict[str, tuple[str, ...]]] = {
         "loss": ("enable_liger_kernel",),
         "precision": ("pure_bf16",),
         "adapter_dtype": ("pure_bf16",),
-        "longest_first": ("train_sampling_strategy",),
+        "longest_first": ("group_by_length",),
         "resumes_blindly": ("resume_from_checkpoint",),
     },
 }

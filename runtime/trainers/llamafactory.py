@@ -159,11 +159,11 @@ def write(settings: Settings) -> dict[str, Any]:
         "flash_attn": {"eager": "disabled", "flash_attention_2": "fa2"}.get(settings.attention, "sdpa"),
         "packing": settings.packing != "none",
         "neat_packing": settings.packing == "separate",
-        "group_by_length": settings.longest_first,
+        "train_sampling_strategy": "group_by_length" if settings.longest_first else "random",
         "disable_gradient_checkpointing": not settings.recomputes,
         "optim": settings.optimizer,
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
-        "warmup_ratio": 0.03,
+        "warmup_steps": 20,
     }
     return entries

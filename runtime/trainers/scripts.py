@@ -284,7 +284,7 @@ def _recomputes(run: Entries, adapter: Entries, lora: Mapping[str, Any], tool: T
     if tool == "unsloth":
         adapter.name("recomputes", "use_gradient_checkpointing")
         return lora.get("use_gradient_checkpointing", True) not in (False, None, "False")
-    return run.flag("gradient_checkpointing", "recomputes", default=tool == "trl")
+    return trl.recomputes(run, default=tool == "trl")
 
 
 def _loss(run: Entries, tool: Tool) -> Loss:

@@ -56,7 +56,7 @@ def read(entries: Mapping[str, Any], where: str) -> Settings:
         dropout=own.number("lora_dropout", 0.05, "dropout"),
         target_modules=() if targets == ("all-linear",) else targets or None,
         trained_whole=own.names("lora_modules_to_save", "trained_whole"),
-        recomputes=own.flag("gradient_checkpointing", "recomputes", default=True),
+        recomputes=recomputes(own, default=True),
         attention=own.text("attn_implementation", "sdpa", "attention"),
         loss="tiled",
         packing=packing_of(own),
@@ -100,6 +100,14 @@ def packing_of(own: Entries) -> Packing:
         return "separate"
     own.name("packing", "packing_strategy")
     return "leaking"
+
+
+def recomputes(own: Entries, *, default: bool) -> bool:
+    """Whether layers are computed again; transformers 5.23 has a new name for it."""
+    new = own.flag("activation_checkpointing", "recomputes", default=default)
+    if "recomputes" in own.values:
+        return new
+    return own.flag("gradient_checkpointing", "recomputes", default=default)
 
 
 def groups(own: Entries) -> bool:
