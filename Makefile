@@ -42,7 +42,14 @@ $(VENV)/triton/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==3.9.0
 	touch $@
 
-test: lint $(VENV)/triton/.installed
+# Other trainers' own parsers, which the tests read exports with. In a place of its own: they want other versions of what
+# is installed here, none of which the parsers use, and OmegaConf an older ANTLR than lm-evaluation-harness.
+$(VENV)/tools/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tools \
+	    axolotl==0.19.0 llamafactory==0.9.5 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
+	touch $@
+
+test: lint $(VENV)/triton/.installed $(VENV)/tools/.installed
 	$(BIN)/python -m pytest -q
 
 accuracy: setup

@@ -74,7 +74,7 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
         product_dtype=weights if product == "auto" else product,
         precision=precision,
         adapter="full" if full else _kind(own),
-        adapter_dtype="float32" if own.flag("peft_autocast_adapter_dtype", default=True) else weights,
+        adapter_dtype="float32" if own.flag("peft_autocast_adapter_dtype", "adapter_dtype", default=True) else weights,
         rank=None if full else own.whole("lora_r", 8, "rank"),
         alpha=None if full else own.whole("lora_alpha", 16, "alpha"),
         dropout=own.number("lora_dropout", 0.0, "dropout"),
@@ -91,7 +91,7 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
         kernels=tuple(key for key in ("cut_cross_entropy",) if own.flag(key)),
         resumes_blindly=own.flag("auto_resume_from_checkpoints", "resumes_blindly"),
         keys={**own.keys, "product_dtype": "bnb_4bit_compute_dtype", "weights_dtype": own.keys["precision"]},
-        values=own.values,
+        values={"weights_dtype": own.values["precision"], **own.values} if "precision" in own.values else own.values,
         ignored=own.unread(),
     )
 
@@ -189,12 +189,13 @@ def write(settings: Settings) -> dict[str, Any]:
         "bf16": settings.precision == "bf16",
         "fp16": settings.precision == "fp16",
         "tf32": False,
-        "attn_implementation": settings.attention,
+        # packed documents leak where it is told no attention
+        "attn_implementation": None if settings.packing == "leaking" else settings.attention,
         "sample_packing": settings.packing != "none",
         "group_by_length": settings.longest_first,
         "gradient_checkpointing": settings.recomputes,
     }
-    if settings.packing != "none" and settings.attention == "sdpa":
+    if settings.packing == "separate" and settings.attention == "sdpa":
         entries["sdpa_varlen"] = False
     if settings.recomputes:
         entries["gradient_checkpointing_kwargs"] = {"use_reentrant": False}

@@ -119,6 +119,7 @@ REPLACED: dict[Tool, dict[str, tuple[str, ...]]] = {
     "axolotl": {
         "attention": (*axolotl.FLAGS,),
         "precision": ("bfloat16", "float16"),
+        "adapter_dtype": ("peft_autocast_adapter_dtype",),
         "loss": ("liger_fused_linear_cross_entropy",),
         "resumes_blindly": ("auto_resume_from_checkpoints",),
     },

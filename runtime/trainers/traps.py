@@ -175,10 +175,14 @@ def _adapter_dtype(settings: Settings, _config: Mapping[str, Any], _gpu: GpuSpec
     yield Finding(
         trap="16-bit gradients",
         severity="fails",
-        where=settings.said("quantization" if why else "weights_dtype"),
+        where=settings.said("quantization" if why else "adapter_dtype" if _is_told(settings) else "weights_dtype"),
         what=f"{what} in {learning}{why}: the fp16 gradient scaler refuses its gradients at the first update",
         instead="fp32 for what learns" + ("; cast it after the trainer is made, which takes a script" if why else ""),
     )
+
+
+def _is_told(settings: Settings) -> bool:
+    return settings.adapter != "full" and settings.is_said("adapter_dtype")
 
 
 def _overflow(settings: Settings, config: Mapping[str, Any], gpu: GpuSpec) -> Iterator[Finding]:

@@ -96,6 +96,7 @@ def unsloth(settings: Settings, data: Path, data_format: Format, seed: int, modu
         "use_rslora": settings.adapter == "rslora",
         "use_gradient_checkpointing": "unsloth" if settings.recomputes else False,
         "random_state": seed,
+        **({"use_dora": True} if settings.adapter == "dora" else {}),
     }
     load: dict[str, Any] = {
         "model_name": settings.model,

@@ -18,7 +18,7 @@ CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 256,
     "intermediate_size": 640,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "vocab_size": 4096,
@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """Large enough that tensors, and not Python's own, are what its steps hold."""
-NUM_STEPS = 3
+NUM_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Work:
     """What a trainer is given."""
 
     micro_batch_size: int = 2
-    sequence_length: int = 256
+    sequence_length: int = 128
     gradient_accumulation_steps: int = 1
     recomputes: bool = False
     adapter: bool = True

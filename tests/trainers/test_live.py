@@ -33,7 +33,7 @@ def test_a_trainer_says_what_it_was_made_with(tmp_path: Path) -> None:
     """Model, adapter, batch, optimizer and loss are read from it."""
     settings = shallowflow.check(really.sft(Work(micro_batch_size=3), str(tmp_path))).settings
 
-    assert (settings.tool, settings.loss, settings.sequence_length) == ("trl", "tiled", 256)
+    assert (settings.tool, settings.loss, settings.sequence_length) == ("trl", "tiled", 128)
     assert (settings.micro_batch_size, settings.gradient_accumulation_steps) == (3, 1)
     assert (settings.adapter, settings.rank, settings.alpha, settings.optimizer) == ("lora", 8, 16, "adamw_torch")
     assert settings.target_modules == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")

@@ -20,8 +20,7 @@ TOLERANCE = 0.003
 WORKS = (
     Work(),
     Work(recomputes=True, gradient_accumulation_steps=2),
-    Work(adapter=False, optimizer="adamw_torch_fused"),
-    Work(adapter=False, recomputes=True, gradient_accumulation_steps=2),
+    Work(adapter=False, optimizer="adamw_torch_fused", gradient_accumulation_steps=2),
 )
 
 
