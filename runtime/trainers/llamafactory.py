@@ -143,7 +143,7 @@ def write(settings: Settings) -> dict[str, Any]:
             "lora_rank": settings.rank,
             "lora_alpha": settings.alpha,
             "lora_dropout": settings.dropout,
-            "lora_target": ",".join(settings.target_modules) or "all",
+            "lora_target": ",".join(settings.target_modules or ()) or "all",
         }
         entries |= {"use_rslora": True} if settings.adapter == "rslora" else {}
         entries |= {"use_dora": True} if settings.adapter == "dora" else {}

@@ -51,10 +51,10 @@ def read(text: str, where: str, *, has_bf16: bool) -> Settings:
         raise ConfigurationError(f"{where} is nested too deeply to be read") from None
     arguments = calls.merged(*_ARGUMENTS)
     trainer = calls.merged(*_TRAINERS)
-    if not arguments and not trainer:
+    _refuse_others(calls, where)
+    if not calls.called(*_ARGUMENTS, *_TRAINERS):
         known = ", ".join((*_ARGUMENTS[:2], *_TRAINERS[:2]))
         raise ConfigurationError(f"{where} calls none of {known}; give a script that trains with one of them")
-    _refuse_others(calls, where)
     return _settings(calls, {**trainer, **arguments}, where)
 
 

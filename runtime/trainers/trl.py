@@ -53,7 +53,7 @@ def read(entries: Mapping[str, Any], where: str) -> Settings:
         adapter_dtype=adapter_dtype(quantization),
         rank=own.whole("lora_r", 16, "rank") if peft else None,
         alpha=own.whole("lora_alpha", 32, "alpha") if peft else None,
-        dropout=own.number("lora_dropout", 0.05, "dropout"),
+        dropout=own.number("lora_dropout", 0.05, "dropout") if peft else 0.0,
         target_modules=() if targets == ("all-linear",) else targets or None,
         trained_whole=own.names("lora_modules_to_save", "trained_whole"),
         recomputes=recomputes(own, default=True),

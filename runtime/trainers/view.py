@@ -42,8 +42,10 @@ def shown(verdict: Verdict, gpu: GpuSpec) -> RenderableType:
         parts += [Text(), _findings(verdict)]
     if verdict.corrected is not None and verdict.corrected_outcome is not None:
         parts += [Text(), *_corrected(verdict, verdict.corrected, verdict.corrected_outcome)]
-    elif not verdict.fits:
-        parts += [Text(), Text("Nothing like it fits: not with one sequence at once, recomputed, in 4 bits.")]
+    elif not verdict.will_run:
+        what = "corrected, it does not fit" if verdict.fits else "nothing like it fits"
+        bits = "" if settings.adapter == "full" else ", in 4 bits"
+        parts += [Text(), Text(f"{what}: not with one sequence at once, recomputed{bits}", style="bold")]
     command = f"sfplan {verdict.model} --gpu {gpu.name} --sequence-length {settings.sequence_length}"
     batch = settings.micro_batch_size * settings.gradient_accumulation_steps
     parts += [Text(), Text(f"What would be best: {command} --global-batch-size {batch}")]

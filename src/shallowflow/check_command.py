@@ -52,7 +52,10 @@ def check_command(file: Path, gpu: str, tool: Any, model: str | None, output: Pa
     has_bf16 = device.compute_dtype == "bfloat16"
     settings = files.read(file, tool, has_bf16=has_bf16, claims_bf16=has_bf16 or device.device_type == "cuda")
     if output is not None and settings.tool not in files.WRITTEN:
-        raise RequestError(f"--output writes YAML; {file} is a script, whose corrections are printed")
+        raise RequestError(
+            "--output writes for axolotl and LLaMA-Factory; what others need takes code, and is printed: "
+            "`sfplan export` writes scripts"
+        )
     spec = find_model(names.original(model or settings.model))
     with status(f"checking {file.name}") as tell:
         from shallowflow.runtime.trainers.check import check

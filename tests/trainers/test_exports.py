@@ -21,6 +21,7 @@ from shallowflow.planner.strategies import Strategy, uniform
 from shallowflow.profiles import load_gpu
 from shallowflow.runtime.documents import FORMATS, Format
 from shallowflow.runtime.trainers import export, rows
+from shallowflow.runtime.trainers.check import Outcome
 from shallowflow.runtime.trainers.export import Exported, InexpressibleError, Target
 from tests.front.shell import sfplan
 from tests.runtime import tiny
@@ -86,6 +87,20 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def _roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All fits, without a simulation: where it is asked how something is written, and not what."""
+    outcome = Outcome(
+        peak_process_bytes=1,
+        peak_phase="backward",
+        peak_module="",
+        step_seconds=1.0,
+        tokens_per_second=1.0,
+        categories=(),
+    )
+    monkeypatch.setattr(export, "predict", lambda *_: outcome)
+
+
 def exported(plan: Plan, target: Target, data: Path, data_format: Format = "prompt-completion") -> Exported:
     """*plan* for *target* on a T4."""
     return export.export(plan, target, data, data_format, load_gpu("t4"))
@@ -103,6 +118,7 @@ def written(plans: dict[str, Plan], target: Target, data: Path) -> tuple[list[Pa
 
 
 @needs_tools
+@pytest.mark.usefixtures("_roomy")
 def test_axolotl_reads_its_files(plans: dict[str, Plan], data: Path) -> None:
     """Its own schema, for a T4, knows every key and takes every value."""
     paths, made = written(plans, "axolotl", data)
@@ -118,6 +134,7 @@ def test_axolotl_reads_its_files(plans: dict[str, Plan], data: Path) -> None:
 
 
 @needs_tools
+@pytest.mark.usefixtures("_roomy")
 def test_llamafactory_reads_its_files(plans: dict[str, Plan], data: Path) -> None:
     """Its own dataclasses and checks; there are no other keys than theirs."""
     paths, made = written(plans, "llamafactory", data)
@@ -131,6 +148,7 @@ def test_llamafactory_reads_its_files(plans: dict[str, Plan], data: Path) -> Non
         assert read["finetuning_type"] == ("full" if wanted.adapter == "full" else "lora")
 
 
+@pytest.mark.usefixtures("_roomy")
 def test_accelerate_reads_its_files(plans: dict[str, Plan], data: Path) -> None:
     """Its own loader, and the number of processes is the plan's of GPUs."""
     from accelerate.commands.config.config_args import load_config_from_file
@@ -163,6 +181,7 @@ def calls(text: str) -> list[Call]:
     return [Call(ast.unparse(node.func), tuple(word.arg for word in node.keywords if word.arg)) for node in found]
 
 
+@pytest.mark.usefixtures("_roomy")
 def test_trl_and_peft_take_every_argument(plans: dict[str, Plan], data: Path) -> None:
     """Of the scripts for TRL, each argument of each call is one of what is called."""
     import inspect
@@ -180,6 +199,7 @@ def test_trl_and_peft_take_every_argument(plans: dict[str, Plan], data: Path) ->
             assert set(call.given) <= set(inspect.signature(known[call.name]).parameters), call
 
 
+@pytest.mark.usefixtures("_roomy")
 def test_unsloth_takes_every_argument(plans: dict[str, Plan], data: Path) -> None:
     """Of the scripts for Unsloth, each argument of its two functions is in their signatures, as recorded."""
     recorded = json.loads((Path(__file__).parent / "unsloth_signatures.json").read_text(encoding="utf-8"))
@@ -211,6 +231,7 @@ def test_the_script_for_trl_trains(plans: dict[str, Plan], data: Path) -> None:
 
 @pytest.mark.parametrize("data_format", list(FORMATS))
 @pytest.mark.parametrize("target", ["axolotl", "llamafactory", "trl", "unsloth"])
+@pytest.mark.usefixtures("_roomy")
 def test_every_format_of_data_is_told(plans: dict[str, Plan], data: Path, target: Target, data_format: Format) -> None:
     """A YAML names its columns, a script is Python."""
     text = exported(plans["fp16"], target, data, data_format).text
@@ -256,6 +277,7 @@ def test_a_tool_that_needs_more_gets_a_leaner_plan(plans: dict[str, Plan], data:
         exported(replace(plan, budget_bytes=1), "axolotl", data)
 
 
+@pytest.mark.usefixtures("_roomy")
 def test_a_plan_is_data(plans: dict[str, Plan], data: Path) -> None:
     """Names with commands in them stay names."""
     hostile = replace(plans["fp16"], model_name='x"\n\nimport os\n#')
