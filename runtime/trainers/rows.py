@@ -19,7 +19,7 @@ def loader(data: Path) -> str:
 
 def for_axolotl(data: Path, data_format: Format) -> dict[str, Any]:
     """An entry of its ``datasets``."""
-    kind: dict[str, Any] = {
+    kinds: dict[Format, dict[str, Any]] = {
         "messages": {"type": "chat_template"},
         "sharegpt": {
             "type": "chat_template",
@@ -36,13 +36,13 @@ def for_axolotl(data: Path, data_format: Format) -> dict[str, Any]:
                 "no_input_format": "{instruction}",
             }
         },
-    }[data_format]
-    return {"path": str(data), "ds_type": loader(data), **kind}
+    }
+    return {"path": str(data), "ds_type": loader(data), **kinds[data_format]}
 
 
 def for_llamafactory(data: Path, data_format: Format) -> dict[str, Any]:
     """An entry of its ``dataset_info.json``."""
-    entry: dict[str, Any] = {
+    entries: dict[Format, dict[str, Any]] = {
         "messages": {
             "formatting": "sharegpt",
             "columns": {"messages": "messages"},
@@ -58,8 +58,8 @@ def for_llamafactory(data: Path, data_format: Format) -> dict[str, Any]:
         "alpaca": {"columns": {"prompt": "instruction", "query": "input", "response": "output"}},
         "text": {"columns": {"prompt": "text"}},
         "prompt-completion": {"columns": {"prompt": "prompt", "response": "completion"}},
-    }[data_format]
-    return {"file_name": str(data), **entry}
+    }
+    return {"file_name": str(data), **entries[data_format]}
 
 
 def for_trl(data: Path, data_format: Format) -> list[str]:

@@ -7,6 +7,7 @@ CPU it folds with operators of PyTorch, which hold a tile several times over, in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def mean_loss(
     rows = hidden[:, :-1].reshape(-1, hidden.size(-1))
     if has_kernels:
         rows = rows.clone()  # it chooses those that are learned
-    scores: torch.Tensor = _Tiled.apply(rows, head, wanted.clamp(min=0).reshape(-1), dtype, has_kernels)
+    apply: Callable[..., torch.Tensor] = _Tiled.apply
+    scores = apply(rows, head, wanted.clamp(min=0).reshape(-1), dtype, has_kernels)
     kept = scores.view(wanted.shape).masked_fill(~learned, 0.0)
     return -kept.sum() / learned.sum().clamp(min=1)
 

@@ -112,5 +112,6 @@ def recomputes(own: Entries, *, default: bool) -> bool:
 
 def groups(own: Entries) -> bool:
     """Whether sequences of like length come together, the longest first."""
-    old = own.flag("group_by_length", "longest_first")
-    return old or own.text("train_sampling_strategy", "", None if old else "longest_first") == "group_by_length"
+    if own.flag("group_by_length", "longest_first"):
+        return True
+    return own.text("train_sampling_strategy", "", "longest_first") == "group_by_length"

@@ -175,7 +175,7 @@ def _lora(settings: Settings) -> dict[str, Any]:
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": 0.0,
-        "target_modules": list(settings.target_modules) or "all-linear",
+        "target_modules": list(settings.target_modules or ()) or "all-linear",
         "use_rslora": settings.adapter == "rslora",
         "use_dora": settings.adapter == "dora",
         "task_type": "CAUSAL_LM",
