@@ -1,5 +1,5 @@
 import torch
-from data import dataset
+from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
@@ -12,6 +12,7 @@ bits = BitsAndBytesConfig(
 )
 model = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-2-7b-hf", quantization_config=bits, device_map="auto")
 lora = LoraConfig(r=32, lora_alpha=16, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
+dataset = load_dataset("json", data_files="train.jsonl", split="train")
 arguments = SFTConfig(learning_rate=2.0e-4)
 trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, peft_config=lora)
 trainer.train()

@@ -1,5 +1,5 @@
 import torch
-from data import dataset
+from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 from unsloth import FastLanguageModel
 
@@ -21,6 +21,7 @@ model = FastLanguageModel.get_peft_model(
     use_gradient_checkpointing=False,
     random_state=42,
 )
+dataset = load_dataset("json", data_files="train.jsonl", split="train")
 arguments = SFTConfig(
     output_dir="sft_test",
     max_steps=100,
