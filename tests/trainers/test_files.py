@@ -128,7 +128,7 @@ def test_fuzzed_files_never_raise_anything_else(tmp_path: Path) -> None:
     """YAML of every key with every kind of value, and public files with letters changed: read, or refused in a line."""
     chance = random.Random(0)
     keys = sorted({key for entries in CLEAN.values() for key in entries} | {*_keys_of_public()})
-    values = (
+    values: tuple[Any, ...] = (
         None,
         True,
         False,
