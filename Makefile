@@ -43,8 +43,15 @@ $(VENV)/triton/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton==3.9.0
 	touch $@
 
+# Other trainers' own parsers, which the tests read exports with. In a place of its own: they want other versions of what
+# is installed here, none of which the parsers use, and OmegaConf an older ANTLR than lm-evaluation-harness.
+$(VENV)/tools/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tools \
+	    axolotl==0.19.0 llamafactory==0.9.5 omegaconf==2.3.0 antlr4-python3-runtime==4.9.3
+	touch $@
+
 # Each worker is one process of one thread.
-test: lint $(VENV)/triton/.installed
+test: lint $(VENV)/triton/.installed $(VENV)/tools/.installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
 
 accuracy: setup

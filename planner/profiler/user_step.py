@@ -66,6 +66,24 @@ def simulate(
     return _record(trace, played, end, gpu)
 
 
+def simulate_accumulated(make_step: MakeStep, gpu: GpuSpec) -> tuple[MemoryRecord, float]:
+    """``simulate`` in two steps, of which the first makes the optimizer's state, and the seconds of the update.
+
+    The update is the optimizer's own step: it is there once, however many micro-batches come before it. What building
+    takes is left out, as a model that is loaded is quantized weight by weight.
+    """
+    step = make_step("meta")
+    trace = _trace(lambda _device: step, Target.of(gpu), num_steps=2)
+    end = next(position for position, label in trace.marks if label == "end")
+    events = trace.events[:end]
+    played = replay(events, trace.sizes) if gpu.device_type == "cuda" else exact(events, trace.sizes)
+    start = [position for position, label in trace.marks if label == "optimizer"][-1]
+    stop = [position for position, label in trace.marks if label == "end optimizer"][-1]
+    # from the mark on, as an update in place allocates nothing: what shares its position is the gradients' clipping
+    update = [cost for position, cost in trace.ops if start <= position <= stop]
+    return _record(trace, played, end, gpu), latency.stretch_seconds(*operator_arrays(update), gpu)
+
+
 def steady_operators(make_step: MakeStep, target: Target) -> tuple[Ints, Ints, Ints]:
     """Kinds (indices into OP_KINDS), operations and bytes of every operator of the steady step; (operators,) each."""
     trace = _trace(make_step, target)
@@ -73,9 +91,14 @@ def steady_operators(make_step: MakeStep, target: Target) -> tuple[Ints, Ints, I
 
 
 def _steady(trace: Trace) -> list[OpCost]:
-    start = next(position for position, label in trace.marks if label == f"step {NUM_STEPS - 1}")
+    start = _steady_start(trace)
     stop = next(position for position, label in trace.marks if label == "steady end")
     return [cost for position, cost in trace.ops if start < position <= stop]
+
+
+def _steady_start(trace: Trace) -> int:
+    """Where the last step begins."""
+    return max(position for position, label in trace.marks if label.startswith("step "))
 
 
 def operator_arrays(ops: Sequence[OpCost]) -> tuple[Ints, Ints, Ints]:
@@ -84,13 +107,13 @@ def operator_arrays(ops: Sequence[OpCost]) -> tuple[Ints, Ints, Ints]:
     return kinds, np.array([op.flops for op in ops]), np.array([op.num_bytes for op in ops])
 
 
-def _trace(make_step: MakeStep, target: Target) -> Trace:
+def _trace(make_step: MakeStep, target: Target, num_steps: int = NUM_STEPS) -> Trace:
     recorder = Recorder(target)
     with recording(recorder):
         recorder.mark("load")
         step = make_step("meta")
         _follow_models(recorder, step)
-        for index in range(NUM_STEPS):
+        for index in range(num_steps):
             recorder.phase = "forward"
             recorder.mark(f"step {index}")
             step()
@@ -135,7 +158,7 @@ def _constants(parameter: torch.nn.Parameter) -> Sequence[torch.Tensor]:
 
 
 def _record(trace: Trace, played: Replay, end: int, gpu: GpuSpec) -> MemoryRecord:
-    start = next(position for position, label in trace.marks if label == f"step {NUM_STEPS - 1}")
+    start = _steady_start(trace)
     stop = next(position for position, label in trace.marks if label == "steady end")
     steady = played.allocated_bytes[start:stop]
     if not steady:

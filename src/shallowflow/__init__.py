@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shallowflow.runtime.build import load_model
     from shallowflow.runtime.calibrate import calibrate
     from shallowflow.runtime.run import train
+    from shallowflow.runtime.trainers.live import check
     from shallowflow.runtime.user_step import measure
     from shallowflow.session import RequestError
 
@@ -30,6 +31,7 @@ _HOMES = {
     "RequestError": "session",
     "Workload": "planner.plan",
     "calibrate": "runtime.calibrate",
+    "check": "runtime.trainers.live",
     "load_model": "runtime.build",
     "measure": "runtime.user_step",
     "plan": "planning",
@@ -48,6 +50,7 @@ __all__ = [
     "RequestError",
     "Workload",
     "calibrate",
+    "check",
     "load_model",
     "measure",
     "plan",

@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from shallowflow import __version__
+from shallowflow.check_command import check_command
 from shallowflow.cost_command import cost_command
 from shallowflow.data_command import data_command
 from shallowflow.evaluation import evaluate_command
@@ -77,7 +78,8 @@ def cli() -> None:
     sfplan runs                         the instances that were launched; sfplan stop RUN ends one
     sfplan cost RUN                     what AWS billed for a run, beside what it reckoned
     sfplan verify PLAN                  whether a plan's proof holds
-    sfplan export PLAN --to skypilot    the run on spot instances, as SkyPilot's task file
+    sfplan export PLAN --to TOOL        the run as SkyPilot's task, or for axolotl, LLaMA-Factory, TRL or Unsloth
+    sfplan check FILE                   whether another trainer's configuration will do, and a corrected one
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan whatif MODEL                 every instance, region, spot or on demand, in hours and dollars
     sfplan prices                       what instances cost, from when and where; --update asks AWS
@@ -186,6 +188,7 @@ for _command in (
     stop_command,
     cost_command,
     export_command,
+    check_command,
     data_command,
     weigh_command,
     profile_command,
@@ -223,6 +226,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
         "user_step": "StepError",
         "sources": "WeightsError",
         "skypilot": "ExportError",
+        "trainers.settings": "ConfigurationError",
         "aws.bills": "BillError",
         "aws.clients": "AwsError",
         "machine": "ScriptError",
@@ -233,7 +237,7 @@ def _bad_input() -> tuple[type[Exception], ...]:
 
 def _failures() -> tuple[type[Exception], ...]:
     """The exceptions that mean that what was begun could not be ended."""
-    return (Infeasible, OutOfDeviceMemory, *_loaded({"request": "RunFailed"}))
+    return (Infeasible, OutOfDeviceMemory, *_loaded({"request": "RunFailed", "trainers.export": "InexpressibleError"}))
 
 
 def _loaded(exceptions: dict[str, str]) -> list[type[Exception]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import click
 
@@ -14,23 +14,27 @@ from shallowflow.profiles.load import load_gpu, load_instances
 from shallowflow.session import RequestError
 
 if TYPE_CHECKING:
+    from shallowflow.planner.plan import Plan
     from shallowflow.runtime.documents import Format
+    from shallowflow.runtime.skypilot import Job
 
-Target = Literal["skypilot"]
+Target = Literal["skypilot", "axolotl", "llamafactory", "trl", "unsloth", "accelerate"]
 
 
 @click.command("export")
 @click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--to", "target", type=click.Choice(["skypilot"]), required=True, help="Whose file to write.")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="The file to learn; it is uploaded.")
-@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity.")
+@click.option("--to", "target", type=click.Choice(get_args(Target)), required=True, help="Whose file to write.")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The file to learn.")
+@click.option("--eval-data", type=click.Path(path_type=Path), help="Held-out data for the perplexity. (skypilot)")
 @data_format_option
-@click.option("--bucket", help="Of S3, mounted for checkpoints and results; it is made if need be.")
+@click.option("--bucket", help="Of S3, mounted for checkpoints and results; it is made if need be. (skypilot)")
 @click.option(
-    "--store", metavar="s3://BUCKET/PREFIX", help="Instead: where the run itself puts them; the bucket has to exist."
+    "--store",
+    metavar="s3://BUCKET/PREFIX",
+    help="Instead: where the run itself puts them; the bucket has to exist. (skypilot)",
 )
-@click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on.")
-@click.option("--package", help="What pip installs there.  [default: this version of shallowflow]")
+@click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on. (skypilot)")
+@click.option("--package", help="What pip installs there. (skypilot)  [default: this version of shallowflow]")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to write, instead of printing.")
 def export_command(
     plan: Path,
@@ -44,28 +48,56 @@ def export_command(
     package: str | None,
     output: Path | None,
 ) -> None:
-    """Write PLAN as a task for SkyPilot: a managed job that resumes from the bucket after every interruption.
+    """Write PLAN as a file that another program runs; nothing is started.
 
-    Nothing is started. A mounted bucket needs nothing on the machine; with --store checkpoints are verified, and stored
-    before a machine that is told of its end is taken.
+    For skypilot it is a task that runs this plan itself: a managed job that resumes after every interruption. A mounted
+    bucket needs nothing on the machine; with --store checkpoints are verified, and stored before a machine that is told
+    of its end is taken. For a trainer (axolotl, llamafactory: a YAML; trl, unsloth: a script; accelerate: how many processes,
+    and in which precision) it is as near to the plan as that trainer's settings come, made leaner until its own step,
+    simulated, fits; comments at its head say what it cannot express.
 
     \b
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints --output task.yaml
     sfplan export plan.json --to skypilot --data train.jsonl --store s3://my-checkpoints/my-run
+    sfplan export plan.json --to axolotl --data train.jsonl --output axolotl.yaml
+    sfplan export plan.json --to trl --data train.jsonl --output train.py
     """
-    from shallowflow.runtime import skypilot
-    from shallowflow.runtime.documents import read_data
     from shallowflow.runtime.files import write_text
     from shallowflow.training import read_plan
 
-    assert target == "skypilot"
     if output is not None and not output.parent.is_dir():
         raise RequestError(f"folder {output.parent} for --output does not exist")
     if output is not None and output.resolve() in {path.resolve() for path in (plan, data, eval_data) if path}:
-        raise RequestError(f"--output {output} is a file that the task uploads; give another name")
+        raise RequestError(f"--output {output} is a file that is read; give another name")
     loaded = read_plan(plan)
-    job = skypilot.Job(
+    if target == "skypilot":
+        job = _job(plan, data, eval_data, data_format, bucket, store, package, spot=spot)
+        text = _task(loaded, job)
+    else:
+        if any(given is not None for given in (bucket, store, package, eval_data)):
+            raise RequestError(f"--bucket, --store, --package and --eval-data are for --to skypilot, not for {target}")
+        text = _configuration(loaded, target, data, data_format)
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    write_text(output, text)
+
+
+def _job(
+    plan: Path,
+    data: Path,
+    eval_data: Path | None,
+    data_format: Format | None,
+    bucket: str | None,
+    store: str | None,
+    package: str | None,
+    *,
+    spot: bool,
+) -> Job:
+    from shallowflow.runtime import skypilot
+
+    return skypilot.Job(
         plan_path=plan,
         data_path=data,
         eval_data_path=eval_data,
@@ -75,14 +107,6 @@ def export_command(
         data_format=data_format,
         package=package or f"shallowflow{'[aws]' if store is not None else ''}=={version('shallowflow')}",
     )
-    text = skypilot.task(loaded, job, load_gpu(loaded.gpu), tuple(load_instances(loaded.gpu)))
-    for path in (data, eval_data):
-        if path is not None:
-            read_data(path, data_format)  # what the machine could not learn is better told before it is paid for
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    write_text(output, text)
 
 
 def _checked(store: str | None) -> str | None:
@@ -97,3 +121,29 @@ def _checked(store: str | None) -> str | None:
 
         place(store)
     return store
+
+
+def _task(loaded: Plan, job: Job) -> str:
+    from shallowflow.runtime import skypilot
+    from shallowflow.runtime.documents import read_data
+
+    text = skypilot.task(loaded, job, load_gpu(loaded.gpu), tuple(load_instances(loaded.gpu)))
+    for path in (job.data_path, job.eval_data_path):
+        if path is not None:  # what the machine could not learn is better told before it is paid for
+            read_data(path, cast("Format | None", job.data_format))
+    return text
+
+
+def _configuration(loaded: Plan, target: Target, data: Path, data_format: Format | None) -> str:
+    from shallowflow.runtime.documents import read_data
+    from shallowflow.terminal import status
+
+    assert target != "skypilot"
+    found = read_data(data, data_format).formats
+    # text that stands among prompts and completions is what follows an empty prompt, which no other trainer reads
+    if len(found) > 1:
+        raise RequestError(f"{data} mixes {' and '.join(found)}; other trainers want one format in a file")
+    with status(f"exporting to {target}") as tell:
+        from shallowflow.runtime.trainers.export import export
+
+        return export(loaded, target, data, found[0], load_gpu(loaded.gpu), tell).text

@@ -119,12 +119,15 @@ def test_every_command_of_the_help_runs(plan: Callable[..., Path]) -> None:
     """What its help shows works as it stands, and a file holds what would be printed."""
     plan()
     shown = re.findall(r"^ +sfplan (export plan.*)$", sfplan("export", "--help").output, re.MULTILINE)
-    assert len(shown) == 3
+    assert len(shown) == 5
 
-    printed, written, stored = (sfplan(*shlex.split(words)) for words in shown)
+    printed, written, stored, axolotl, trl = (sfplan(*shlex.split(words)) for words in shown)
 
     assert (printed.code, written.code, written.output, stored.code) == (0, 0, "", 0)
     assert printed.output == Path("task.yaml").read_text(encoding="utf-8")
+    assert (axolotl.code, trl.code) == (0, 0)
+    assert yaml.safe_load(Path("axolotl.yaml").read_text(encoding="utf-8"))["base_model"] == "org/Tiny-1.1"
+    compile(Path("train.py").read_text(encoding="utf-8"), "train.py", "exec")
 
 
 def test_a_store_takes_the_place_of_the_bucket(plan: Callable[..., Path]) -> None:
