@@ -52,9 +52,9 @@ def export_command(
 
     For skypilot it is a task that runs this plan itself: a managed job that resumes after every interruption. A mounted
     bucket needs nothing on the machine; with --store checkpoints are verified, and stored before a machine that is told
-    of its end is taken. For a trainer (axolotl, llamafactory: a YAML; trl, unsloth: a script; accelerate: how many processes,
-    and in which precision) it is as near to the plan as that trainer's settings come, made leaner until its own step,
-    simulated, fits; comments at its head say what it cannot express.
+    of its end is taken. For a trainer (axolotl, llamafactory: a YAML; trl, unsloth: a script; accelerate: how many
+    processes, and in which precision) it is as near to the plan as that trainer's settings come, made leaner until its
+    own step, simulated, fits; comments at its head say what it cannot express.
 
     \b
     sfplan export plan.json --to skypilot --data train.jsonl --bucket my-checkpoints
