@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ class Trackers:
                 tracker = getattr(tracking, TRACKERS[name])(name if name == "tensorboard" else PROJECT, **place)
                 if self._try(name, tracker.start) and (
                     name == "tensorboard"  # whose own way to store settings makes a second run of them
-                    or self._try(name, lambda made=tracker: made.store_init_configuration(self.settings))
+                    or self._try(name, partial(tracker.store_init_configuration, self.settings))
                 ):
                     self.made.append(tracker)
         return self.made
@@ -108,4 +109,4 @@ class Trackers:
 
     def _log(self, values: dict[str, float], step: int) -> None:
         told = self._started()
-        self.made = [t for t in told if self._try(t.name, lambda made=t: made.log(values, step=step))]
+        self.made = [t for t in told if self._try(t.name, partial(t.log, values, step=step))]

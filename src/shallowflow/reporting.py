@@ -99,7 +99,7 @@ def _variants(plan: Plan, posed: dict[int, Problem]) -> tuple[Variant, ...]:
     sizes = [n for n in range(1, share + 1) if share % n == 0][:MOST_MICRO_BATCHES]
     if chosen.micro_batch_size not in sizes:
         sizes.append(chosen.micro_batch_size)
-    ranks: list[int | None] = [chosen.rank]
+    ranks: Sequence[int | None] = [chosen.rank]
     if chosen.rank is not None and chosen.optimizer == "adamw":  # the other's state is traced at the plan's rank alone
         ranks = sorted({*RANKS, chosen.rank})
     return variants(posed, chosen, sizes, ranks)
