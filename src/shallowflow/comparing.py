@@ -101,7 +101,7 @@ def whatif(
         FactsError, RequestError: as ``plan``; or a name is none of those shipped.
         Infeasible: nothing fits anywhere, or (OutOfReach) nothing keeps the deadline and the budget.
     """
-    for name in ("region", "num_gpus", "deadline_hours", "budget_usd"):
+    for name in ("region", "num_gpus", "num_machines", "deadline_hours", "budget_usd"):
         if name in workload:
             raise RequestError(f"{name} is no part of what is compared; give regions, gpus or the limits by themselves")
     works = combinations(workload_of(workload), what_if or {})

@@ -160,7 +160,14 @@ def _works(
     names: tuple[str, str], values: Mapping[str, list[str]], work: Mapping[str, Any]
 ) -> tuple[dict[str, Workload], tuple[str, ...]]:
     """Every combination, and notes on the work as it was asked for; data is counted anew at each sequence length."""
-    where: dict[str, Any] = {"gpu": "t4", "gpus": 1, "region": "us-east-1", "deadline_hours": None, "budget_usd": None}
+    where: dict[str, Any] = {
+        "gpu": "t4",
+        "gpus": 1,
+        "nodes": 1,
+        "region": "us-east-1",
+        "deadline_hours": None,
+        "budget_usd": None,
+    }
     _, base, notes = request(names, **where, **work)
     at_length: dict[str, Workload] = {}
     for length in values.get("sequence_length", []):
