@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from shallowflow.planner import money
+from shallowflow.planner.plan import Workload
 from shallowflow.profiles import snapshot
 from shallowflow.profiles.load import (
     instance_names,
@@ -151,7 +152,9 @@ def test_a_region_that_was_not_known_is_added(market: Market) -> None:
 
     (found,) = (p for p in load_instance("g4dn.xlarge").prices if p.region == "sa-east-1")
     assert (found.on_demand_usd_per_hour, found.interruption_bucket) == (9.0, None)
-    assert [o.instance for o in money.offers(load_instances("t4"), "sa-east-1", 1, lambda _: 1.0)] == ["g4dn.xlarge"]
+    assert [o.instance for o in money.offers(load_instances("t4"), Workload(region="sa-east-1"), lambda _: 1.0)] == [
+        "g4dn.xlarge"
+    ]
 
 
 def test_what_is_shown(market: Market) -> None:

@@ -67,7 +67,7 @@ def test_other_sizes_are_the_planners(written: tuple[Plan, Path]) -> None:
     plan, page = written
     chosen = plan.configuration
     (strategy,) = set(chosen.strategies())
-    sizes = {"sequence_length": 128, "micro_batch_size": 2, "rank": 16}
+    sizes: dict[str, Any] = {"sequence_length": 128, "micro_batch_size": 2, "rank": 16}
     variant = next(v for v in data(page)["variants"] if all(v[name] == value for name, value in sizes.items()))
     pinned = replace(
         plan.workload,

@@ -24,7 +24,7 @@ import torch
 
 import shallowflow
 from shallowflow.planner.plan import Plan
-from shallowflow.runtime import checkpoint
+from shallowflow.runtime import checkpoint, files
 from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.run import RunRequest, Silent, train
 from tests.runtime import tiny
@@ -50,7 +50,7 @@ class Noting(Silent):
 def die_at_write(number: int) -> None:
     """Let this process kill itself when something is brought to disk for the *number*-th time."""
     left = [number]
-    real = checkpoint._to_disk
+    real = files.to_disk
 
     def to_disk(path: Path) -> None:
         left[0] -= 1
@@ -58,7 +58,7 @@ def die_at_write(number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         real(path)
 
-    checkpoint._to_disk = to_disk
+    vars(checkpoint)["to_disk"] = to_disk
 
 
 def killed(plan: Plan, request: RunRequest, noted: Path, *, after: float | None, at_write: int) -> None:

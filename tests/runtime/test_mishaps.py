@@ -17,8 +17,9 @@ from accelerate import tracking
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime import files, folder, meter, sample
 from shallowflow.runtime.answers import DAY, stop_the_clock
+from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.request import RunError
-from shallowflow.runtime.run import RunRecord, RunRequest, train
+from shallowflow.runtime.run import RunRequest, train
 from shallowflow.runtime.step import MicroBatch, Trainee
 from shallowflow.runtime.watch import Silent
 
