@@ -15,7 +15,7 @@ from shallowflow.profiles.load import load_instances
 from tests.planner.planned import T4, planned
 
 INSTANCES = load_instances(T4.name)
-FREE = Workload(sequence_length=64, global_batch_size=2, total_tokens=100_000, rank=8)
+FREE = Workload(sequence_length=64, global_batch_size=2, total_tokens=100_000, rank=8, num_stages=1)
 BOUNDED = replace(FREE, max_weight_error=0.05, deadline_hours=1.0, budget_usd=0.4, packing=False)
 
 

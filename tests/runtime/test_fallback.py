@@ -194,10 +194,10 @@ def test_steps_are_saved_before_another_configuration_is_traced(
     """Stopped while the alternative is being traced, the run has lost no step."""
     real = attempts.promised
 
-    def promised(plan: Plan, alternative: int | None, watcher: Watcher) -> Promise:
+    def promised(plan: Plan, alternative: int | None, watcher: Watcher, rank: int) -> Promise:
         if alternative is not None:
             raise KeyboardInterrupt
-        return real(plan, alternative, watcher)
+        return real(plan, alternative, watcher, rank)
 
     monkeypatch.setattr(attempts, "promised", promised)
     seen.fails = failing_once(3)
