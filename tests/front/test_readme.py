@@ -78,7 +78,7 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(4800)
 def test_every_shown_command_prints_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one folder, in order: commands print what stands below them, Python runs, and make knows its targets."""
     everything = list(shown(README.read_text(encoding="utf-8")))
