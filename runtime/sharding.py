@@ -300,6 +300,8 @@ def line_up(layers: Sequence[torch.nn.Module], strategies: Sequence[Strategy]) -
         again = _matrices(activations.part(layer, strategy.recomputes)) if strategy.recomputes else []
         _chain("forward", order)
         _chain("recomputed forward", again)
+        if len(again) > 1:  # recomputation ends ahead of its last product, whose weight is then for its gradient
+            again[-2].following["recomputed forward"] = again[-1], "backward"
         _chain("backward", order[::-1])
         if again:
             for matrix in order[order.index(again[-1]) + 1 :][:1]:
