@@ -103,6 +103,7 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
     """Each option of the workload is in the plan with the value given."""
     given = {
         "gpus": ("num_gpus", 2),
+        "nodes": ("num_machines", 1),
         "sharding": ("sharding", "weights"),
         "sequence-length": ("sequence_length", 48),
         "tokens": ("total_tokens", 123_456),
@@ -131,7 +132,7 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
     assert done.code == 0, done.errors
     workload = json.loads(done.output)["workload"]
     unsaid: dict[str, object] = {"num_sequences": None, "num_packed_sequences": None, "window_counts": []}
-    unsaid |= {"num_eval_sequences": 0, "max_process_bytes": 10 * 2**30}
+    unsaid |= {"num_eval_sequences": 0, "num_stages": None, "max_process_bytes": 10 * 2**30}
     assert workload == {**unsaid, **fixed, **dict(given.values())}
 
 

@@ -151,7 +151,7 @@ def test_more_gpus_take_what_their_own_plans_say(tiny_folder: Path) -> None:
         assert point["step_seconds"] == same.step_seconds == alone.prediction.step_seconds
         assert point["usd"] == alone.offers[0].on_demand_usd
         assert row[1] == f"{count}"
-    assert "hours over GPUs" in said.output and "dollars over GPUs" in said.output
+    assert "hours over GPUs" in said.output and "$ per M tokens over GPUs" in said.output
 
 
 def test_the_number_of_gpus_is_asked_for_once(tiny_folder: Path) -> None:
