@@ -14,7 +14,11 @@ from shallowflow.planner.plan import Workload
 from shallowflow.planning import make_plan
 from shallowflow.profiles import GpuSpec, load_gpu
 from shallowflow.session import RequestError, Session
-from tests.planner.planned import MIB, SHORT, T4, WORK, model, refusal, smallest_reserved, with_budget
+from tests.planner import planned
+from tests.planner.planned import MIB, T4, model, refusal, smallest_reserved, with_budget
+
+WORK, SHORT = (replace(work, num_stages=1) for work in (planned.WORK, planned.SHORT))
+"""With the whole model on every GPU: what is refused in stages is tested beside them."""
 
 GEMMA: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
