@@ -11,9 +11,9 @@ from shallowflow.planner.profiler.user_step import simulate_accumulated
 from shallowflow.profiles import GpuSpec, ModelSpec
 
 from . import resolve, traps
+from .findings import Finding
 from .settings import DTYPES, Quantized, Settings, is_any
 from .steps import make_step
-from .traps import Finding
 
 FORMAT_VERSION = 1
 WORTH_TRYING = 0.8

@@ -10,8 +10,8 @@ from shallowflow.planner import words
 from shallowflow.profiles import GpuSpec
 
 from .check import Outcome, Verdict
+from .findings import a
 from .settings import TITLES, Settings
-from .traps import a
 
 _COLOURS = {"fails": "bold red", "wrong": "red", "slow": "yellow", "late": "cyan"}
 _SHOWN = (

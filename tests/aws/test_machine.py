@@ -294,7 +294,7 @@ def errand(**changes: Any) -> Errand:
 
 def test_what_is_given_stays_what_it_is() -> None:
     """Words are words, and never a part of the script."""
-    hostile = "'; touch /tmp/x; $(reboot) @folder@ `id`"
+    hostile = "'; touch pwned; $(reboot) @folder@ `id`"
     script = machine.script(errand(train=("train", "--sample", hostile), package=hostile, region=hostile))
 
     line = next(line for line in script.splitlines() if line.startswith("venv/bin/sfplan"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -69,19 +70,26 @@ def request_for(tiny_folder: Path, tmp_path: Path) -> Callable[..., RunRequest]:
 Ask = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    """Ask the program of processes for something, and get what came of it."""
-    command = [sys.executable, "-m", "tests.runtime.several"]
+@contextlib.contextmanager
+def asking(program: str) -> Iterator[Ask]:
+    """Ask the *program* of processes, a module, for something, and get what came of it."""
+    command = [sys.executable, "-m", program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as program:
+    ) as running:
 
         def asked(*words: Any) -> Any:
-            assert program.stdin is not None and program.stdout is not None
-            print(json.dumps(words), file=program.stdin, flush=True)
-            return json.loads(program.stdout.readline())
+            assert running.stdin is not None and running.stdout is not None
+            print(json.dumps(words), file=running.stdin, flush=True)
+            return json.loads(running.stdout.readline())
 
         yield asked
-        program.kill()
+        running.kill()
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """Ask the program of shared weights and replicas."""
+    with asking("tests.runtime.several") as asked:
+        yield asked

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from tests.runtime.conftest import Ask, asking
 
 NOISE = 2e-6
 """Of a loss: norms and gradients are summed in another order."""
 MEMORY = 0.015
 """Of a peak: a step is traced with fewer micro-batches than it has, whose tokens are there all along."""
 
-Ask = Callable[..., Any]
-
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    """Ask the program of stages for something, and get what came of it."""
-    command = [sys.executable, "-m", "tests.runtime.in_stages"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as program:
-
-        def asked(*words: Any) -> Any:
-            assert program.stdin is not None and program.stdout is not None
-            print(json.dumps(words), file=program.stdin, flush=True)
-            return json.loads(program.stdout.readline())
-
+    """Ask the program of stages."""
+    with asking("tests.runtime.in_stages") as asked:
         yield asked
-        program.kill()
 
 
 def check_alike(runs: Any, shapes: list[list[int]]) -> None:

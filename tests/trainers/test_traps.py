@@ -12,6 +12,7 @@ import yaml
 from shallowflow.profiles import GpuSpec, ModelSpec, load_gpu, load_model
 from shallowflow.runtime.trainers import check, files, traps
 from shallowflow.runtime.trainers.check import Outcome
+from shallowflow.runtime.trainers.findings import Finding
 from shallowflow.runtime.trainers.settings import Settings, Tool
 from tests.planner.tiny import LLAMA
 
@@ -147,7 +148,7 @@ def always_fits(_settings: Settings, _config: Any, _gpu: GpuSpec) -> Outcome:
     )
 
 
-def names(found: tuple[traps.Finding, ...]) -> set[str]:
+def names(found: tuple[Finding, ...]) -> set[str]:
     """Of traps."""
     return {finding.trap for finding in found}
 
