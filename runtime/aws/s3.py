@@ -48,6 +48,7 @@ _ON_THE_WAY = (
     OSError,
 )
 _ACCOUNT = re.compile(r"(?<!\d)\d{12}(?!\d)")
+_PASSWORD = re.compile(r"//[^/]*@")
 _URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>.*))?")
 
 
@@ -77,8 +78,8 @@ def place(url: str) -> Place:
 
 
 def shown(url: str) -> str:
-    """*url* for people, without what may be an account's number, which names of buckets like to hold."""
-    return _ACCOUNT.sub("*" * 12, url)
+    """*url* for people, without what may be an account's number, which names of buckets like to hold, or a password."""
+    return _ACCOUNT.sub("*" * 12, _PASSWORD.sub("//***@", url))
 
 
 class S3Objects:

@@ -8,7 +8,7 @@ from typing import Any
 
 from shallowflow.planner.memory_record import CategoryBytes
 from shallowflow.planner.profiler.user_step import simulate_accumulated
-from shallowflow.profiles import GpuSpec, ModelSpec
+from shallowflow.profiles import GpuSpec, ModelSpec, model_facts
 
 from . import resolve, traps
 from .findings import Finding
@@ -120,7 +120,7 @@ def check(
         corrected=corrected if changed else None,
         remaining=traps.found(corrected, model.config, gpu) if changed and corrected is not None else (),
         corrected_outcome=better if changed else None,
-        notes=_notes(settings, assumed=assumed),
+        notes=(*_length(settings, model), *_notes(settings, assumed=assumed)),
     )
 
 
@@ -219,6 +219,13 @@ def _needless(settings: Settings, quantized: Outcome, plain: Outcome) -> Finding
         ),
         instead="no quantization",
     )
+
+
+def _length(settings: Settings, model: ModelSpec) -> tuple[str, ...]:
+    longest, asked = model_facts.size(model.config, "max_position_embeddings"), settings.sequence_length
+    if longest is None or asked <= longest:
+        return ()
+    return (f"Sequences of {asked:,} tokens are more than the {longest:,} that the model was built for.",)
 
 
 def _notes(settings: Settings, *, assumed: bool) -> tuple[str, ...]:

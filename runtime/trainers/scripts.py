@@ -45,7 +45,9 @@ def read(text: str, where: str, *, has_bf16: bool) -> Settings:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes that are none
             calls.visit(ast.parse(text))
-    except (SyntaxError, ValueError) as error:
+    except SyntaxError as error:
+        raise ConfigurationError(f"{where} is no Python: {error.msg}, in line {error.lineno}") from None
+    except ValueError as error:
         raise ConfigurationError(f"{where} is no Python: {' '.join(str(error).split())[:200]}") from None
     except (RecursionError, MemoryError):
         raise ConfigurationError(f"{where} is nested too deeply to be read") from None

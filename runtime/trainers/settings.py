@@ -275,7 +275,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return ", ".join(str(one) for one in value)[:100]
+        return f"[{', '.join(str(one) for one in value)}]"[:100]
     return " ".join(str(value).split())[:100]
 
 

@@ -16,7 +16,7 @@ from shallowflow.runtime import build, loss, optimizers, quantized
 from shallowflow.runtime.simulated import register_quantization
 
 from . import resolve, tiled
-from .settings import DTYPES, Settings
+from .settings import DTYPES, ConfigurationError, Settings
 
 PART_TOKENS = 1024
 """Of Unsloth's loss, which takes as many at a time as free memory allows."""
@@ -138,7 +138,15 @@ def _adapted(settings: Settings, model: Any) -> Any:
 def _targets(settings: Settings, model: Any) -> list[str] | None:
     if settings.target_modules is None:
         return None
-    return list(settings.target_modules) or build.adapter_targets(model)
+    if not settings.target_modules:
+        return build.adapter_targets(model)
+    there = {name.rpartition(".")[2] for name, module in model.named_modules() if quantized.is_linear(module)}
+    if not any(f".{name}".endswith(f".{end}") for name, _ in model.named_modules() for end in settings.target_modules):
+        raise ConfigurationError(
+            f"{settings.key('target_modules')} names {', '.join(settings.target_modules)}, and the model has no such "
+            f"module; its linear ones are {', '.join(sorted(there))}"
+        )
+    return list(settings.target_modules)
 
 
 def _optimizer(settings: Settings, learning: list[torch.nn.Parameter], device_type: str) -> torch.optim.Optimizer:

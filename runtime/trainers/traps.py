@@ -67,7 +67,7 @@ def _grouped_heads(settings: Settings, config: Mapping[str, Any], gpu: GpuSpec) 
         where=settings.said("attention"),
         what=(
             "transformers gives SDPA fewer KV heads than query heads wherever a row is full, which the only fused "
-            f"kernel of {a(gpu)} refuses; the whole score matrix is made, {square / 2**30:.2f} GiB a layer in fp32"
+            f"kernel of {a(gpu)} refuses; the whole score matrix is made, {square / 2**20:,.0f} MiB a layer in fp32"
         ),
         instead=(
             "neat_packing: true, whose mask makes transformers repeat the KV heads"

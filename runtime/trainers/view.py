@@ -104,8 +104,12 @@ def _corrected(verdict: Verdict, corrected: Settings, outcome: Outcome) -> list[
     if faster > 1.05:
         said += f", {faster:.1f} times as fast"
     parts: list[RenderableType] = [Text(said, style="bold"), table]
-    if verdict.remaining:
-        parts.append(Text(f"what stays: {', '.join(finding.trap for finding in verdict.remaining)}"))
+    before = {finding.trap for finding in verdict.findings}
+    stays = [finding.trap for finding in verdict.remaining if finding.trap in before]
+    comes = [finding for finding in verdict.remaining if finding.trap not in before]
+    if stays:
+        parts.append(Text(f"what stays: {', '.join(stays)}"))
+    parts += [Text(f"what comes with it: {finding.trap}; instead: {finding.instead}") for finding in comes]
     return parts
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shallowflow.runtime.aws.s3 import Place
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+SETUP_HOURS = Circumstances().setup_seconds / 3600
 MOST_HOURS, TIMES_LONGER = 24.0, 2.0
 """That a machine may run where nothing is known, and over what nine of ten runs take."""
 DECIDED = ("--data", "--eval-data", "--data-format", "--output", "--store", "--resume", "--usd-per-hour")
@@ -75,6 +76,8 @@ def run_name(given: str | None, place: Place) -> str:
     from shallowflow.runtime.aws.instances import RUN_NAME
 
     name = given or place.prefix.rstrip("/").rpartition("/")[2]
+    if not name:
+        raise RequestError("--store names a bucket alone; give a prefix in it, which names the run: s3://bucket/run")
     if not RUN_NAME.fullmatch(name):
         raise RequestError(
             f"{name!r} is no name of a run; give --name up to 64 letters, digits, dots, hyphens and underscores"
@@ -127,10 +130,22 @@ def expected(plan: Plan, instance: InstanceSpec, price: Price, market: Market) -
 
 
 def most_hours(given: float | None, found: Outlook | None, usd_per_hour: float, budget_usd: float | None) -> float:
-    """How long a machine may run: as *given*, or twice what nine of ten runs take; no longer than the budget lasts."""
+    """How long a machine may run: as *given*, or twice what nine of ten runs take; no longer than the budget lasts.
+
+    Raises:
+        RequestError: it would end before the run begins.
+    """
     usual = MOST_HOURS if found is None else TIMES_LONGER * found.nine_of_ten_hours
     hours = given or (max(1.0, math.ceil(usual)) if math.isfinite(usual) else MOST_HOURS)
-    return hours if budget_usd is None else min(hours, budget_usd / usd_per_hour)
+    hours = hours if budget_usd is None else min(hours, budget_usd / usd_per_hour)
+    least = 0.0 if found is None else found.hours
+    if hours < SETUP_HOURS:
+        lasts = f"--budget-usd {budget_usd:g} lasts" if budget_usd is not None else "--max-hours are"
+        raise RequestError(
+            f"{lasts} {hours * 60:.1f} min at {words.usd(usd_per_hour)} an hour, and a machine takes "
+            f"{SETUP_HOURS * 60:.0f} to begin; the run is expected to take {max(least, SETUP_HOURS):.2f} h"
+        )
+    return hours
 
 
 def check_plan(plan: Plan) -> None:
@@ -199,5 +214,7 @@ def told(launch: Launch) -> Iterator[str]:
     else:
         yield f"expected  {found.hours:.2f} h, {words.usd(found.usd)}, {found.interruptions:.2f} interruptions"
         yield f"9 in 10   {found.nine_of_ten_hours:.2f} h, {words.usd(found.nine_of_ten_usd)}, or less"
+    if found is not None and launch.max_hours < found.hours:
+        yield f"too short {launch.max_hours:.2f} h is less than is expected: the run will be saved and ended"
     yield f"at most   {launch.max_hours:.2f} h, {words.usd(launch.most_usd)} and its disk, before it is made to end"
     yield f"price     {launch.price.date}; {launch.price.source}"

@@ -190,7 +190,7 @@ def check_stages(workload: Workload, model: ModelSpec) -> None:
         return
     if gpus % wanted:
         raise RequestError(
-            f"{gpus} GPUs cannot hold {wanted} stages evenly; try --stages "
+            f"{words.counted(gpus, 'GPU')} cannot hold {wanted} stages evenly; try --stages "
             f"{max(n for n in range(1, gpus + 1) if gpus % n == 0 and n <= wanted)} or --gpus {wanted}"
         )
     layers = model_facts.num_layers(model.config)

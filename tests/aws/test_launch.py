@@ -310,7 +310,10 @@ def test_a_run_is_stopped(launch: Callable[..., Done], run: str) -> None:
     [
         (("--data", "none.jsonl"), "file none.jsonl does not exist"),
         (("--store", "file:///x"), "is no store"),
-        (("--store", "s3://a-bucket"), "'' is no name of a run; give --name"),
+        (("--store", "s3://a-bucket"), "--store names a bucket alone; give a prefix in it"),
+        (("--store", "s3://KEY:SECRET@bucket/x"), "'s3://***@bucket/x' is no store"),
+        (("--budget-usd", "0.001"), "--budget-usd 0.001 lasts 0.3 min at"),
+        (("--max-hours", "0.01"), "--max-hours are 0.6 min at"),
         (("--name", "a b"), "'a b' is no name of a run"),
         (("--instance", "g5.xlarge"), "g5.xlarge has 1 x a10g, and the plan is for 1 x t4; give one of g4dn.xlarge,"),
         (("--instance", "g4dn.huge"), "unknown instance 'g4dn.huge'"),

@@ -257,6 +257,7 @@ def test_places() -> None:
     assert s3.place("s3://bucket") == s3.place("s3://bucket/") == Place("bucket", "")
     assert s3.place("s3://bucket/a/b/") == Place("bucket", "a/b/")
     assert s3.shown("s3://files-123456789012-x/run") == "s3://files-************-x/run"
+    assert s3.shown("s3://KEY:SECRET@bucket/run") == "s3://***@bucket/run"
 
 
 def test_a_store_that_is_not_there_is_told() -> None:

@@ -48,6 +48,30 @@ def axolotl(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return write
 
 
+def test_modules_that_the_model_has_not_are_bad_input(axolotl: Callable[..., Path]) -> None:
+    """They are named in one line with those that it has."""
+    done = sfplan("check", axolotl(lora_target_modules=["nope"]), "--gpu", "t4")
+
+    assert done.code == 2
+    assert done.error().startswith("lora_target_modules names nope, and the model has no such module; its linear ones")
+    assert "q_proj" in done.errors
+
+
+def test_a_length_beyond_the_models_is_told(axolotl: Callable[..., Path]) -> None:
+    """The tiny model was built for 128 tokens."""
+    done = sfplan("check", axolotl(sequence_len=256), "--gpu", "t4")
+
+    assert "Sequences of 256 tokens are more than the 128 that the model was built for." in done.output
+
+
+def test_what_a_correction_brings_is_told_apart(axolotl: Callable[..., Path]) -> None:
+    """A trap that was none before the correction does not stay: it comes, with what to do."""
+    lines = sfplan("check", axolotl(), "--gpu", "t4").output.splitlines()
+
+    assert not any(line.startswith("what stays:") and "loss scale" in line for line in lines)
+    assert any(line.startswith("what comes with it: loss scale; instead: more steps") for line in lines)
+
+
 def test_a_run_that_would_fail_ends_with_1(axolotl: Callable[..., Path]) -> None:
     """The answer comes first, then traps with their lines of the file, then the corrected configuration."""
     done = sfplan("check", axolotl(), "--gpu", "t4")

@@ -35,6 +35,7 @@ def read(path: Path) -> Settings:
         ("sequence_len: 512", "names no model; give base_model"),
         ("base_model: x\nsequence_len: many", ": sequence_len is many; give a whole number of at least 1"),
         ("base_model: x\nmicro_batch_size: 0", ": micro_batch_size is 0; give a whole number of at least 1"),
+        ("base_model: x\nadapter: lora\nlora_r: [1]", ": lora_r is [1]; give a whole number of at least 1"),
         ("base_model: x\nlearning_rate: -1", ": learning_rate is -1; give a number of at least 0, such as 2e-4"),
         ("base_model: x\nsample_packing: perhaps", ": sample_packing is perhaps; give true or false"),
         ("base_model: x\nadapter: ia3", ": adapter is ia3; lora, qlora and none can be checked"),
