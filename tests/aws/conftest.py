@@ -15,6 +15,7 @@ import pytest
 os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"  # moto's own way to let parts of a test be small
 os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"  # thousands, in every region
 
+from moto.moto_api._internal import moto_api_backend
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from shallowflow.runtime.aws.s3 import Place, S3Objects
@@ -35,7 +36,8 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _aws(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have boto3 find the server, planted credentials, and no metadata service."""
+    """Have boto3 find the server, an account in which nothing is, planted credentials, and no metadata service."""
+    moto_api_backend.reset()
     for name, value in planted.environment(endpoint).items():
         monkeypatch.setenv(name, value)
 

@@ -144,7 +144,7 @@ def test_gradients_are_summed_in_memory_that_is_free_by_then() -> None:
 
 def test_weights_are_shared_where_they_must_be() -> None:
     """With memory enough every GPU holds them all, which is faster; with too little for that they are shared."""
-    work = replace(WORK, quantization="fp16", num_gpus=4, rank=8)
+    work = replace(WORK, quantization="fp16", num_gpus=4, rank=8, num_stages=1)
     whole, shared = (replace(work, sharding=sharding) for sharding in ("none", "weights"))
     least = [smallest_reserved(each) for each in (whole, shared)]
 

@@ -124,10 +124,11 @@ def test_no_single_strategy_that_fits_is_better(problem: Problem, of_mixes: floa
 
 
 @settings(max_examples=20, deadline=None)
-@given(problems())
-def test_the_next_rank_takes_the_step_of_its_best_plan(problem: Problem) -> None:
-    """In the plan's own cell, harm being worth there what it is worth in the plan."""
-    problem = replace(problem, workload=replace(problem.workload, rank=None))
+@given(problems(), st.integers(2, 20))
+def test_the_next_rank_takes_the_step_of_its_best_plan(problem: Problem, times: int) -> None:
+    """In the plan's own cell, harm being worth there what it is worth in the plan, with memory enough for either."""
+    roomier = replace(problem.gpu, memory_bytes=times * problem.gpu.memory_bytes)
+    problem = replace(problem, gpu=roomier, workload=replace(problem.workload, rank=None))
     found = solve(problem, considered(problem), Tracer(problem, NONE))
     assume(found is not None)
     assert found is not None
