@@ -11,6 +11,15 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write *text* in UTF-8 as ``write_bytes`` does.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write beside *path*, then rename, so that a failure leaves what was there before.
 
     Raises:
@@ -18,13 +27,13 @@ def write_text(path: Path, text: str) -> None:
     """
     path = path.resolve()
     if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # or after a power cut the new name may stand for an empty file
         temporary.chmod(_usual_mode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -181,9 +182,12 @@ def _course(plan: Plan) -> list[Any]:
     return [plan.model_config, plan.compute_dtype, adapter, c.sequence_length, c.global_batch_size, c.packing]
 
 
-def _content(data: Path, request: RunRequest) -> bytes:
-    """A file's bytes; of a dataset what is learned."""
-    return data.read_bytes() if data.is_file() else digest(read_documents(data, request.data_format))
+def _content(data: Path, request: RunRequest) -> bytes | str:
+    """A file's SHA-256, of which only a part is in memory at a time; of a dataset what is learned."""
+    if not data.is_file():
+        return digest(read_documents(data, request.data_format))
+    with data.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settings(plan: Plan, request: RunRequest) -> dict[str, str | int | float]:

@@ -49,6 +49,7 @@ class Job:
         store: in the place of a bucket, where the run itself puts them, such as ``s3://bucket/prefix``: what is named
             there is whole, and is stored before a machine that is told so is taken.
         package: what pip installs.
+        wheel: the file that it is, if it is one, which is uploaded, too.
         spot: on spot instances, or on demand.
         data_format: of rows of data; None is told from their columns.
     """
@@ -56,6 +57,7 @@ class Job:
     plan_path: Path
     data_path: Path
     package: str
+    wheel: Path | None = None
     bucket: str | None = None
     store: str | None = None
     eval_data_path: Path | None = None
@@ -128,13 +130,14 @@ def _fields(plan: Plan, job: Job, num_gpus: int) -> dict[str, Any]:
         "use_spot": job.spot,
         "job_recovery": {"max_restarts_on_errors": MOST_RESTARTS},
     }
+    uploaded = job.files() | ({} if job.wheel is None else {job.wheel.name: job.wheel})
     several = {} if plan.workload.num_machines == 1 else {"num_nodes": plan.workload.num_machines}
     return {
         "name": "shallowflow-" + re.sub(r"[^a-z0-9]+", "-", plan.model_name.rpartition("/")[2].lower()).strip("-"),
         **several,
         "resources": resources,
-        "file_mounts": {**{f"{FILES}/{name}": str(path) for name, path in job.files().items()}, **_mounted(job)},
-        "setup": f"pip install {shlex.quote(job.package)}",
+        "file_mounts": {**{f"{FILES}/{name}": str(path) for name, path in uploaded.items()}, **_mounted(job)},
+        "setup": f"cd {FILES} && pip install {shlex.quote(job.package)}",
         "run": f"cd {FILES} && {_command(plan, job)}",
     }
 

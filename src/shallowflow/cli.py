@@ -32,7 +32,7 @@ from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, to_json
-from shallowflow.planning import make_plan
+from shallowflow.planning import beside_one, make_plan
 from shallowflow.prices_command import prices_command
 from shallowflow.profiles import FactsError, load_gpu
 from shallowflow.profiles.load import load_instances
@@ -116,6 +116,7 @@ def plan_command(model: str, as_json: bool, output: Path | None, report: Path | 
     try:
         with status(f"planning {spec.name}") as tell:
             made = make_plan(spec, device, workload, progress=tell, notes=notes)
+            made = beside_one(made, spec, device, progress=tell)
     except Infeasible as refusal:
         if as_json:
             click.echo(msgspec.json.format(msgspec.json.encode(refusal.as_dict()), indent=2).decode())

@@ -202,11 +202,12 @@ def compare(model: ModelSpec, asked: Asked, *, progress: Progress = lambda _mess
     plans: list[Planned] = []
     unplanned: list[Unplanned] = []
     refusal: RequestError | Infeasible | None = None
-    for gpu_name, count, what_if in _kinds(instances, asked):
+    kinds = tuple(_kinds(instances, asked))
+    for gpu_name, count, what_if in kinds:
         gpu, work = load_gpu(gpu_name), asked.works[what_if]
         progress(" ".join(filter(None, (f"{count} x {gpu.title}", what_if))))
         try:
-            plan = _plan(model, gpu, replace(work, num_gpus=count), progress)
+            plan = _plan(model, gpu, replace(work, num_gpus=count), progress, with_remedies=len(kinds) == 1)
         except (RequestError, Infeasible) as error:
             refusal = error if refusal is None or isinstance(error, Infeasible) else refusal
             reason = " ".join(str(error).split("\n")[0].split())
@@ -282,7 +283,7 @@ def _kinds(instances: Sequence[InstanceSpec], asked: Asked) -> Iterator[tuple[st
             yield gpu, count, what_if
 
 
-def _plan(model: ModelSpec, gpu: GpuSpec, work: Workload, progress: Progress) -> Plan:
+def _plan(model: ModelSpec, gpu: GpuSpec, work: Workload, progress: Progress, *, with_remedies: bool) -> Plan:
     """The best plan for *work*, wherever it runs.
 
     Where memory is short, because even the weights in 16 bits are too large or it was limited, the leanest
@@ -299,7 +300,7 @@ def _plan(model: ModelSpec, gpu: GpuSpec, work: Workload, progress: Progress) ->
             headroom = HEADROOM if work.headroom is None else work.headroom
             needed = least if work.max_process_bytes else math.ceil(least / (1 - headroom))
             raise Infeasible(needed, work.max_process_bytes or gpu.memory_bytes, ())
-    return make_plan(model, gpu, work, progress=progress, num_alternatives=0)
+    return make_plan(model, gpu, work, progress=progress, num_alternatives=0, with_remedies=with_remedies)
 
 
 def _priced(way: Way, storage: StorageSpec, asked: Asked) -> list[Outlook]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -34,7 +33,7 @@ Target = Literal["skypilot", "axolotl", "llamafactory", "trl", "unsloth", "accel
     help="Instead: where the run itself puts them; the bucket has to exist. (skypilot)",
 )
 @click.option("--spot/--on-demand", default=True, show_default=True, help="Which instances to run on. (skypilot)")
-@click.option("--package", help="What pip installs there. (skypilot)  [default: this version of shallowflow]")
+@click.option("--package", help="What pip installs there. (skypilot)  [default: what runs here, as a wheel]")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to write, instead of printing.")
 def export_command(
     plan: Path,
@@ -95,8 +94,10 @@ def _job(
     *,
     spot: bool,
 ) -> Job:
+    from shallowflow.launching import packed
     from shallowflow.runtime import skypilot
 
+    installed, files = packed(package, *(("aws",) if store is not None else ()))
     return skypilot.Job(
         plan_path=plan,
         data_path=data,
@@ -105,7 +106,8 @@ def _job(
         store=_checked(store),
         spot=spot,
         data_format=data_format,
-        package=package or f"shallowflow{'[aws]' if store is not None else ''}=={version('shallowflow')}",
+        package=installed,
+        wheel=next(iter(files.values()), None),
     )
 
 

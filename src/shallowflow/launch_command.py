@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Without any work of a GPU, after which the run is ended.",
 )
-@click.option("--package", metavar="SPEC|FILE.whl", help="What pip installs.  [default: this version of shallowflow]")
+@click.option("--package", metavar="SPEC|FILE.whl", help="What pip installs.  [default: what runs here, as a wheel]")
 @click.option(
     "--image", metavar="AMI", help="With Python 3.11 and NVIDIA's driver.  [default: the newest of AWS's own]"
 )
@@ -108,7 +108,7 @@ def _launch(
     chosen, price, usd_per_hour = launching.choose(loaded, instance, region or loaded.workload.region, market)
     found = launching.expected(loaded, chosen, price, market)
     run = launching.run_name(name, where)
-    installed, files = launching.packed(package)
+    installed, files = launching.packed(package, "aws", "data")
     train: dict[str, Any] = {}
     for option, given, base in (("--data", data, "train"), ("--eval-data", eval_data, "heldout")):
         if given is not None:

@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shallowflow.own_wheel import own_wheel
 from shallowflow.planner import outlook, words
 from shallowflow.planner.outlook import Circumstances, Market, Outlook, Way
 from shallowflow.planner.plan import Plan
@@ -166,20 +166,19 @@ def check_plan(plan: Plan) -> None:
         )
 
 
-def packed(package: str | None) -> tuple[str, dict[str, Path]]:
-    """What pip installs, and the file that it is, where *package* is one.
+def packed(package: str | None, *extras: str) -> tuple[str, dict[str, Path]]:
+    """What pip installs with *extras*, and the wheel that it is: of what runs here, or *package* where that is one.
 
     Raises:
-        RequestError: it is a file that is not there.
+        RequestError: it is a file that is not there, or what runs here is not installed.
     """
-    if package is None:
-        return f"shallowflow[aws,data]=={version('shallowflow')}", {}
-    if not package.endswith(".whl") or "://" in package:
+    if package is not None and (not package.endswith(".whl") or "://" in package):
         return package, {}
-    path = Path(package)
+    path = own_wheel() if package is None else Path(package)
     if not path.is_file():
         raise RequestError(f"--package {package} does not exist; make it with: python -m build --wheel")
-    return f"./{path.name}[aws,data]", {path.name: path}
+    named = f"[{','.join(extras)}]" if extras else ""
+    return f"./{path.name}{named}", {path.name: path}
 
 
 def train_words(launch_options: dict[str, Any], passed: Sequence[str]) -> tuple[str, ...]:

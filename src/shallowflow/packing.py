@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from shallowflow.planner.packing import MASK_ALIGNMENT
 from shallowflow.planner.plan import Plan, Workload
@@ -23,7 +24,14 @@ def refusal(workload: Workload, model: ModelSpec) -> str | None:
     return model_facts.why_not_packed(model.config, length)
 
 
-def decided(workload: Workload, model: ModelSpec, best: Callable[[Workload], Plan]) -> Plan:
+class Best(Protocol):
+    """Plans a workload that says whether documents are packed."""
+
+    def __call__(self, workload: Workload, /, *, refused_in_full: bool = True) -> Plan:
+        """Infeasible where nothing fits, with what would if it is *refused_in_full*."""
+
+
+def decided(workload: Workload, model: ModelSpec, best: Best) -> Plan:
     """*best* of *workload* packed or not, whichever is wanted, or takes fewer hours on the wall.
 
     Raises:
@@ -44,7 +52,7 @@ def decided(workload: Workload, model: ModelSpec, best: Callable[[Workload], Pla
         if not error.reason:  # packed steps need more memory; fewer of them may keep a deadline
             raise
         return _noted(best(packed), workload, "")
-    return _faster(alone, workload, lambda: best(packed))
+    return _faster(alone, workload, lambda: best(packed, refused_in_full=False))
 
 
 def _faster(plain: Plan, workload: Workload, pack: Callable[[], Plan]) -> Plan:

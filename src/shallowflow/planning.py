@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from shallowflow.planner import (
     costs,
     latency,
     money,
+    paying,
     problem,
     solver,
     staged_plan,
@@ -29,7 +31,7 @@ from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles.load import load_gpu, load_instances, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
-from shallowflow.session import Progress, Session
+from shallowflow.session import Progress, RequestError, Session
 from shallowflow.staging import Staged
 from shallowflow.workloads import check, deadline_hours, space, stage_counts, workload_of
 
@@ -51,7 +53,9 @@ def plan(model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _mes
         RequestError: the workload contradicts itself or the model.
         Infeasible: nothing fits; carries remedies that do.
     """
-    return make_plan(load_model(str(model)), load_gpu(gpu), workload_of(workload), progress=progress)
+    facts, device = load_model(str(model)), load_gpu(gpu)
+    made = make_plan(facts, device, workload_of(workload), progress=progress)
+    return beside_one(made, facts, device, progress=progress)
 
 
 def make_plan(
@@ -62,19 +66,50 @@ def make_plan(
     progress: Progress = lambda _message: None,
     notes: tuple[str, ...] = (),
     num_alternatives: int = solver.NUM_ALTERNATIVES,
+    with_remedies: bool = True,
 ) -> Plan:
     """The best plan for *workload* among all configurations; *notes* are carried along.
 
     Raises:
         RequestError: the workload contradicts itself or the model.
-        Infeasible: nothing fits; carries remedies that do.
+        Infeasible: nothing fits; carries remedies that do, which take several times as long to find, if wanted.
     """
     check(workload, model, gpu)
     session = Session(model, gpu, progress, workload.adapter, workload.target_modules)
-    return packing.decided(workload, model, lambda work: _best(session, work, notes, num_alternatives))
+
+    def best(work: Workload, /, *, refused_in_full: bool = True) -> Plan:
+        wanted = _Wanted(num_alternatives, with_remedies=with_remedies and refused_in_full)
+        return _best(session, work, notes, wanted)
+
+    return packing.decided(workload, model, best)
 
 
-def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alternatives: int) -> Plan:
+def beside_one(plan: Plan, model: ModelSpec, gpu: GpuSpec, *, progress: Progress = lambda _message: None) -> Plan:
+    """*plan* with a note on what the same work takes on one GPU, if it is for several; nothing is planned otherwise."""
+    work = plan.workload
+    if work.num_gpus == 1:
+        return plan
+    alone = replace(
+        work, num_gpus=1, num_machines=1, num_stages=None, sharding=None, deadline_hours=None, budget_usd=None
+    )
+    one: Plan | None = None
+    if not paying.is_too_large(plan.num_parameters, alone, gpu):
+        progress("planning for one GPU")
+        with contextlib.suppress(refusals.Infeasible, RequestError):
+            one = make_plan(model, gpu, alone, progress=progress, num_alternatives=0, with_remedies=False)
+    return replace(plan, notes=(*plan.notes, paying.note(plan, one)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is wanted beside the best plan."""
+
+    num_alternatives: int
+    _: KW_ONLY
+    with_remedies: bool
+
+
+def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: _Wanted) -> Plan:
     """The best plan for *workload*, which says whether documents are packed, over the numbers of stages there may be.
 
     Raises:
@@ -85,19 +120,26 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], num_alte
     tried: dict[int, Plan | None] = {}
     if 1 in numbers:
         try:
-            best = tried[1] = _whole(session, workload, notes, num_alternatives)
+            best = tried[1] = _whole(session, workload, notes, wanted.num_alternatives)
         except _Unsolved as nothing:
             if len(numbers) == 1:
-                raise refusals.infeasible(session, nothing.posed, nothing.considered, workload, _plan) from None
+                raise refusals.infeasible(
+                    session,
+                    nothing.posed,
+                    nothing.considered,
+                    workload,
+                    _plan,
+                    with_remedies=wanted.with_remedies,
+                ) from None
             tried[1] = None
     searches = {number: Staged(session, workload, number).search() for number in numbers if number > 1}
     for number in sorted(searches, key=lambda number: searches[number].least):  # a good one soon, the rest by its bound
         better_than = FAR if best is None else best.proof.score_picoseconds
-        solution = staged_plan.solution(searches[number], num_alternatives, better_than)
+        solution = staged_plan.solution(searches[number], wanted.num_alternatives, better_than)
         made = None if solution is None else _plan(session, searches[number].problem, workload, solution, notes)
         tried[number], best = made, made or best
     if best is None:
-        raise refusals.infeasible_in_stages(session, workload)
+        raise refusals.infeasible_in_stages(session, workload, with_remedies=wanted.with_remedies)
     if len(tried) == 1:
         return best
     outcomes = "; ".join(_outcome(number, made) for number, made in sorted(tried.items()))

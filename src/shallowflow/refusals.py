@@ -12,6 +12,7 @@ from shallowflow.planner.remedies import MOST_REMEDIES, Change, Infeasible, Reme
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles.load import gpu_names, load_gpu, load_instances
+from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import RequestError, Session
 from shallowflow.staging import Staged
 from shallowflow.workloads import check, space, stage_counts
@@ -21,10 +22,15 @@ PlanOf = Callable[[Session, problem.Problem, Workload, Solution, tuple[str, ...]
 
 
 def infeasible(
-    session: Session, posed: problem.Problem, considered: tuple[Cell, ...], workload: Workload, plan_of: PlanOf
+    session: Session,
+    posed: problem.Problem,
+    considered: tuple[Cell, ...],
+    workload: Workload,
+    plan_of: PlanOf,
+    *,
+    with_remedies: bool = True,
 ) -> Infeasible:
     """The refusal of *workload*, with remedies that each fit when traced whole."""
-    gpu = session.gpu
     if posed.host_bytes is not None and workload.activations == "offload":
         without = replace(posed, host_bytes=None)
         solution = session.solve(without, considered, 0)
@@ -35,21 +41,45 @@ def infeasible(
         if solution is not None:
             return refusal(plan_of(session, loosened, workload, solution, ()))
     peak = smallest_process_bytes(session, workload)
+    return _too_large(session, workload, peak, _remedies(session, workload, peak) if with_remedies else [])
+
+
+def infeasible_in_stages(session: Session, workload: Workload, *, with_remedies: bool = True) -> Infeasible:
+    """The refusal of *workload* where the model may be cut, with remedies that each fit when traced whole."""
+    peak = smallest_process_bytes(session, workload)
+    return _too_large(session, workload, peak, _remedies(session, workload, peak) if with_remedies else [])
+
+
+def _remedies(session: Session, workload: Workload, peak: int) -> list[Remedy]:
+    """What was found to fit where *workload*, whose leanest configuration takes *peak* bytes, does not."""
+    gpu = session.gpu
     remedies: list[Remedy] = []
     if workload.max_process_bytes is not None:
         option = f"--max-process-gib {math.ceil(peak / 2**30 * 100) / 100:g}"
         roomy = replace(workload, max_process_bytes=math.ceil(peak / 2**30 * 100) * 2**30 // 100)
         remedies += _first_that_fits(session, (Change(option, roomy, gpu),))
-    spare = None if workload.headroom is None else math.floor((1 - peak / gpu.memory_bytes) * 1000) / 1000
+    spare = _spare(workload, gpu, peak)
     if spare is not None and 0 <= spare < (workload.headroom or 0):
         lower = Change(f"--headroom {spare:g}", replace(workload, headroom=spare), gpu)
         remedies += _first_that_fits(session, (lower,))
     for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()], _more_gpus(session, workload)):
         remedies += _first_that_fits(session, group)
-        if len(remedies) == MOST_REMEDIES:
+        if len(remedies) >= MOST_REMEDIES:
             break
+    return remedies
+
+
+def _spare(workload: Workload, gpu: GpuSpec, peak: int) -> float | None:
+    """The headroom that *peak* would leave, where one is asked for."""
+    return None if workload.headroom is None else math.floor((1 - peak / gpu.memory_bytes) * 1000) / 1000
+
+
+def _too_large(session: Session, workload: Workload, peak: int, remedies: list[Remedy]) -> Infeasible:
+    """The refusal where even the leanest configuration, with *peak* bytes, is too large."""
+    gpu = session.gpu
     if workload.max_process_bytes is not None and workload.max_process_bytes < gpu.memory_bytes:
         return Infeasible(peak, workload.max_process_bytes, remedies)
+    spare = _spare(workload, gpu, peak)
     if spare is not None and spare >= 0:
         reason = (
             f"no plan fits in {words.gib(gpu.memory_bytes)} with {workload.headroom:.1%} of it left free: "
@@ -133,21 +163,6 @@ def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy
 def _can_be_planned(session: Session, workload: Workload) -> bool:
     considered, rank = space(session, workload)
     return session.solve(session.problem(workload, considered, rank), considered, 0) is not None
-
-
-def infeasible_in_stages(session: Session, workload: Workload) -> Infeasible:
-    """The refusal of *workload* where the model may be cut, with remedies that each fit when traced whole."""
-    gpu = session.gpu
-    peak = smallest_process_bytes(session, workload)
-    remedies: list[Remedy] = []
-    for group in changes(workload, gpu, [load_gpu(name) for name in gpu_names()], _more_gpus(session, workload)):
-        remedies += _first_that_fits(session, group)
-        if len(remedies) == MOST_REMEDIES:
-            break
-    if workload.max_process_bytes is not None and workload.max_process_bytes < gpu.memory_bytes:
-        return Infeasible(peak, workload.max_process_bytes, remedies)
-    headroom = allowed.HEADROOM if workload.headroom is None else workload.headroom
-    return Infeasible(math.ceil(peak / (1 - headroom)), gpu.memory_bytes, remedies)
 
 
 def smallest_process_bytes(session: Session, workload: Workload) -> int:

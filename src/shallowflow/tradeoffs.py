@@ -74,7 +74,7 @@ def find_trade_offs(
             progress(f"{memory / 2**30:.2f} GiB by {objective}")
             work = replace(workload, max_process_bytes=memory, objective=objective)
             try:
-                found.append(point(make_plan(model, gpu, work, progress=progress, num_alternatives=0)))
+                found.append(_point(model, gpu, work, progress, last=not found))
             except Infeasible:
                 if not found:
                     raise
@@ -106,7 +106,7 @@ def find_over_lengths(
         if length > min(works) and smallest_process_bytes(session, work) > most:
             continue
         try:
-            found.append(point(make_plan(model, gpu, work, progress=progress, num_alternatives=0)))
+            found.append(_point(model, gpu, work, progress, last=length == min(works) and not found))
         except Infeasible:
             if length == min(works) and not found:
                 raise
@@ -146,8 +146,13 @@ def find_over_gpus(
         progress(f"{count} GPUs")
         try:
             work = replace(workload, num_gpus=count, num_machines=fewest(load_instances(gpu.name), count))
-            found.append(point(make_plan(model, gpu, work, progress=progress, num_alternatives=0)))
+            found.append(_point(model, gpu, work, progress, last=count == counts[-1] and not found))
         except Infeasible:
             if count == counts[-1] and not found:
                 raise
     return tuple(found)
+
+
+def _point(model: ModelSpec, gpu: GpuSpec, work: Workload, progress: Progress, *, last: bool) -> FrontierPoint:
+    """The best plan's. Only if it is the *last* that could be is its refusal shown, and worked out in full."""
+    return point(make_plan(model, gpu, work, progress=progress, num_alternatives=0, with_remedies=last))

@@ -275,7 +275,7 @@ def test_pip_gets_the_wheel_and_the_extras(
     """Of the store, by its own name."""
     wheel = tmp_path / "shallowflow-0.1.0-py3-none-any.whl"
     wheel.write_bytes(b"wheel")
-    package, files = launching.packed(str(wheel))
+    package, files = launching.packed(str(wheel), "aws", "data")
     launch = replace(launch, package=package, files={**launch.files, **files}, train=("--version",))
     uploaded(launch)
     box = made("exit 0")

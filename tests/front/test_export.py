@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ PINNED = (
 )
 """So that little need be traced."""
 TO = ("--to", "skypilot", "--bucket", "my-checkpoints")
+WHEEL = "shallowflow-0.1.0-py3-none-any.whl"
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +89,9 @@ def test_skypilot_reads_what_is_meant(plan: Callable[..., Path], tmp_path: Path,
     )
     assert (name, nodes, cloud, accelerators, use_spot) == ("shallowflow-tiny-1-1", 1, "AWS", {"T4": 1}, spot)
     assert disk >= 60
-    assert setup == "pip install shallowflow==0.1.0"
+    assert setup == f"cd ~/shallowflow && pip install ./{WHEEL}"
+    wheel = mounts.pop(f"~/shallowflow/{WHEEL}")
+    assert Path(wheel).name == WHEEL and zipfile.is_zipfile(wheel)
     assert run == (
         "cd ~/shallowflow && sfplan train plan.json --data train.jsonl --output /shallowflow/run --resume "
         "--eval-data heldout.csv --data-format text"
@@ -136,8 +140,9 @@ def test_a_store_takes_the_place_of_the_bucket(plan: Callable[..., Path]) -> Non
 
     task = yaml.safe_load(sfplan("export", plan(), *store).output)
 
-    assert list(task["file_mounts"]) == ["~/shallowflow/plan.json", "~/shallowflow/train.jsonl"]
-    assert task["setup"] == "pip install 'shallowflow[aws]==0.1.0'"
+    mounted = ("plan.json", "train.jsonl", WHEEL)
+    assert list(task["file_mounts"]) == [f"~/shallowflow/{name}" for name in mounted]
+    assert task["setup"] == f"cd ~/shallowflow && pip install './{WHEEL}[aws]'"
     assert task["run"] == (
         "cd ~/shallowflow && sfplan train plan.json --data train.jsonl --output run "
         "--store 's3://my-checkpoints/my run' --resume"
@@ -154,7 +159,7 @@ def test_a_plan_file_is_data(plan: Callable[..., Path]) -> None:
     assert hostile.code == 2 and "whose weights another machine would not find" in hostile.error()
     task = yaml.safe_load(done.output)
     assert task["run"].startswith("cd ~/shallowflow && sfplan train plan.json --data 'train.j;reboot' ")
-    assert task["setup"] == "pip install 'x; reboot'"
+    assert task["setup"] == "cd ~/shallowflow && pip install 'x; reboot'"
 
 
 @pytest.mark.parametrize(("wanted", "asked"), [(1, 1), (2, 4), (4, 4), (8, 8)])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from shallowflow.own_wheel import own_wheel
+from shallowflow.session import RequestError
 from tests.front.tree import ROOT, project_files
 
 PARTS = {"planner": "planner", "profiles": "profiles", "runtime": "runtime", "src/shallowflow": ""}
@@ -59,6 +61,33 @@ def test_the_wheel_holds_the_tree(wheel: Path) -> None:
     assert metadata.startswith("shallowflow-") and metadata.endswith(".dist-info")
     assert f"{metadata}/licenses/LICENSE" in contents
     assert b"sfplan = shallowflow.cli:main" in contents[f"{metadata}/entry_points.txt"]
+
+
+def test_what_runs_here_packs_itself(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a wheel with the same files and the same facts as a built one, which pip installs; always the same bytes."""
+    monkeypatch.setenv("SHALLOWFLOW_CACHE", str(tmp_path / "cache"))
+
+    own = own_wheel()
+
+    first = own.read_bytes()
+    assert own_wheel().read_bytes() == first and own.name == wheel.name
+    with zipfile.ZipFile(own) as mine, zipfile.ZipFile(wheel) as built:
+        assert {name for name in mine.namelist() if ".dist-info" not in name} == expected().keys()
+        assert all(mine.read(name) == content for name, content in expected().items())
+        for name in ("entry_points.txt", "licenses/LICENSE"):
+            (path,) = (n for n in built.namelist() if n.endswith(f".dist-info/{name}"))
+            assert mine.read(path) == built.read(path)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target"]
+    subprocess.run([*install, str(tmp_path / "there"), str(own)], check=True)
+    assert (tmp_path / "there" / "shallowflow" / "cli.py").is_file()
+
+
+def test_what_is_not_installed_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no metadata to give; the refusal names the way out."""
+    monkeypatch.setattr("shallowflow.own_wheel.NAME", "shallowflow-that-nobody-has")
+
+    with pytest.raises(RequestError, match=r"runs without being installed; give --package FILE\.whl"):
+        own_wheel()
 
 
 def test_the_wheel_has_every_kind_of_file() -> None:

@@ -66,7 +66,7 @@ def smallest_reserved(work: Workload) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            make_plan(model(), with_budget(middle * step), work)
+            make_plan(model(), with_budget(middle * step), work, with_remedies=False)
         except Infeasible:
             low = middle
         else:

@@ -1,0 +1,38 @@
+"""Whether several GPUs pay: what they give beside one, in hours and dollars."""
+
+from __future__ import annotations
+
+from shallowflow.profiles.specs import GpuSpec
+
+from . import allowed, words
+from .plan import Plan, Workload
+
+LEAST_GAIN = 0.05
+"""The share of one GPU's hours that several must save; with less they are said not to pay."""
+
+
+def is_too_large(num_parameters: int, workload: Workload, gpu: GpuSpec) -> bool:
+    """Whether one GPU cannot even hold the weights in the smallest format that is allowed."""
+    bits = min(allowed.BYTES_PER_WEIGHT[s.weight_format] for s in allowed.strategies(workload, gpu))
+    return num_parameters * bits > allowed.budget_bytes(gpu, workload)
+
+
+def note(several: Plan, one: Plan | None) -> str:
+    """What *several* GPUs give beside *one*, which is None where nothing fits on it."""
+    if one is None:
+        return "One GPU is too small for this work in any configuration."
+    number = several.workload.num_gpus
+    told = f"One GPU would take {_spent(one)}, these {number} take {_spent(several)}"
+    gain = one.wall.total_seconds / several.wall.total_seconds
+    if gain < 1 / (1 - LEAST_GAIN):
+        return f"{number} GPUs do not pay here. {told}."
+    if not (one.offers and several.offers):
+        return f"{told}: {gain:.1f} times as fast."
+    ratio = several.offers[0].on_demand_usd / one.offers[0].on_demand_usd
+    return f"{told}: {gain:.1f} times as fast for {ratio:.2f} times the dollars."
+
+
+def _spent(plan: Plan) -> str:
+    """Its time, and its dollars where a price is known."""
+    time = words.duration(plan.wall.total_seconds)
+    return f"{time} and {words.usd(plan.offers[0].on_demand_usd)}" if plan.offers else time
