@@ -46,8 +46,8 @@ def timed(plan: Plan, seconds: float, usd: float | None) -> Plan:
 @pytest.mark.parametrize(
     ("one", "several", "said"),
     [
-        ((7200.0, 1.0), (3600.0, 3.0), "would take 2.0 h and $1.00, these 2 take 60 min and $3.00: 2.0 times as fast for "
-         "3.00 times the dollars."),
+        ((7200.0, 1.0), (3600.0, 3.0), "would take 2.0 h and $1.00, these 2 take 60 min and $3.00: 2.0 times as fast "
+         "for 3.00 times the dollars."),
         ((7200.0, None), (3600.0, None), "would take 2.0 h, these 2 take 60 min: 2.0 times as fast."),
         ((3600.0, 1.0), (3590.0, 3.0), "would take 60 min and $1.00, these 2 take 60 min and $3.00."),
         ((3600.0, 1.0), (7200.0, 8.0), "would take 60 min and $1.00, these 2 take 2.0 h and $8.00."),
