@@ -90,6 +90,13 @@ class Comparison:
             "notes": self.notes,
         }
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the best ways, as the command line shows them."""
+        from . import notebook
+        from .comparison_view import shown
+
+        return notebook.html(shown(self, everything=False))
+
     def row(self, outlook: Outlook) -> dict[str, Any]:
         """All that is known of one way."""
         return {

@@ -342,3 +342,9 @@ class Plan:
     def mean_step_seconds(self) -> float:
         """A step of the work: shorter than one of full sequences where micro-batches are trimmed to their longest."""
         return self.wall.training_seconds / self.num_steps
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the whole plan, as the command line shows it."""
+        from . import notebook, render
+
+        return notebook.html(render.plan(self))

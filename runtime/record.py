@@ -175,6 +175,14 @@ class RunRecord:
         seconds = sum(step.seconds for step in timed)
         return sum(step.num_target_tokens for step in timed) / seconds if seconds else None
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the outcome, and predicted beside measured."""
+        from shallowflow.planner import notebook
+
+        from .outcome import outcome
+
+        return notebook.html(outcome(self))
+
 
 def timed_steps(steps: Sequence[StepRecord]) -> list[StepRecord]:
     """The steps whose time counts: not the first, which warms up, nor one that measures memory."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from shallowflow.profiling import profile
     from shallowflow.runtime.build import load_model
     from shallowflow.runtime.calibrate import calibrate
+    from shallowflow.runtime.record import RunRecord
+    from shallowflow.runtime.request import RunRequest
     from shallowflow.runtime.run import train
     from shallowflow.runtime.trainers.live import check
     from shallowflow.runtime.user_step import measure
@@ -29,6 +31,8 @@ _HOMES = {
     "Plan": "planner.plan",
     "PlanError": "planner.serialize",
     "RequestError": "session",
+    "RunRecord": "runtime.record",
+    "RunRequest": "runtime.request",
     "Workload": "planner.plan",
     "calibrate": "runtime.calibrate",
     "check": "runtime.trainers.live",
@@ -48,6 +52,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "RequestError",
+    "RunRecord",
+    "RunRequest",
     "Workload",
     "calibrate",
     "check",

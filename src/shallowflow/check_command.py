@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from shallowflow import completing
 from shallowflow.profiles import load_gpu
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU.")
+@click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU.", shell_complete=completing.gpus)
 @click.option(
     "--tool",
     type=click.Choice(["axolotl", "llamafactory", "trl"]),

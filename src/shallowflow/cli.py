@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 import click
 import msgspec
+from click.shell_completion import CompletionItem
 
-from shallowflow import __version__
+from shallowflow import __version__, completing
 from shallowflow.check_command import check_command
 from shallowflow.cost_command import cost_command
 from shallowflow.data_command import data_command
@@ -41,6 +42,7 @@ from shallowflow.runs_command import runs_command, stop_command
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
+from shallowflow.ui_command import ui_command
 from shallowflow.weigh_command import weigh_command
 from shallowflow.whatif_command import whatif_command
 
@@ -57,6 +59,10 @@ class Commands(click.Group):
         if args and first not in self.commands and first not in ("model", "--help", "-h", "--version"):
             args = ["plan", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and where none begins so, models."""
+        return super().shell_complete(ctx, incomplete) or completing.models(ctx, self.params[0], incomplete)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """``model`` is another name of ``plan``."""
@@ -80,6 +86,7 @@ def cli() -> None:
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to TOOL        the run as SkyPilot's task, or for axolotl, LLaMA-Factory, TRL or Unsloth
     sfplan check FILE                   whether another trainer's configuration will do, and a corrected one
+    sfplan ui                           the same in a browser, served to this machine alone
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan whatif MODEL                 every instance, region, spot or on demand, in hours and dollars
     sfplan prices                       what instances cost, from when and where; --update asks AWS
@@ -90,7 +97,7 @@ def cli() -> None:
 
 
 @cli.command("plan")
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=completing.models)
 @workload_options
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write the plan to a file.")
@@ -180,6 +187,7 @@ def verify_command(plan: Path, as_json: bool) -> None:
 for _command in (
     frontier_command,
     whatif_command,
+    ui_command,
     prices_command,
     train_command,
     merge_command,

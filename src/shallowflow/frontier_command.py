@@ -8,6 +8,7 @@ from typing import Any, get_args
 import click
 import msgspec
 
+from shallowflow import completing
 from shallowflow.options import DEFAULT_MODEL, request, workload_options
 from shallowflow.planner import frontier_view
 from shallowflow.planner.frontier_view import View
@@ -17,7 +18,7 @@ from shallowflow.tradeoffs import Over, find_over_gpus, find_over_lengths, find_
 
 
 @click.command("frontier")
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=completing.models)
 @click.option(
     "--over", type=click.Choice(get_args(Over)), default="memory", show_default=True, help="What the plans differ in."
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from shallowflow import completing
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS, adapter_options
 from shallowflow.planner.memory_record import MemoryRecord
 from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS, Method, TargetModules
@@ -18,8 +19,10 @@ from shallowflow.session import RequestError
 
 
 @click.command("profile")
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=completing.models)
+@click.option(
+    "--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.", shell_complete=completing.gpus
+)
 @click.option(
     "--sequence-length",
     type=click.IntRange(2, MOST_TOKENS),
@@ -66,7 +69,9 @@ def profile_command(
 
 @click.command("simulate")
 @click.argument("step", metavar="FILE.py:FUNCTION")
-@click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
+@click.option(
+    "--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.", shell_complete=completing.gpus
+)
 @click.option(
     "--capacity-mib",
     type=click.FloatRange(min=0, min_open=True),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from shallowflow import launching, starting
+from shallowflow import completing, launching, starting
 from shallowflow.amazon import echo_json, masked, needs_boto3
 from shallowflow.data_command import data_format_option
 from shallowflow.launching import Launch
@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 @click.option("--store", required=True, metavar="s3://BUCKET/PREFIX", help="Where the run keeps everything.")
 @click.option("--instance-profile", "profile", required=True, metavar="NAME", help="Whose role the instance has.")
 @click.option("--name", metavar="RUN", help="The run's, for its tag.  [default: the last part of --store]")
-@click.option("--instance", metavar="NAME", help="The instance type.  [default: the cheapest that will do]")
+@click.option(
+    "--instance",
+    metavar="NAME",
+    help="The instance type.  [default: the cheapest that will do]",
+    shell_complete=completing.instances,
+)
 @click.option("--region", metavar="NAME", help="Where.  [default: the plan's]")
 @click.option("--spot/--on-demand", default=True, show_default=True, help="Which kind of instance.")
 @click.option("--budget-usd", type=POSITIVE, help="Save and end before all sessions together cost more.")

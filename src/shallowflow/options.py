@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
+from shallowflow import completing
 from shallowflow.data_command import data_format_option
 from shallowflow.planner import machines
 from shallowflow.planner.allowed import HEADROOM
@@ -133,7 +134,14 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
 def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     """Every option that a ``Workload`` is made from, and the GPU's."""
     count = click.IntRange(min=1)
-    gpu = click.option("--gpu", default="t4", show_default=True, metavar="NAME", help="The GPU, or cpu.")
+    gpu = click.option(
+        "--gpu",
+        default="t4",
+        show_default=True,
+        metavar="NAME",
+        help="The GPU, or cpu.",
+        shell_complete=completing.gpus,
+    )
     gpus = click.option("--gpus", type=count, default=1, show_default=True, help="How many of them.")
     nodes = click.option("--nodes", type=count, help="How many machines they are in.  [default: as few as have them]")
     region = click.option("--region", default=DEFAULTS.region, show_default=True, help="Where prices are taken from.")

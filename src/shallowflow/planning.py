@@ -6,7 +6,7 @@ import contextlib
 import math
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shallowflow import packing, refusals
 from shallowflow.planner import (
@@ -33,28 +33,47 @@ from shallowflow.profiles.load import load_gpu, load_instances, load_model
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.session import Progress, RequestError, Session
 from shallowflow.staging import Staged
+from shallowflow.work import size_of_work
 from shallowflow.workloads import check, deadline_hours, space, stage_counts, workload_of
+
+if TYPE_CHECKING:
+    from shallowflow.runtime.documents import Format
 
 MOST_DEADLINE_ROUNDS = 3
 """Of solving again where a run takes longer beside its steps than was allowed for."""
 
 
-def plan(model: str | Path, gpu: str = "t4", *, progress: Progress = lambda _message: None, **workload: Any) -> Plan:
+def plan(
+    model: str | Path,
+    gpu: str = "t4",
+    *,
+    data: str | Path | None = None,
+    eval_data: str | Path | None = None,
+    data_format: Format | None = None,
+    progress: Progress = lambda _message: None,
+    **workload: Any,
+) -> Plan:
     """The best plan for fine-tuning *model* on *gpu*.
 
     Args:
         model: a shipped name, or a path of a folder or ``config.json``.
         gpu: a shipped name.
+        data, eval_data: files to learn and to evaluate on, whose size the work then has.
+        data_format: how their rows are read; None tells it from their columns.
         progress: told what is being worked on.
         workload: fields of Workload, such as ``sequence_length=1024``.
 
     Raises:
         FactsError: model or GPU is unknown, or the configuration is broken.
         RequestError: the workload contradicts itself or the model.
+        DataError: the data cannot be read.
         Infeasible: nothing fits; carries remedies that do.
     """
-    facts, device = load_model(str(model)), load_gpu(gpu)
-    made = make_plan(facts, device, workload_of(workload), progress=progress)
+    facts, device, asked = load_model(str(model)), load_gpu(gpu), workload_of(workload)
+    files = [None if path is None else Path(path) for path in (data, eval_data)]
+    tokens = workload.get("total_tokens")
+    size, notes = size_of_work((str(model), facts.name), tokens, *files, data_format, asked.sequence_length)
+    made = make_plan(facts, device, replace(asked, **size), progress=progress, notes=notes)
     return beside_one(made, facts, device, progress=progress)
 
 

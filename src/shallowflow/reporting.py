@@ -28,6 +28,15 @@ def write_report(plan: Plan, path: Path, progress: Progress = lambda _message: N
     Raises:
         RequestError: it cannot be written.
     """
+    text = page(plan, progress)
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise RequestError(f"cannot write {path}: {error.strerror}") from None
+
+
+def page(plan: Plan, progress: Progress = lambda _message: None) -> str:
+    """The page of *plan*, as HTML."""
     from shallowflow.runtime.plan_page import html
     from shallowflow.runtime.simulated import step_timeline
 
@@ -41,11 +50,7 @@ def write_report(plan: Plan, path: Path, progress: Progress = lambda _message: N
     posed = _posed(session, plan)
     progress("the step's timeline")
     timeline = None if plan.configuration.num_stages > 1 else step_timeline(plan)
-    text = html(plan, session.gpu, load_instances(plan.gpu), timeline, _layers(plan, posed), _variants(plan, posed))
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise RequestError(f"cannot write {path}: {error.strerror}") from None
+    return html(plan, session.gpu, load_instances(plan.gpu), timeline, _layers(plan, posed), _variants(plan, posed))
 
 
 def check_report(path: Path | None) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from shallowflow.planner import words
@@ -219,50 +218,13 @@ def watching(plan: Plan) -> Iterator[Watcher]:
 
 def results(record: RunRecord, output: Path) -> RenderableType:
     """A finished run: what it learned, predicted beside measured, and where everything lies."""
-    from shallowflow.runtime.report import row
+    from shallowflow.runtime.outcome import learned, outcome
 
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    table.add_column("predicted and measured")
-    for name in ("predicted", "measured", "error"):
-        table.add_column(name, justify="right")
-    for comparison in record.comparisons:
-        table.add_row(*row(comparison))
-    lines = [Text(f"{record.model_name}: {record.outcome}, {words.counted(len(record.steps), 'step')}", style="bold")]
-    if record.perplexity_before is not None and record.perplexity_after is not None:
-        lines.append(
-            Text(f"perplexity on held-out text  {record.perplexity_before:.2f} -> {record.perplexity_after:.2f}")
-        )
-    rate = record.tokens_per_second
-    spent = "" if record.usd is None else f", ${record.usd:.4f}"
-    if rate is not None:
-        lines.append(Text(f"{rate:,.0f} tokens/s learned, {words.duration(record.seconds)} in all{spent}"))
-    lines += [Text(line) for line in _told(record)]
-    where = [Text(f"results in {output}: {_learned(record)}, run.json, plan.json, report.html")]
+    where = [Text(f"results in {output}: {learned(record)}, run.json, plan.json, report.html")]
     if not record.steps:
         where = [Text(f"nothing was learned; the record is in {output}")]
     if record.outcome == "out of budget":
         where.append(Text("go on with the same command, --resume and a higher --budget-usd"))
     if record.outcome == "interrupted":
         where.append(Text("go on with the same command and --resume"))
-    compared: list[RenderableType] = [Text(), table, Text()] if record.comparisons else []
-    return Group(*lines, *compared, *where)
-
-
-def _learned(record: RunRecord) -> str:
-    return "model" if record.configuration is not None and record.configuration.is_full else "adapter"
-
-
-def _told(record: RunRecord) -> list[str]:
-    """Everything else that a person should know of a run."""
-    from shallowflow.runtime.fallback import told
-
-    found = []
-    if record.best_step is not None:
-        best = f"the best of {len(record.evaluations)} evaluated, after step {record.best_step}"
-        found.append(f"the {_learned(record)} is {best}")
-    found += [told(fallback) for fallback in record.fallbacks]
-    found += [*record.notes, *record.causes]
-    for sample in record.samples:
-        found.append(f"sample  {sample.prompt}")
-        found += [f"  {when}  {text}" for when, text in (("before", sample.before), ("after ", sample.after)) if text]
-    return found
+    return Group(outcome(record), *where)

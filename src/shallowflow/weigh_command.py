@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shallowflow import completing
 from shallowflow.options import DEFAULT_MODEL
 from shallowflow.planner import quality
 from shallowflow.planner.strategies import Strategy
@@ -23,7 +24,7 @@ QUANTIZED = (
 
 
 @click.command("weigh")
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=completing.models)
 @click.option("--weights", type=click.Path(path_type=Path), help="A folder with weights, or a .gguf file.")
 @click.option("--json", "as_json", is_flag=True, help="Print every layer's errors as JSON.")
 def weigh_command(model: str, weights: Path | None, as_json: bool) -> None:

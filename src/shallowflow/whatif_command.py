@@ -11,6 +11,7 @@ from typing import Any, get_args
 import click
 import msgspec
 
+from shallowflow import completing
 from shallowflow.comparing import Asked, changed_in, circumstances_of, combinations, compare
 from shallowflow.options import DEFAULT_MODEL, request, work_options
 from shallowflow.planner import comparison_view, outlook
@@ -24,10 +25,17 @@ MINUTES = click.FloatRange(min=0, max=24 * 60)
 
 
 @click.command("whatif")
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", default=DEFAULT_MODEL, shell_complete=completing.models)
 @work_options
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs per instance.  [default: one, and all that it has]")
-@click.option("--instance", "instances", multiple=True, metavar="NAME", help="Only these instances, or families.")
+@click.option(
+    "--instance",
+    "instances",
+    multiple=True,
+    metavar="NAME",
+    help="Only these instances, or families.",
+    shell_complete=completing.instances,
+)
 @click.option("--region", "regions", multiple=True, metavar="NAME", help="Only these regions.")
 @click.option(
     "--what-if", "knobs", multiple=True, metavar="KEY=A,B,...", help="Also at other values, such as rank=8,64."

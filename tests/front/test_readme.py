@@ -1,4 +1,4 @@
-"""Every command that the README shows is run, in order, and prints what is shown."""
+"""Every command that the README and the guides show is run, in order, and prints what is shown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import pytest
 from tests.front.shell import AS_PROGRAM, PROGRESS
 from tests.front.tree import ROOT
 
-README = ROOT / "README.md"
+GUIDES = ("README.md", *(f"docs/{name}.md" for name in ("tutorial", "proof", "whatif", "simulate", "calibrate")))
+"""Those that anybody can follow; what needs an account of AWS or another trainer is tested beside that."""
 FENCE = re.compile(r"(<!-- digits vary -->\n)?```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 TIME = re.compile(r"# (?:ms|s|min|h)\b")
@@ -28,7 +29,7 @@ PROCESSOR = re.compile(r"^\S.*, \d+ threads$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Something that the README shows: a command with what it prints, or Python code."""
+    """Something that a guide shows: a command with what it prints, or Python code."""
 
     kind: Literal["command", "python"]
     text: str
@@ -79,10 +80,11 @@ def make_targets() -> set[str]:
 
 
 @pytest.mark.timeout(4800)
-def test_every_shown_command_prints_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_shown_command_prints_what_is_shown(guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one folder, in order: commands print what stands below them, Python runs, and make knows its targets."""
-    everything = list(shown(README.read_text(encoding="utf-8")))
-    assert {item.kind for item in everything} == {"command", "python"}
+    everything = list(shown((ROOT / guide).read_text(encoding="utf-8")))
+    assert everything
     monkeypatch.chdir(tmp_path)
     for name in ("SHALLOWFLOW_CONFIG", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -91,7 +93,7 @@ def test_every_shown_command_prints_what_is_shown(tmp_path: Path, monkeypatch: p
     differences = []
     for item in everything:
         if item.kind == "python":
-            exec(compile(item.text, "README.md", "exec"), {"__name__": "readme"})
+            exec(compile(item.text, guide, "exec"), {"__name__": "readme"})
         elif item.text.startswith("make "):
             assert set(item.text.split()[1:]) <= make_targets(), item.text
         else:
@@ -103,7 +105,7 @@ def test_every_shown_command_prints_what_is_shown(tmp_path: Path, monkeypatch: p
                 )
                 differences += [f"$ {item.text}", *list(lines)[2:]]
 
-    assert not differences, "\n".join(["README.md shows (-) what is not printed (+):", *differences])
+    assert not differences, "\n".join([f"{guide} shows (-) what is not printed (+):", *differences])
 
 
 def test_blocks_are_taken_apart() -> None:
@@ -155,7 +157,7 @@ x = 1
     ],
 )
 def test_varying_digits_are_overlooked(one: str, other: str) -> None:
-    """Numbers, their units of time, bars and line breaks may differ where the README says so."""
+    """Numbers, their units of time, bars and line breaks may differ where a guide says so."""
     assert vague(one) == vague(other)
 
 

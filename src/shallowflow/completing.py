@@ -1,0 +1,38 @@
+"""What a shell offers where a name is wanted: ``_SFPLAN_COMPLETE=bash_source sfplan`` tells bash how to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from shallowflow.profiles.load import gpu_names, instance_names, model_names
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def among(names: Callable[[], Iterable[str]], *, or_files: bool = False) -> Completer:
+    """Offers those of *names* that hold what was typed, whatever its case; files where none does, if they will do."""
+
+    def offered(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+        found = [CompletionItem(name) for name in names() if _fits(typed, name)]
+        return found or ([CompletionItem(typed, type="file")] if or_files else [])
+
+    return offered
+
+
+def _fits(typed: str, name: str) -> bool:
+    """A model's name may begin at its owner or after it; shells replace what was typed by what begins with it."""
+    return name.lower().startswith(typed.lower())
+
+
+def _models() -> list[str]:
+    """With their owners and without."""
+    return [name for full in model_names() for name in (full, Path(full).name)]
+
+
+models = among(_models, or_files=True)
+gpus = among(gpu_names)
+instances = among(instance_names)
