@@ -64,7 +64,7 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
     everything = own.flag("lora_target_linear") or "all-linear" in modules or not modules
     return Settings(
         tool="axolotl",
-        model=own.text("base_model"),
+        model=own.model("base_model"),
         sequence_length=own.whole("sequence_len", 512, "sequence_length"),
         micro_batch_size=own.whole("micro_batch_size", 1, "micro_batch_size"),
         gradient_accumulation_steps=own.whole("gradient_accumulation_steps", 1, "gradient_accumulation_steps"),
@@ -93,6 +93,18 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
         keys={**own.keys, "product_dtype": "bnb_4bit_compute_dtype", "weights_dtype": own.keys["precision"]},
         values={"weights_dtype": own.values["precision"], **own.values} if "precision" in own.values else own.values,
         ignored=own.unread(),
+        inert=_inert(own, kind),
+    )
+
+
+def _inert(own: Entries, kind: str) -> tuple[str, ...]:
+    """Quantization that ``loaders/model.py`` passes over, as it looks at the adapter first."""
+    wanted = {"load_in_4bit": "qlora", "load_in_8bit": "lora"}
+    return tuple(
+        f"axolotl ignores {key} with {'no adapter' if kind == 'full' else f'adapter: {kind}'}: the weights are not "
+        f"quantized; adapter: {needed} does it."
+        for key, needed in wanted.items()
+        if own.flag(key) and kind != needed
     )
 
 

@@ -229,7 +229,7 @@ def _length(settings: Settings, model: ModelSpec) -> tuple[str, ...]:
 
 
 def _notes(settings: Settings, *, assumed: bool) -> tuple[str, ...]:
-    notes = []
+    notes = list(settings.inert)
     if assumed:
         notes.append(f"The checkpoint's own dtype is counted as {settings.weights_dtype}.")
     if settings.tool == "unsloth":

@@ -39,7 +39,7 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
     targets = own.names("lora_target", "target_modules")
     return Settings(
         tool="llamafactory",
-        model=own.text("model_name_or_path"),
+        model=own.model("model_name_or_path"),
         sequence_length=own.whole("cutoff_len", 2048, "sequence_length"),
         micro_batch_size=own.whole("per_device_train_batch_size", 8, "micro_batch_size"),
         gradient_accumulation_steps=own.whole("gradient_accumulation_steps", 1, "gradient_accumulation_steps"),

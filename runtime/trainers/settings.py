@@ -80,6 +80,7 @@ class Settings:
         keys: by a field's name, what the tool calls it, for messages.
         values: by a field's name, what the file says there.
         ignored: keys of the file that decide nothing about memory and time here.
+        inert: what the file asks for and the tool itself does not do, in sentences.
     """
 
     tool: Tool
@@ -115,6 +116,7 @@ class Settings:
     keys: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    inert: tuple[str, ...] = ()
 
     @property
     def in_8_bits(self) -> bool:
@@ -233,6 +235,13 @@ class Entries:
         if not isinstance(found, (str, int, float)) or isinstance(found, bool):
             raise self._wrong(key, found, "a word")
         return str(found)
+
+    def model(self, key: str) -> str:
+        """A model's name, which a number is not, though YAML may make one of it."""
+        found = self.text(key)
+        if not isinstance(self._entries.get(key, ""), str):
+            raise self._wrong(key, found, "a model's name, such as meta-llama/Llama-3.1-8B")
+        return found
 
     def names(self, key: str, name: str | None = None) -> tuple[str, ...]:
         """Names: a list, or one text with commas between them."""

@@ -40,7 +40,7 @@ def read(entries: Mapping[str, Any], where: str) -> Settings:
     own.flag("use_liger_kernel"), own.text("loss_type")  # neither brings whole logits back: the head is fused always
     return Settings(
         tool="trl",
-        model=own.text("model_name_or_path"),
+        model=own.model("model_name_or_path"),
         sequence_length=own.whole("max_length", own.whole("max_seq_length", 1024), "sequence_length"),
         micro_batch_size=own.whole("per_device_train_batch_size", 8, "micro_batch_size"),
         gradient_accumulation_steps=own.whole("gradient_accumulation_steps", 1, "gradient_accumulation_steps"),

@@ -33,6 +33,7 @@ def read(path: Path) -> Settings:
         ("a: [", "is no YAML: "),
         ("a: 1", "has no key of axolotl, LLaMA-Factory, TRL; name its tool by --tool"),
         ("sequence_len: 512", "names no model; give base_model"),
+        ("base_model: 5\nsequence_len: 512", ": base_model is 5; give a model's name, such as meta-llama/Llama-3.1-8B"),
         ("base_model: x\nsequence_len: many", ": sequence_len is many; give a whole number of at least 1"),
         ("base_model: x\nmicro_batch_size: 0", ": micro_batch_size is 0; give a whole number of at least 1"),
         ("base_model: x\nadapter: lora\nlora_r: [1]", ": lora_r is [1]; give a whole number of at least 1"),
@@ -54,6 +55,27 @@ def test_a_broken_file_is_told_in_one_line(text: str, told: str, tmp_path: Path)
         read(path)
 
     assert told in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "quantized", "told"),
+    [
+        ("adapter: qlora\nload_in_4bit: true", "nf4", ""),
+        ("adapter: lora\nload_in_8bit: true", "int8", ""),
+        ("adapter: lora\nload_in_4bit: true", "none", "axolotl ignores load_in_4bit with adapter: lora"),
+        ("adapter: qlora\nload_in_8bit: true", "none", "axolotl ignores load_in_8bit with adapter: qlora"),
+        ("load_in_4bit: true", "none", "axolotl ignores load_in_4bit with no adapter"),
+    ],
+)
+def test_what_axolotl_ignores_is_told(text: str, quantized: str, told: str, tmp_path: Path) -> None:
+    """It quantizes for one kind of adapter each, and says nothing where another is asked for."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"base_model: x\nsequence_len: 512\n{text}", encoding="utf-8")
+
+    settings = read(path)
+
+    assert settings.quantization == quantized
+    assert len(settings.inert) == bool(told) and all(one.startswith(told) for one in settings.inert)
 
 
 @pytest.mark.parametrize(
