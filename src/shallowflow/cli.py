@@ -40,6 +40,7 @@ from shallowflow.profiles.load import load_instances
 from shallowflow.reporting import check_report, write_report
 from shallowflow.runs_command import runs_command, stop_command
 from shallowflow.runtime.files import write_text
+from shallowflow.schema_command import schema_command
 from shallowflow.session import RequestError
 from shallowflow.training import merge_command, read_plan, train_command
 from shallowflow.ui_command import ui_command
@@ -92,6 +93,7 @@ def cli() -> None:
     sfplan prices                       what instances cost, from when and where; --update asks AWS
     sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
+    sfplan schema                       what the JSON of plans, runs and records holds
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
     """
 
@@ -206,6 +208,7 @@ for _command in (
     calibrate_command,
     models_command,
     gpus_command,
+    schema_command,
 ):
     cli.add_command(_command)
 
