@@ -7,7 +7,7 @@ DEMO := build/demo
 WORKERS ?= 2
 export SHALLOWFLOW_CACHE ?= $(CURDIR)/build/cache
 
-.PHONY: setup demo test lint accuracy calibration gpu clean
+.PHONY: setup demo test lint docs accuracy calibration gpu clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +53,9 @@ $(VENV)/tools/.installed: $(VENV)/.installed
 # Each worker is one process of one thread.
 test: lint $(VENV)/triton/.installed $(VENV)/tools/.installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist worksteal
+
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 accuracy: setup
 	$(BIN)/python -m benchmarks.accuracy
