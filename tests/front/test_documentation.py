@@ -61,6 +61,6 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_changelog_begins_with_the_version() -> None:
     """That is being made, or was made last."""
-    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    first = re.search(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
 
     assert first is not None and first[1] == shallowflow.__version__

@@ -70,7 +70,7 @@ def test_a_plan_is_the_command_lines(client: FlaskClient, tiny_folder: Path) -> 
     assert saved.headers["Content-Disposition"] == "attachment; filename=tiny.json"
     plan = from_json(saved.data)
     shown = client.get(f"/plans/{done['number']}/page").text
-    assert "<h1>tiny on CPU" in shown
+    assert "<h1>tiny on 1 CPU" in shown
     for figure, what in done["answers"]:
         assert figure in shown and what
     assert done["answers"] == json.loads(json.dumps(webapp.answers(plan)))
