@@ -27,6 +27,7 @@ from shallowflow.planner.cuts import FAR
 from shallowflow.planner.packing import trimmed_seconds
 from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, StepTime, WallTime, Workload
 from shallowflow.planner.profiler import cache
+from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles.load import load_gpu, load_instances, load_model
@@ -70,9 +71,9 @@ def plan(
         Infeasible: nothing fits; carries remedies that do.
     """
     facts, device, asked = load_model(str(model)), load_gpu(gpu), workload_of(workload)
-    files = [None if path is None else Path(path) for path in (data, eval_data)]
-    tokens = workload.get("total_tokens")
-    size, notes = size_of_work((str(model), facts.name), tokens, *files, data_format, asked.sequence_length)
+    learned, held_out = (None if path is None else Path(path) for path in (data, eval_data))
+    tokens, names = workload.get("total_tokens"), (str(model), facts.name)
+    size, notes = size_of_work(names, tokens, learned, held_out, data_format, asked.sequence_length)
     made = make_plan(facts, device, replace(asked, **size), progress=progress, notes=notes)
     return beside_one(made, facts, device, progress=progress)
 
@@ -114,7 +115,7 @@ def beside_one(plan: Plan, model: ModelSpec, gpu: GpuSpec, *, progress: Progress
     one: Plan | None = None
     if not paying.is_too_large(plan.num_parameters, alone, gpu):
         progress("planning for one GPU")
-        with contextlib.suppress(refusals.Infeasible, RequestError):
+        with contextlib.suppress(Infeasible, RequestError):
             one = make_plan(model, gpu, alone, progress=progress, num_alternatives=0, with_remedies=False)
     return replace(plan, notes=(*plan.notes, paying.note(plan, one)))
 

@@ -15,7 +15,7 @@ import pytest
 os.environ["S3_UPLOAD_PART_MIN_SIZE"] = "256"  # moto's own way to let parts of a test be small
 os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"  # thousands, in every region
 
-from moto.moto_api._internal import moto_api_backend
+from moto.moto_api._internal.models import moto_api_backend
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from shallowflow.runtime.aws.s3 import Place, S3Objects

@@ -18,6 +18,11 @@ from tests.front.tree import ROOT
 NOTEBOOK = ROOT / "examples" / "fine_tune.ipynb"
 
 
+def read() -> Any:
+    """The notebook as it lies in the tree."""
+    return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+
+
 def shown(cell: Any) -> dict[str, str]:
     """What a cell shows at its end, by kind."""
     (found,) = [output for output in cell.outputs if output.output_type == "execute_result"]
@@ -27,7 +32,7 @@ def shown(cell: Any) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def ran(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The notebook after all of its cells, with a model and a work of seconds."""
-    book = nbformat.read(NOTEBOOK, as_version=4)
+    book = read()
     (parameters,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", ())]
     names = re.findall(r"^([A-Z_]+) = ", parameters.source, re.MULTILINE)
     assert names == ["MODEL", "WEIGHTS", "SEQUENCE_LENGTH", "GLOBAL_BATCH_SIZE", "STEPS"]
@@ -71,6 +76,6 @@ def test_a_plan_shows_itself_as_a_terminal_does(tiny_plan: str) -> None:
 
 def test_the_notebook_holds_no_results() -> None:
     """What it shows depends on the machine; the file holds what is asked alone."""
-    book = nbformat.read(NOTEBOOK, as_version=4)
+    book = read()
 
     assert all(not cell.outputs and cell.execution_count is None for cell in book.cells if cell.cell_type == "code")

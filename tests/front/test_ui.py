@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from shallowflow import webapp
+from shallowflow import planning, webapp
 from shallowflow.planner.serialize import from_json
 from shallowflow.webapp import Served, make_app
 from tests.front.shell import AS_PROGRAM, sfplan
@@ -101,7 +101,7 @@ def test_what_cannot_be_is_told(client: FlaskClient, tiny_folder: Path, given: d
 def test_only_the_latest_is_planned(client: FlaskClient, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked for meanwhile takes the place of what is planned."""
     begun, let_go = threading.Event(), threading.Event()
-    planned = webapp.make_plan
+    planned = planning.make_plan
 
     def waiting(*args: Any, **options: Any) -> Any:
         begun.set()
@@ -134,7 +134,8 @@ class _Fields(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside, self.found = 0, {}
+        self.inside = 0
+        self.found: dict[str | None, bool] = {}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Notes a field."""
