@@ -13,14 +13,14 @@ LEAST_GAIN = 0.05
 
 def is_too_large(num_parameters: int, workload: Workload, gpu: GpuSpec) -> bool:
     """Whether one GPU cannot even hold the weights in the smallest format that is allowed."""
-    bits = min(allowed.BYTES_PER_WEIGHT[s.weight_format] for s in allowed.strategies(workload, gpu))
-    return num_parameters * bits > allowed.budget_bytes(gpu, workload)
+    bytes_per_weight = min(allowed.BYTES_PER_WEIGHT[s.weight_format] for s in allowed.strategies(workload, gpu))
+    return num_parameters * bytes_per_weight > allowed.budget_bytes(gpu, workload)
 
 
 def note(several: Plan, one: Plan | None) -> str:
     """What *several* GPUs give beside *one*, which is None where nothing fits on it."""
     if one is None:
-        return "One GPU is too small for this work in any configuration."
+        return "Nothing that was asked for fits on one GPU."
     number = several.workload.num_gpus
     told = f"One GPU would take {_spent(one)}, these {number} take {_spent(several)}"
     gain = one.wall.total_seconds / several.wall.total_seconds

@@ -29,11 +29,21 @@ class Infeasible(Exception):
     Attributes:
         smallest_bytes: the lowest process peak among all configurations, headroom included.
         memory_bytes: the device's.
-        reason: what it is that does not fit, where it is not memory.
+        reason: what it is that does not fit, where it is not plainly the device's memory.
+        is_memory: whether it is that memory all the same, of which a share was to stay free.
     """
 
-    def __init__(self, smallest_bytes: int, memory_bytes: int, remedies: Sequence[Remedy], reason: str = "") -> None:
+    def __init__(
+        self,
+        smallest_bytes: int,
+        memory_bytes: int,
+        remedies: Sequence[Remedy],
+        reason: str = "",
+        *,
+        is_memory: bool = False,
+    ) -> None:
         self.reason = reason
+        self.is_memory = is_memory or not reason
         self.smallest_bytes = smallest_bytes
         self.memory_bytes = memory_bytes
         self.remedies = tuple(remedies)

@@ -93,19 +93,26 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
         keys={**own.keys, "product_dtype": "bnb_4bit_compute_dtype", "weights_dtype": own.keys["precision"]},
         values={"weights_dtype": own.values["precision"], **own.values} if "precision" in own.values else own.values,
         ignored=own.unread(),
-        inert=_inert(own, kind),
+        inert=_inert(own, kind, where),
     )
 
 
-def _inert(own: Entries, kind: str) -> tuple[str, ...]:
-    """Quantization that ``loaders/model.py`` passes over, as it looks at the adapter first."""
-    wanted = {"load_in_4bit": "qlora", "load_in_8bit": "lora"}
-    return tuple(
-        f"axolotl ignores {key} with {'no adapter' if kind == 'full' else f'adapter: {kind}'}: the weights are not "
-        f"quantized; adapter: {needed} does it."
-        for key, needed in wanted.items()
-        if own.flag(key) and kind != needed
-    )
+def _inert(own: Entries, kind: str, where: str) -> tuple[str, ...]:
+    """Quantization that ``loaders/model.py`` passes over, as it looks at the adapter first.
+
+    Raises:
+        ConfigurationError: what ``utils/schemas/peft.py`` refuses.
+    """
+    in_4, in_8 = own.flag("load_in_4bit"), own.flag("load_in_8bit")
+    if kind == "full" and (in_4 or in_8):
+        key, needed = ("load_in_4bit", "qlora") if in_4 else ("load_in_8bit", "lora")
+        raise ConfigurationError(f"{where}: axolotl refuses {key} without an adapter; give adapter: {needed}")
+    if kind == "qlora" and not in_4:
+        found = "load_in_8bit" if in_8 else "no load_in_4bit"
+        raise ConfigurationError(f"{where}: axolotl refuses adapter: qlora with {found}; give load_in_4bit: true")
+    if kind == "lora" and in_4 and not in_8:
+        return ("axolotl ignores load_in_4bit with adapter: lora: weights stay as they are; adapter: qlora does it.",)
+    return ()
 
 
 def _quantization(own: Entries, kind: str) -> Quantized:

@@ -55,7 +55,13 @@ class Commands(click.Group):
         """Put ``plan`` before arguments that name no command."""
         first = args[0] if args else ""
         near = difflib.get_close_matches(first, self.commands, n=1, cutoff=0.75)
-        if near and first not in self.commands and first != "model" and not Path(first).exists():
+        if (
+            near
+            and not ctx.resilient_parsing
+            and first not in self.commands
+            and first != "model"
+            and not Path(first).exists()
+        ):
             raise click.UsageError(f"there is no command {first!r}; did you mean {near[0]!r}?", ctx)
         if args and first not in self.commands and first not in ("model", "--help", "-h", "--version"):
             args = ["plan", *args]

@@ -14,18 +14,13 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 
 
 def among(names: Callable[[], Iterable[str]], *, or_files: bool = False) -> Completer:
-    """Offers those of *names* that hold what was typed, whatever its case; files where none does, if they will do."""
+    """Offers those of *names* that begin with what was typed, whatever its case; else files, if they will do."""
 
     def offered(_context: click.Context, _parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-        found = [CompletionItem(name) for name in names() if _fits(typed, name)]
+        found = [CompletionItem(name) for name in names() if name.lower().startswith(typed.lower())]
         return found or ([CompletionItem(typed, type="file")] if or_files else [])
 
     return offered
-
-
-def _fits(typed: str, name: str) -> bool:
-    """A model's name may begin at its owner or after it; shells replace what was typed by what begins with it."""
-    return name.lower().startswith(typed.lower())
 
 
 def _models() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
@@ -10,6 +11,7 @@ import click
 from shallowflow.amazon import needs_boto3
 from shallowflow.data_command import data_format_option
 from shallowflow.profiles.load import load_gpu, load_instances
+from shallowflow.runtime.files import write_bytes, write_text
 from shallowflow.session import RequestError
 
 if TYPE_CHECKING:
@@ -62,7 +64,6 @@ def export_command(
     sfplan export plan.json --to axolotl --data train.jsonl --output axolotl.yaml
     sfplan export plan.json --to trl --data train.jsonl --output train.py
     """
-    from shallowflow.runtime.files import write_text
     from shallowflow.training import read_plan
 
     if output is not None and not output.parent.is_dir():
@@ -72,6 +73,8 @@ def export_command(
     loaded = read_plan(plan)
     if target == "skypilot":
         job = _job(plan, data, eval_data, data_format, bucket, store, package, spot=spot)
+        if package is None and output is not None and job.wheel is not None:
+            job = replace(job, wheel=_beside(output, job.wheel))
         text = _task(loaded, job)
     else:
         if any(given is not None for given in (bucket, store, package, eval_data)):
@@ -97,7 +100,9 @@ def _job(
     from shallowflow.launching import packed
     from shallowflow.runtime import skypilot
 
-    installed, files = packed(package, *(("aws",) if store is not None else ()))
+    wants_data = any(str(path).startswith("hf:") or path.suffix == ".parquet" for path in (data, eval_data) if path)
+    extras = [name for name, wanted in (("aws", store is not None), ("data", wants_data)) if wanted]
+    installed, files = packed(package, *extras)
     return skypilot.Job(
         plan_path=plan,
         data_path=data,
@@ -109,6 +114,13 @@ def _job(
         package=installed,
         wheel=next(iter(files.values()), None),
     )
+
+
+def _beside(output: Path, wheel: Path) -> Path:
+    """A copy of *wheel* beside *output*; the task names it as seen from the folder that both commands run in."""
+    copy = output.parent / wheel.name
+    write_bytes(copy, wheel.read_bytes())
+    return copy
 
 
 def _checked(store: str | None) -> str | None:

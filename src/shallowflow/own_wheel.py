@@ -17,6 +17,7 @@ from shallowflow.runtime.files import write_bytes
 from shallowflow.session import RequestError
 
 NAME = "shallowflow"
+SHIPPED = {".py", ".toml", ".json", ".html", ".typed"}
 _ROOT = Path(__file__).parent
 _MOMENT = (1980, 1, 1, 0, 0, 0)
 """Of every file, the first that a zip archive can say: the same code is the same wheel, to the byte."""
@@ -39,7 +40,8 @@ def own_wheel() -> Path:
     members = {f"{NAME}/{name}": content for name, content in _files()}
     members |= {f"{described}/{name}": content for name, content in _metadata(installed)}
     content = _archive({**members, f"{described}/RECORD": _record(members, described)})
-    path = cache.folder() / "wheels" / f"{NAME}-{installed.version}-py3-none-any.whl"
+    digest = hashlib.sha256(content).hexdigest()[:16]  # the version alone does not tell what code it is
+    path = cache.folder() / "wheels" / digest / f"{NAME}-{installed.version}-py3-none-any.whl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, content)
     return path
@@ -51,7 +53,7 @@ def _files() -> Iterator[tuple[str, bytes]]:
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for name in sorted(names):
             path = Path(folder, name)
-            if path.suffix != ".pyc":
+            if path.suffix in SHIPPED:
                 yield path.relative_to(_ROOT).as_posix(), path.read_bytes()
 
 

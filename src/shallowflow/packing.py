@@ -49,7 +49,7 @@ def decided(workload: Workload, model: ModelSpec, best: Best) -> Plan:
     try:
         alone = best(plain)
     except Infeasible as error:
-        if not error.reason:  # packed steps need more memory; fewer of them may keep a deadline
+        if error.is_memory:  # packed steps need more memory; fewer of them may keep a deadline
             raise
         return _noted(best(packed), workload, "")
     return _faster(alone, workload, lambda: best(packed, refused_in_full=False))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shallowflow import packing, refusals
+from shallowflow.hub import find_model
 from shallowflow.planner import (
     allowed,
     breakdown,
@@ -30,9 +31,9 @@ from shallowflow.planner.profiler import cache
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.solver import Solution
 from shallowflow.planner.strategies import Cell
-from shallowflow.profiles.load import load_gpu, load_instances, load_model
+from shallowflow.profiles.load import load_gpu, load_instances
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
-from shallowflow.session import Progress, RequestError, Session
+from shallowflow.session import Progress, Session
 from shallowflow.staging import Staged
 from shallowflow.work import size_of_work
 from shallowflow.workloads import check, deadline_hours, space, stage_counts, workload_of
@@ -57,7 +58,7 @@ def plan(
     """The best plan for fine-tuning *model* on *gpu*.
 
     Args:
-        model: a shipped name, or a path of a folder or ``config.json``.
+        model: a shipped name, a path of a folder or ``config.json``, or, with a network, a name of the Hub.
         gpu: a shipped name.
         data, eval_data: files to learn and to evaluate on, whose size the work then has.
         data_format: how their rows are read; None tells it from their columns.
@@ -70,7 +71,7 @@ def plan(
         DataError: the data cannot be read.
         Infeasible: nothing fits; carries remedies that do.
     """
-    facts, device, asked = load_model(str(model)), load_gpu(gpu), workload_of(workload)
+    facts, device, asked = find_model(str(model)), load_gpu(gpu), workload_of(workload)
     learned, held_out = (None if path is None else Path(path) for path in (data, eval_data))
     tokens, names = workload.get("total_tokens"), (str(model), facts.name)
     size, notes = size_of_work(names, tokens, learned, held_out, data_format, asked.sequence_length)
@@ -115,7 +116,7 @@ def beside_one(plan: Plan, model: ModelSpec, gpu: GpuSpec, *, progress: Progress
     one: Plan | None = None
     if not paying.is_too_large(plan.num_parameters, alone, gpu):
         progress("planning for one GPU")
-        with contextlib.suppress(Infeasible, RequestError):
+        with contextlib.suppress(Infeasible):
             one = make_plan(model, gpu, alone, progress=progress, num_alternatives=0, with_remedies=False)
     return replace(plan, notes=(*plan.notes, paying.note(plan, one)))
 

@@ -85,7 +85,7 @@ def _too_large(session: Session, workload: Workload, peak: int, remedies: list[R
             f"no plan fits in {words.gib(gpu.memory_bytes)} with {workload.headroom:.1%} of it left free: "
             f"the smallest needs {words.gib(peak)}."
         )
-        return Infeasible(peak, gpu.memory_bytes, remedies, reason)
+        return Infeasible(peak, gpu.memory_bytes, remedies, reason, is_memory=True)
     headroom = allowed.HEADROOM if workload.headroom is None else workload.headroom
     needed = math.ceil(peak / (1 - headroom))  # the memory of which headroom leaves the peak
     return Infeasible(needed, gpu.memory_bytes, remedies)

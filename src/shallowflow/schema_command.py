@@ -16,8 +16,8 @@ DOCUMENTS = {
     "run": "sfplan train, and run.json",
     "memory": "sfplan simulate and sfplan measure",
     "profile": "sfplan profile",
-    "frontier": "sfplan frontier: an array of",
-    "gpus": "sfplan gpus: an array of",
+    "frontier": "sfplan frontier",
+    "gpus": "sfplan gpus",
 }
 """What has a schema, and which commands print it with ``--json``."""
 

@@ -42,7 +42,7 @@ def trade_offs(
             for one plan each of sequences of a quarter, half, once and twice the length asked for, as far as they fit;
             ``gpus`` for one plan each of 1, 2, 4 and so on of them, as far as one machine has them.
 
-    Other arguments, and errors, are those of ``plan``.
+    Other arguments are those of ``plan``, but for data, whose size *workload* gives; errors are its own.
     """
     spec, device, asked = load_model(str(model)), load_gpu(gpu), workload_of(workload)
     if over == "sequence_length":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import secrets
 import shlex
@@ -29,6 +30,7 @@ from shallowflow.reporting import page
 from shallowflow.runtime.report import template
 
 HOST = "127.0.0.1"
+COOKIE = "shallowflow"
 MOST_KEPT = 16
 """Plans whose pages can still be asked for, the latest ones."""
 FIELDS = {
@@ -78,10 +80,10 @@ class Job:
 
     def as_dict(self) -> dict[str, Any]:
         """What the form shows of it."""
-        plan = self.plan
+        state, plan = self.state, self.plan  # in this order: a plan is there before its state says so
         return {
             "number": self.number,
-            "state": self.state,
+            "state": state,
             "told": self.told,
             "command": self.command,
             "answers": [] if plan is None else answers(plan),
@@ -102,7 +104,7 @@ class Planner:
         """Begin to plan, and let go of whatever was begun before."""
         line = [word for name, value in options.items() for word in (FIELDS[name], value)]
         with self._lock:
-            job = Job(next(self._numbers), shlex.join(["sfplan", model, *line]))
+            job = Job(next(self._numbers), shlex.join(["sfplan", "plan", *line, "--", model]))
             self.jobs[job.number] = job
             self._wanted = job.number
             for old in sorted(self.jobs)[:-MOST_KEPT]:
@@ -129,7 +131,7 @@ class Planner:
                 job.told, job.state = str(refusal), "refused"
             except click.ClickException as error:
                 job.told, job.state = error.format_message(), "refused"
-            except Exception as error:  # noqa: BLE001 - whatever it is, whoever asked is told, and can ask again
+            except BaseException as error:  # noqa: BLE001 - whatever it is, whoever asked is told, and can ask again
                 job.told, job.state = " ".join(str(error).split()) or type(error).__name__, "refused"
 
 
@@ -160,17 +162,27 @@ def answers(plan: Plan) -> list[tuple[str, str]]:
     return [*found, (step, f"a step, {speed:,.0f} tokens/s")]
 
 
-def make_app() -> flask.Flask:
-    """The application; its pages ask for nothing from elsewhere, and it answers this machine's own pages alone."""
+def make_app(token: str) -> flask.Flask:
+    """The application, for whoever knows *token*: others on this machine could read its user's files with it.
+
+    Its pages ask for nothing from elsewhere, and no other site's page can ask for anything here.
+    """
     app = flask.Flask("shallowflow", static_folder=None)
-    planner, token = Planner(), secrets.token_urlsafe()
+    planner = Planner()
 
     @app.before_request
-    def only_here() -> None:
+    def only_here() -> Any:
         """A name that somebody's server points at this machine is no name of it (DNS rebinding)."""
         name = flask.request.host.rpartition(":")[0] or flask.request.host
         if name not in (HOST, "localhost"):
             flask.abort(403)
+        if flask.request.path == "/" and _same(flask.request.args.get("token", ""), token):
+            answer = flask.redirect("/")
+            answer.set_cookie(COOKIE, token, httponly=True, samesite="Strict")
+            return answer
+        if not _same(flask.request.cookies.get(COOKIE, ""), token):
+            return "Open the address that sfplan ui printed, with its token.", 403
+        return None
 
     @app.after_request
     def with_headers(response: flask.Response) -> flask.Response:
@@ -180,16 +192,12 @@ def make_app() -> flask.Flask:
     @app.get("/")
     def form() -> str:
         gpus = [(name, load_gpu(name).title) for name in gpu_names()]
-        return template("app.html").render(
-            models=model_names(), gpus=gpus, defaults=DEFAULTS, model=DEFAULT_MODEL, token=token
-        )
+        return template("app.html").render(models=model_names(), gpus=gpus, defaults=DEFAULTS, model=DEFAULT_MODEL)
 
     @app.post("/plans")
     def ask() -> Any:
-        """No other site's page knows the token, without which nothing is planned and no file is read."""
+        """Begin to plan."""
         given = {name: value.strip() for name, value in flask.request.form.items()}
-        if not secrets.compare_digest(given.pop("token", ""), token):
-            flask.abort(403)
         model = given.pop("model", "")
         wanted = {name: value for name, value in given.items() if name in FIELDS and value}
         return planner.ask(model or DEFAULT_MODEL, wanted).as_dict()
@@ -206,12 +214,14 @@ def make_app() -> flask.Flask:
     def save(number: int) -> flask.Response:
         plan = _done(planner, number).plan
         assert plan is not None
-        name = f"{Path(plan.model_name).name}.json"
-        response = flask.Response(to_json(plan), mimetype="application/json")
-        response.headers.set("Content-Disposition", "attachment", filename=name)
-        return response
+        text, name = io.BytesIO(to_json(plan).encode()), f"{Path(plan.model_name).name}.json"
+        return flask.send_file(text, "application/json", as_attachment=True, download_name=name)
 
     return app
+
+
+def _same(given: str, token: str) -> bool:
+    return secrets.compare_digest(given.encode(), token.encode())
 
 
 def _job(planner: Planner, number: int) -> Job:
@@ -232,9 +242,14 @@ class _Quiet(WSGIRequestHandler):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The application on a port of this machine."""
+    """The application on a port of this machine.
+
+    Attributes:
+        token: what whoever asks has to know.
+    """
 
     server: BaseWSGIServer
+    token: str
 
     @classmethod
     def on(cls, port: int) -> Served:
@@ -243,21 +258,20 @@ class Served:
         Raises:
             OSError: it is taken, or may not be.
         """
-        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)  # werkzeug itself ends the program at an error
-        try:
+        token = secrets.token_urlsafe()
+        with socket.socket(
+            socket.AF_INET, socket.SOCK_STREAM
+        ) as listening:  # werkzeug itself ends the program at an error
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((HOST, port))
             listening.listen()
-            made = make_server(HOST, port, make_app(), threaded=True, request_handler=_Quiet, fd=listening.detach())
-        except BaseException:
-            listening.close()
-            raise
-        return cls(made)
+            quiet: dict[str, Any] = {"threaded": True, "request_handler": _Quiet}
+            return cls(make_server(HOST, port, make_app(token), fd=listening.fileno(), **quiet), token)
 
     @property
     def address(self) -> str:
         """Where a browser finds it."""
-        return f"http://{HOST}:{self.server.server_address[1]}/"
+        return f"http://{HOST}:{self.server.server_address[1]}/?token={self.token}"
 
     def until_interrupted(self) -> None:
         """Serve until Ctrl-C."""

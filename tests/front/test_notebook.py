@@ -51,6 +51,10 @@ def test_the_notebook_runs(ran: Any) -> None:
     plan, record = shown(by_last_line["plan"]), shown(by_last_line["record"])
     assert "tiny on one CPU" in plan["text/html"] and "Proven optimal" in plan["text/html"]
     assert "completed, 2 steps" in record["text/html"]
+    for line in ("plan", "record"):  # once, and not by the way
+        shows = [output for output in by_last_line[line].outputs if "html" in str(output.get("data", ()))]
+        assert [output.output_type for output in shows][-1:] == ["execute_result"]
+        assert sum("Proven optimal" in str(output) or "predicted and measured" in str(output) for output in shows) == 1
     assert "peak allocated" in record["text/html"] and "perplexity on held-out text" in record["text/html"]
     pages = [shown(cell)["text/html"] for line, cell in by_last_line.items() if line.startswith("HTML(")]
     assert len(pages) == 2 and all("plotly" in page for page in pages)

@@ -32,19 +32,14 @@ ASKED = {"gpu": "cpu", "sequence_length": "32", "rank": "8", "quantization": "fp
 @pytest.fixture
 def client() -> FlaskClient:
     """Somebody on this machine."""
-    return make_app().test_client()
-
-
-def token(client: FlaskClient) -> str:
-    """What the form's own page knows."""
-    found = re.search(r'name="token" value="([^"]+)"', client.get("/").text)
-    assert found is not None
-    return found[1]
+    made = make_app("known").test_client()
+    assert made.get("/?token=known").status_code == 302
+    return made
 
 
 def ask(client: FlaskClient, **given: object) -> Any:
     """Begin to plan."""
-    answer = client.post("/plans", data={"token": token(client), **given})
+    answer = client.post("/plans", data=given)
     assert answer.status_code == 200
     return answer.json
 
@@ -120,11 +115,14 @@ def test_only_the_latest_is_planned(client: FlaskClient, tiny_folder: Path, monk
 
 
 def test_other_sites_get_nothing(client: FlaskClient, tiny_folder: Path) -> None:
-    """No other name of this machine is answered, nothing is planned without the page's token, no page is framed."""
+    """No other name of this machine is answered, nothing without the token, and no page is framed."""
     assert client.get("/", headers={"Host": "evil.example:8650"}).status_code == 403
-    assert client.post("/plans", data={"model": tiny_folder}).status_code == 403
-    assert client.post("/plans", data={"model": tiny_folder, "token": "guessed"}).status_code == 403
     assert client.get("/plans/1").status_code == 404
+    for address in ("/", "/?token=guessed", "/?token=\u00e9", "/plans/1"):
+        assert make_app("known").test_client().get(address).status_code == 403
+    assert make_app("known").test_client().post("/plans", data={"model": tiny_folder}).status_code == 403
+    cookie = make_app("known").test_client().get("/?token=known").headers["Set-Cookie"]
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
     policy = client.get("/").headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy and "frame-ancestors 'self'" in policy
 
@@ -165,12 +163,13 @@ def test_the_command_serves_until_interrupted() -> None:
     ) as served:
         assert served.stdout is not None and served.stderr is not None
         address = served.stdout.readline().split()[0]
-        with urllib.request.urlopen(address, timeout=60) as answer:
+        asked = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with asked.open(address, timeout=60) as answer:
             assert b"<h1>Plan a fine-tuning</h1>" in answer.read()
         served.send_signal(signal.SIGINT)
         assert served.wait(60) == 0
         assert served.stderr.read() == ""
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]+", address)
 
 
 def test_a_port_that_is_taken_is_told() -> None:

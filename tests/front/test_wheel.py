@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from shallowflow.own_wheel import own_wheel
+from shallowflow.own_wheel import SHIPPED, own_wheel
 from shallowflow.session import RequestError
 from tests.front.tree import ROOT, project_files
 
 PARTS = {"planner": "planner", "profiles": "profiles", "runtime": "runtime", "src/shallowflow": ""}
-SHIPPED = {".py", ".toml", ".json", ".html", ".typed"}
 
 
 def copy_of_the_tree(folder: Path) -> Path:

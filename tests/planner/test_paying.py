@@ -70,7 +70,7 @@ def test_a_gpu_too_small_is_said_to_be() -> None:
 
     told = beside_one(least, model(), with_budget(2**21))
 
-    assert told.notes[-1] == "One GPU is too small for this work in any configuration."
+    assert told.notes[-1] == "Nothing that was asked for fits on one GPU."
     assert paying.is_too_large(70_000_000_000, Workload(), load_gpu("t4"))
     assert not paying.is_too_large(8_000_000_000, Workload(), load_gpu("t4"))
     assert paying.is_too_large(8_000_000_000, Workload(quantization="fp16"), load_gpu("t4"))

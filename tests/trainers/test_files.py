@@ -40,6 +40,9 @@ def read(path: Path) -> Settings:
         ("base_model: x\nlearning_rate: -1", ": learning_rate is -1; give a number of at least 0, such as 2e-4"),
         ("base_model: x\nsample_packing: perhaps", ": sample_packing is perhaps; give true or false"),
         ("base_model: x\nadapter: ia3", ": adapter is ia3; lora, qlora and none can be checked"),
+        ("base_model: x\nload_in_4bit: true", ": axolotl refuses load_in_4bit without an adapter; give adapter: qlora"),
+        ("base_model: x\nadapter: qlora\nload_in_8bit: true", ": axolotl refuses adapter: qlora with load_in_8bit"),
+        ("base_model: x\nadapter: qlora", ": axolotl refuses adapter: qlora with no load_in_4bit; give load_in_4bit"),
         ("base_model: x\nrl: dpo", ": rl is dpo; supervised fine-tuning can be checked"),
         ("model_name_or_path: x\nstage: dpo", ": stage is dpo; sft and pt can be checked"),
         ("model_name_or_path: x\nstage: sft\nquantization_bit: 3", ": quantization_bit is 3; 4 and 8 can be checked"),
@@ -63,12 +66,10 @@ def test_a_broken_file_is_told_in_one_line(text: str, told: str, tmp_path: Path)
         ("adapter: qlora\nload_in_4bit: true", "nf4", ""),
         ("adapter: lora\nload_in_8bit: true", "int8", ""),
         ("adapter: lora\nload_in_4bit: true", "none", "axolotl ignores load_in_4bit with adapter: lora"),
-        ("adapter: qlora\nload_in_8bit: true", "none", "axolotl ignores load_in_8bit with adapter: qlora"),
-        ("load_in_4bit: true", "none", "axolotl ignores load_in_4bit with no adapter"),
     ],
 )
 def test_what_axolotl_ignores_is_told(text: str, quantized: str, told: str, tmp_path: Path) -> None:
-    """It quantizes for one kind of adapter each, and says nothing where another is asked for."""
+    """It quantizes to 4 bits for one kind of adapter alone, and says nothing where another is asked for."""
     path = tmp_path / "config.yaml"
     path.write_text(f"base_model: x\nsequence_len: 512\n{text}", encoding="utf-8")
 
