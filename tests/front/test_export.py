@@ -128,7 +128,9 @@ def test_every_command_of_the_help_runs(plan: Callable[..., Path]) -> None:
     printed, written, stored, axolotl, trl = (sfplan(*shlex.split(words)) for words in shown)
 
     assert (printed.code, written.code, written.output, stored.code) == (0, 0, "", 0)
-    assert printed.output == Path("task.yaml").read_text(encoding="utf-8")
+    kept = yaml.safe_load(printed.output)["file_mounts"][f"~/shallowflow/{WHEEL}"]
+    assert printed.output.replace(kept, WHEEL) == Path("task.yaml").read_text(encoding="utf-8")
+    assert Path(kept).read_bytes() == Path(WHEEL).read_bytes()
     assert (axolotl.code, trl.code) == (0, 0)
     assert yaml.safe_load(Path("axolotl.yaml").read_text(encoding="utf-8"))["base_model"] == "org/Tiny-1.1"
     compile(Path("train.py").read_text(encoding="utf-8"), "train.py", "exec")
