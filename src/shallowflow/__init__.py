@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shallowflow.profiling import profile
     from shallowflow.runtime.build import load_model
     from shallowflow.runtime.calibrate import calibrate
+    from shallowflow.runtime.data_files import DataError
     from shallowflow.runtime.record import RunRecord
     from shallowflow.runtime.request import RunRequest
     from shallowflow.runtime.run import train
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DataError": "runtime.data_files",
     "FactsError": "profiles",
     "Infeasible": "planner.remedies",
     "Plan": "planner.plan",
@@ -47,6 +49,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DataError",
     "FactsError",
     "Infeasible",
     "Plan",

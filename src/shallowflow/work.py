@@ -28,7 +28,7 @@ def size_of_work(
         DataError, WeightsError: the data, or the tokenizer beside a model, cannot be read.
     """
     if tokens is not None and data is not None:
-        raise RequestError("give either --tokens or --data, not both")
+        raise RequestError("the size is given twice; give either --tokens (total_tokens in Python) or --data, not both")
     if data is None and data_format is not None and eval_data is None:
         raise RequestError("--data-format says how --data is read; give --data, too")
     given: dict[str, Any] = {"total_tokens": tokens} if tokens else {}
