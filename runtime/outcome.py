@@ -22,8 +22,9 @@ def outcome(record: RunRecord) -> RenderableType:
         )
     rate = record.tokens_per_second
     spent = "" if record.usd is None else f", ${record.usd:.4f}"
-    if rate is not None:
-        lines.append(Text(f"{rate:,.0f} tokens/s learned, {words.duration(record.seconds)} in all{spent}"))
+    learned_at = "" if rate is None else f"{rate:,.0f} tokens/s learned, "  # too few steps tell no rate
+    if record.steps:
+        lines.append(Text(f"{learned_at}{words.duration(record.seconds)} in all{spent}"))
     lines += [Text(line) for line in _told(record)]
     compared: list[RenderableType] = [Text(), _comparisons(record), Text()] if record.comparisons else []
     return Group(*lines, *compared)
