@@ -78,7 +78,7 @@ def test_a_plan_is_the_command_lines(client: FlaskClient, tiny_folder: Path) -> 
         ({"gpu": "t5"}, "unknown GPU 't5'"),
         ({"sequence_length": "1"}, "1 is not in the range"),
         ({"data": "nowhere.jsonl", "tokens": ""}, "nowhere.jsonl"),
-        ({"data": "nowhere.jsonl"}, "give either --tokens or --data, not both"),
+        ({"data": "nowhere.jsonl"}, "the size is given twice"),
         ({"max_process_gib": "0.001"}, "no plan fits in"),
         ({"model": "--help"}, "--help"),
     ],
