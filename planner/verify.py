@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from shallowflow.profiles import model_facts
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
-from . import allowed, money, problem, proof, quality, staged_proof, wall_time
+from . import allowed, money, problem, proof, proof_check, quality, staged_proof, wall_time
 from .plan import Plan
 from .strategies import PARTIAL
 
@@ -39,7 +39,7 @@ def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[
     found += _decisions(plan)
     found += _limits(plan, gpu, instances)
     found += _weights(plan)
-    check = proof.verify if stages == 1 else staged_proof.doubts
+    check = proof_check.verify if stages == 1 else staged_proof.doubts
     found += check(plan.proof, plan.configuration, expected)
     return found or _seconds(plan)
 

@@ -11,7 +11,7 @@ from shallowflow.planner.plan import Plan
 
 from . import checkpoint, dequantizing, fallback, folder, interrupts, promise, quantized
 from .joining import together
-from .learner import Diverged, Learner, Work
+from .learner import Diverged, Learner
 from .progress import Progress
 from .promise import Promise
 from .ranks import SHORT, WELL, GivenUp, Lost, Ranks
@@ -19,6 +19,7 @@ from .record import FallbackRecord
 from .request import RunError, RunFailed, RunRequest
 from .trackers import Trackers
 from .watch import Watcher
+from .work import Work
 
 
 def learned(work: Work, progress: Progress, path: Path | None) -> tuple[Learner | None, Promise]:

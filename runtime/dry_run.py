@@ -12,12 +12,12 @@ from shallowflow.planner.plan import Plan
 from shallowflow.planner.wall_time import SAVE_SECONDS
 
 from .attempts import promised
-from .learner import Work
 from .promise import Promise
 from .request import RunError, RunRequest, device_of
 from .run import prepared
 from .watch import Silent
 from .weights import check_config
+from .work import Work
 
 
 class _Telling(Silent):

@@ -5,63 +5,30 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from shallowflow.planner.plan import Plan
 from shallowflow.planner.wall_time import save_interval_seconds
 
 from . import batches, checkpoint, dequantizing, fallback, folder, sample, trainees
 from .evaluate import mean_loss, perplexity
-from .guard import Guard
 from .joining import end_together
 from .meter import MeasuredPeak, highest
 from .progress import Progress, exhausted, improves
 from .promise import Promise
-from .ranks import ALONE, WELL, GivenUp, Lost, Ranks
+from .ranks import WELL, GivenUp, Lost
 from .record import EvaluationRecord, StepRecord
-from .request import RunError, RunRequest
+from .request import RunError
 from .spot import Wish
 from .step import Trainee
-from .storage import Vault
 from .trackers import Trackers
 from .train import train as training_steps
-from .watch import Money, Watcher
-from .weights import WeightsSource
+from .watch import Money
+from .work import Work
 
 
 class Diverged(Exception):
     """A loss that is no number, where no loss scale could be to blame."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What a run learns from, and with what, whatever its configuration.
-
-    Attributes:
-        prompts: tokens of the prompts to answer.
-        total: updates to make.
-        ranks: the processes that share it; the first one alone writes and tells.
-        guard: what may end it before its time.
-        vault: its store, where it has one, in the process that writes.
-    """
-
-    plan: Plan
-    request: RunRequest
-    watcher: Watcher
-    device: torch.device
-    source: WeightsSource
-    tokenizer: Any
-    windows: list[batches.Window]
-    eval_windows: list[batches.Window]
-    prompts: list[list[int]]
-    total: int
-    ranks: Ranks = ALONE
-    guard: Guard = field(default_factory=Guard)
-    vault: Vault | None = None
 
 
 @dataclass(slots=True)

@@ -45,11 +45,27 @@ def html(
         gpu=gpu,
         words=words,
         charts=charts,
+        answers=answers(plan),
         strategies=words.strategies(plan.configuration),
         money=_money(plan, instances)[:MOST_PRICES],
         num_prices=len(_money(plan, instances)),
         data=_data(plan, gpu, variants) if variants else None,
     )
+
+
+def answers(plan: Plan) -> list[tuple[str, str]]:
+    """Will it fit, how long, how much, how fast: each a figure, and what it is."""
+    took = f"for {plan.workload.total_tokens:,} tokens, in {words.counted(plan.num_steps, 'step')}"
+    found = [
+        (words.gib(plan.prediction.peak_process_bytes), f"of {words.gib(plan.memory_bytes)} at the peak: it fits"),
+        (words.duration(plan.wall.total_seconds), took),
+    ]
+    if plan.offers:
+        offer = plan.offers[0]
+        where = f"on demand on {offer.instance} in {offer.region}; {words.usd(offer.spot_usd)} on spot"
+        found.append((words.usd(offer.on_demand_usd), where))
+    step, speed = words.duration(plan.prediction.step_seconds), plan.prediction.tokens_per_second
+    return [*found, (step, f"a step, {speed:,.0f} tokens/s")]
 
 
 def _data(plan: Plan, gpu: GpuSpec, variants: Sequence[Variant]) -> str:

@@ -20,7 +20,6 @@ from .documents import read_documents
 from .folder import CHECKPOINTS
 from .guard import Guard, guarding
 from .heap import keeping_freed_memory
-from .learner import Work
 from .progress import Progress
 from .ranks import ALONE, Lost, Ranks
 from .record import RunRecord
@@ -28,6 +27,7 @@ from .request import RunError, RunFailed, RunLost, RunRequest, check_processes, 
 from .storage import Vault
 from .watch import Silent, Watcher
 from .weights import find_weights, load_tokenizer
+from .work import Work
 
 __all__ = ["CHECKPOINTS", "RunError", "RunFailed", "RunRequest", "Silent", "Watcher", "prepared", "train"]
 

@@ -11,11 +11,11 @@ from shallowflow.planner.plan import Plan, Prediction
 from shallowflow.planner.profiler import cache
 
 from . import compare
-from .learner import Work
 from .progress import Progress
 from .promise import Promise
 from .record import RUN_FORMAT_VERSION, RunRecord, SampleRecord
 from .request import RunRequest
+from .work import Work
 
 
 def record_of(work: Work, progress: Progress, kept: Promise) -> RunRecord:

@@ -93,7 +93,7 @@ def cli() -> None:
     sfplan verify PLAN                  whether a plan's proof holds
     sfplan export PLAN --to TOOL        the run as SkyPilot's task, or for axolotl, LLaMA-Factory, TRL or Unsloth
     sfplan check FILE                   whether another trainer's configuration will do, and a corrected one
-    sfplan ui                           the same in a browser, served to this machine alone
+    sfplan ui                           plans in a browser, served to this machine alone
     sfplan frontier MODEL               what memory and finer weights buy
     sfplan whatif MODEL                 every instance, region, spot or on demand, in hours and dollars
     sfplan prices                       what instances cost, from when and where; --update asks AWS

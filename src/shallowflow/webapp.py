@@ -20,13 +20,13 @@ from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
 from shallowflow.hub import find_model
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS, request
-from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import to_json
 from shallowflow.planning import beside_one, make_plan
 from shallowflow.profiles.load import gpu_names, load_gpu, model_names
 from shallowflow.reporting import page
+from shallowflow.runtime.plan_page import answers
 from shallowflow.runtime.report import template
 
 HOST = "127.0.0.1"
@@ -147,19 +147,6 @@ def _planned(model: str, line: list[str], tell: Any) -> tuple[Plan, str]:
     made = make_plan(spec, device, workload, progress=tell, notes=notes)
     made = beside_one(made, spec, device, progress=tell)
     return made, page(made, tell)
-
-
-def answers(plan: Plan) -> list[tuple[str, str]]:
-    """Will it fit, how long, how much, how fast: (figure, what it is)."""
-    found = [
-        (words.gib(plan.prediction.peak_process_bytes), f"of {words.gib(plan.memory_bytes)} at the peak: it fits"),
-        (words.duration(plan.wall.total_seconds), f"for {plan.workload.total_tokens:,} tokens"),
-    ]
-    if plan.offers:
-        offer = plan.offers[0]
-        found.append((words.usd(offer.on_demand_usd), f"on demand on {offer.instance} in {offer.region}"))
-    step, speed = words.duration(plan.prediction.step_seconds), plan.prediction.tokens_per_second
-    return [*found, (step, f"a step, {speed:,.0f} tokens/s")]
 
 
 def make_app(token: str) -> flask.Flask:

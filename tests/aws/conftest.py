@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -19,8 +19,8 @@ from moto.moto_api._internal.models import moto_api_backend
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
 from shallowflow.runtime.aws.s3 import Place, S3Objects
-from tests.aws import planted
-from tests.front.shell import sfplan
+from tests.aws import planted, rented
+from tests.front.shell import Done, sfplan
 
 
 @pytest.fixture(scope="session")
@@ -71,3 +71,33 @@ def t4_plan(small_model: Path) -> str:
     done = sfplan(small_model, "--gpu", "t4", *words, "--json")
     assert done.code == 0, done.errors
     return json.dumps({**json.loads(done.output), "model_name": "org/Tiny-1.1"})
+
+
+@pytest.fixture
+def image(endpoint: str, _aws: None) -> Iterator[str]:
+    """An account with all that is needed, in which nothing ran before, nor does afterwards."""
+    rented.clear()
+    yield rented.prepare()
+    rented.clear()
+
+
+@pytest.fixture
+def run() -> str:
+    """A run of its own name."""
+    return f"run-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def launch(
+    image: str, bucket: str, run: str, t4_plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Done]:
+    """The command with what it needs, in a folder with the plan and data."""
+    monkeypatch.chdir(tmp_path)
+    Path("plan.json").write_text(t4_plan, encoding="utf-8")
+    Path("train.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 4, encoding="utf-8")
+
+    def started(*words: object) -> Done:
+        store = ("--store", f"s3://{bucket}/runs/{run}", "--instance-profile", rented.PROFILE)
+        return sfplan("launch", "plan.json", "--data", "train.jsonl", *store, *words)
+
+    return started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from shallowflow.runtime.aws.instances import IMAGE
 from tests.aws import planted
 
 PROFILE = "trainer"
+ON = ("--region", "us-east-1")
 
 
 def prepare(region: str = "us-east-1") -> str:
@@ -80,3 +82,9 @@ def tags(told: Any) -> dict[str, str]:
 def plain(value: Any) -> Any:
     """*value* as JSON has it."""
     return json.loads(json.dumps(value))
+
+
+def script_of(instance_id: str) -> str:
+    """What the instance runs."""
+    told = boto3.client("ec2").describe_instance_attribute(InstanceId=instance_id, Attribute="userData")
+    return base64.b64decode(told["UserData"]["Value"]).decode()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shlex
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +13,12 @@ import boto3
 import msgspec
 import pytest
 
-from shallowflow.runtime.aws.instances import GROUP, IMAGE, STORE_TAG
+from shallowflow.runtime.aws.instances import GROUP, STORE_TAG
 from shallowflow.runtime.aws.s3 import S3Objects, place
 from shallowflow.runtime.storage import Vault
-from tests.aws import calls, planted, rented
+from tests.aws import calls, rented
 from tests.aws.rented import PROFILE
 from tests.front.shell import Done, sfplan
-
-ON = ("--region", "us-east-1")
-
-
-@pytest.fixture
-def image(endpoint: str, _aws: None) -> Iterator[str]:
-    """An account with all that is needed, in which nothing ran before, nor does afterwards."""
-    rented.clear()
-    yield rented.prepare()
-    rented.clear()
-
-
-@pytest.fixture
-def run() -> str:
-    """A run of its own name."""
-    return f"run-{uuid.uuid4().hex[:8]}"
-
-
-@pytest.fixture
-def launch(
-    image: str, bucket: str, run: str, t4_plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Done]:
-    """The command with what it needs, in a folder with the plan and data."""
-    monkeypatch.chdir(tmp_path)
-    Path("plan.json").write_text(t4_plan, encoding="utf-8")
-    Path("train.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 4, encoding="utf-8")
-
-    def started(*words: object) -> Done:
-        store = ("--store", f"s3://{bucket}/runs/{run}", "--instance-profile", PROFILE)
-        return sfplan("launch", "plan.json", "--data", "train.jsonl", *store, *words)
-
-    return started
 
 
 def started(done: Done, region: str = "us-east-1") -> Any:
@@ -171,12 +137,6 @@ def test_a_group_that_lets_somebody_in_is_refused(launch: Callable[..., Done]) -
     assert second["SecurityGroups"] == first["SecurityGroups"]
 
 
-def script_of(instance_id: str) -> str:
-    """What the instance runs."""
-    told = boto3.client("ec2").describe_instance_attribute(InstanceId=instance_id, Attribute="userData")
-    return base64.b64decode(told["UserData"]["Value"]).decode()
-
-
 def test_the_machine_is_given_what_it_runs(launch: Callable[..., Done], run: str, bucket: str, tmp_path: Path) -> None:
     """Plan, data and a wheel lie in the store as they are here; the command resumes, meters, and keeps the budget."""
     Path("held.jsonl").write_text('{"text": "a dog"}\n', encoding="utf-8")
@@ -186,7 +146,7 @@ def test_the_machine_is_given_what_it_runs(launch: Callable[..., Done], run: str
 
     done = launch("--yes", "--json", *given, *more, "--", "--steps", 9, "--sample", "What's up?")
 
-    script = script_of(json.loads(done.output)["instance_id"])
+    script = rented.script_of(json.loads(done.output)["instance_id"])
     line = next(line for line in script.splitlines() if line.startswith("venv/bin/sfplan train"))
     assert shlex.split(line)[1:] == [
         *("train", "plan.json", "--data", "train.jsonl", "--eval-data", "heldout.jsonl", "--data-format", "text"),
@@ -218,7 +178,7 @@ def test_a_run_has_one_machine(launch: Callable[..., Done], run: str) -> None:
     assert refused.code == 2 and f"run {run} has an instance already, {first}, which is running" in refused.error()
     assert again.code == 0 and again.output.endswith(f"{first}, which is running; nothing was started\n")
     assert (json.loads(told.output)["started"], json.loads(told.output)["instance_id"]) == (False, first)
-    assert sfplan("stop", run, *ON, "--yes").code == 0
+    assert sfplan("stop", run, *rented.ON, "--yes").code == 0
     assert started(launch("--yes", "--json"))["InstanceId"] != first
 
 
@@ -276,8 +236,8 @@ def test_runs_are_listed(launch: Callable[..., Done], run: str, bucket: str, tmp
 
 def test_runs_where_there_are_none(image: str) -> None:
     """Is said, and no list in JSON is one."""
-    assert sfplan("runs", *ON).output == "no instance was launched in 1 region\n"
-    assert json.loads(sfplan("runs", *ON, "--json").output) == []
+    assert sfplan("runs", *rented.ON).output == "no instance was launched in 1 region\n"
+    assert json.loads(sfplan("runs", *rented.ON, "--json").output) == []
 
 
 def test_a_run_is_stopped(launch: Callable[..., Done], run: str) -> None:
@@ -285,112 +245,21 @@ def test_a_run_is_stopped(launch: Callable[..., Done], run: str) -> None:
     first = started(launch("--yes", "--json"))["InstanceId"]
     other = started(launch("--yes", "--json", "--name", f"{run}-2"))["InstanceId"]
 
-    asked, unknown = sfplan("stop", run, *ON), sfplan("stop", "nobody", *ON)
+    asked, unknown = sfplan("stop", run, *rented.ON), sfplan("stop", "nobody", *rented.ON)
     assert asked.code == 2 and f"nothing was stopped: this ends {first} in us-east-1; --yes does it" in asked.error()
     assert unknown.code == 2 and "run 'nobody' has no instance" in unknown.error()
     assert rented.instance(first)["State"]["Name"] == "running"
-    done = sfplan("stop", run, *ON, "--yes")
+    done = sfplan("stop", run, *rented.ON, "--yes")
     assert done.output == f"{run}: {first} in us-east-1 saves, stores and ends, within about two minutes\n"
     assert (rented.instance(first)["State"]["Name"], rented.instance(other)["State"]["Name"]) == (
         "terminated",
         "running",
     )
-    ended = next(one for one in json.loads(sfplan("runs", *ON, "--json").output) if one["run"] == run)
+    ended = next(one for one in json.loads(sfplan("runs", *rented.ON, "--json").output) if one["run"] == run)
     assert ended["state"] == "terminated" and ended["hours"] is not None
-    assert json.loads(sfplan("stop", f"{run}-2", *ON, "--yes", "--json").output)["stopped"] == [
+    assert json.loads(sfplan("stop", f"{run}-2", *rented.ON, "--yes", "--json").output)["stopped"] == [
         {"instance_id": other, "region": "us-east-1"}
     ]
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (("--data", "none.jsonl"), "file none.jsonl does not exist"),
-        (("--store", "file:///x"), "is no store"),
-        (("--store", "s3://a-bucket"), "--store names a bucket alone; give a prefix in it"),
-        (("--store", "s3://KEY:SECRET@bucket/x"), "'s3://***@bucket/x' is no store"),
-        (("--budget-usd", "0.001"), "--budget-usd 0.001 lasts 0.3 min at"),
-        (("--max-hours", "0.01"), "--max-hours are 0.6 min at"),
-        (("--name", "a b"), "'a b' is no name of a run"),
-        (("--instance", "g5.xlarge"), "g5.xlarge has 1 x a10g, and the plan is for 1 x t4; give one of g4dn.xlarge,"),
-        (("--instance", "g4dn.huge"), "unknown instance 'g4dn.huge'"),
-        (("--region", "mars"), "no spot price of t4 instances in 'mars' is known; try sfplan prices --update"),
-        (("--package", "none.whl"), "--package none.whl does not exist"),
-        (("--max-hours", "0"), "0.0 is not in the range"),
-        (("--", "--output", "x"), "--output cannot follow --"),
-        (("--", "--budget-usd=9"), "--budget-usd cannot follow --"),
-        (("--", "--stepz", "3"), "No such option"),
-        (("--", "--steps", "many"), "'many' is not a whole number"),
-        (("--", "--sample", "a\nb"), "holds a line break"),
-    ],
-)
-def test_what_cannot_be_launched_is_told(launch: Callable[..., Done], words: tuple[str, ...], told: str) -> None:
-    """One line and exit code 2, before AWS is asked anything."""
-    with calls.noted() as asked:
-        done = launch("--yes", *words)
-
-    assert done.code == 2 and told in done.error()
-    assert asked == []
-
-
-def test_other_plans_are_refused(launch: Callable[..., Done], t4_plan: str) -> None:
-    """Of a model that is on this machine alone."""
-    Path("plan.json").write_text(json.dumps({**json.loads(t4_plan), "model_name": "mine"}), encoding="utf-8")
-
-    assert "whose weights another machine would not find" in launch("--dry-run").error()
-
-
-@pytest.mark.parametrize(
-    ("operation", "code", "told"),
-    [
-        ("RunInstances", "InsufficientInstanceCapacity", "AWS has no such instance to spare there now"),
-        ("RunInstances", "MaxSpotInstanceCountExceeded", "quota of spot vCPUs"),
-        ("DescribeInstances", "UnauthorizedOperation", "docs/aws.md has the policies"),
-    ],
-)
-def test_what_aws_refuses_is_told(
-    launch: Callable[..., Done], endpoint: str, monkeypatch: pytest.MonkeyPatch, operation: str, code: str, told: str
-) -> None:
-    """AWS's code and what helps, and nothing of what AWS says beside it."""
-    from tests.aws import pricing
-
-    with pricing.serving(endpoint) as market, monkeypatch.context() as patch:
-        market.denied[operation] = code
-        patch.setenv("AWS_ENDPOINT_URL_EC2", market.endpoint)
-        done = launch("--yes")
-
-    assert done.code == 2 and f"ec2 answers {code} (" in done.error() and told in done.error()
-    assert planted.found_in([done.errors]) == []
-
-
-def test_no_secret_comes_out(launch: Callable[..., Done], bucket: str, image: str, run: str) -> None:
-    """Neither in what is shown, nor in the machine's script, its tags, or the store: not even an account's number."""
-    account = f"logs-{planted.ACCOUNT}-{uuid.uuid4().hex[:6]}"
-    boto3.client("s3").create_bucket(Bucket=account)
-    store = ("--store", f"s3://{account}/{run}", "--hf-token-parameter", "/mine/token")
-
-    texts = [launch(*words, *store) for words in ((), ("--dry-run",), ("--dry-run", "--json"), ("--yes", "--json"))]
-    texts += [
-        launch("--yes", "--resume", *store),
-        sfplan("runs", *ON),
-        sfplan("runs", *ON, "--json"),
-        sfplan("stop", run, *ON),
-    ]
-    texts.append(sfplan("stop", run, *ON, "--yes"))
-
-    assert [done.code for done in texts] == [2, 0, 0, 0, 0, 0, 0, 2, 0]
-    assert planted.found_in([text for done in texts for text in (done.output, done.errors)]) == []
-    script = script_of(json.loads(texts[3].output)["instance_id"])
-    secrets = [
-        secret for secret in planted.found_in([script]) if secret != planted.ACCOUNT
-    ]  # which its bucket is called
-    assert secrets == [] and IMAGE not in script
-    objects = boto3.client("s3").list_objects_v2(Bucket=account)["Contents"]
-    bodies = [boto3.client("s3").get_object(Bucket=account, Key=one["Key"])["Body"].read() for one in objects]
-    assert planted.found_in(bodies) == []
 
 
 def test_every_command_of_the_help_runs(launch: Callable[..., Done], image: str) -> None:

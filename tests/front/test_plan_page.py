@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from shallowflow.planner.plan import Plan
 from shallowflow.planner.serialize import from_json
 from shallowflow.planning import make_plan
 from shallowflow.profiles import ModelSpec, load_gpu
+from tests.front.browser import in_a_browser, opened
 from tests.front.shell import sfplan
 from tests.runtime import tiny
 
-CHROMIUM = shutil.which("chromium")
 MODEL = ModelSpec(name="tiny", config=dict(tiny.CONFIG))
 
 
@@ -95,21 +94,13 @@ def test_pages_that_cannot_be(name: str, said: str, tmp_path: Path) -> None:
     assert done.code == 2 and said in done.error()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
-@pytest.mark.parametrize(("width", "scheme"), [(380, "light"), (800, "dark"), (1280, "light")])
+@in_a_browser
 def test_in_a_browser(written: tuple[Plan, Path], width: int, scheme: Any) -> None:
     """Charts are drawn, nothing is wider than the window, no error is told, and sliders show their variant."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    plan, page = written
-    told: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        shown = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        shown.on("console", lambda line: told.append(line.text) if line.type == "error" else None)
-        shown.on("pageerror", lambda error: told.append(str(error)))
+    _, page = written
+    with opened(width, scheme) as shown:
         shown.goto(page.as_uri())
         shown.wait_for_selector(".main-svg")
-        assert shown.evaluate("document.documentElement.scrollWidth") <= width
         assert shown.locator("section .plot-container").count() == 5
         for name in ("length", "size", "rank"):
             shown.focus(f"#{name}")
@@ -118,7 +109,3 @@ def test_in_a_browser(written: tuple[Plan, Path], width: int, scheme: Any) -> No
         assert shown.inner_text("#peak") == words.gib(first["peak_process_bytes"])
         assert shown.inner_text("#seconds") == words.duration(first["step_seconds"])
         assert all(shown.locator("label").nth(n).inner_text() for n in range(4))
-        browser.close()
-
-    assert told == []
-    assert plan.model_name in page.read_text(encoding="utf-8")

@@ -11,8 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shallowflow.planner import problem as posing
-from shallowflow.planner import proof as proving
-from shallowflow.planner import quality, solver
+from shallowflow.planner import proof_check, quality, solver
 from shallowflow.planner.arrangement import Prices, arranged, least_harm, prices, repriced
 from shallowflow.planner.chain import Chain, Counts, Group, Limits, Taken, taken
 from shallowflow.planner.problem import Problem
@@ -74,7 +73,7 @@ def test_the_proof_is_of_the_best_order_of_layers(problem: Problem) -> None:
     proof = found.proof
     assert proof.bound_picoseconds <= min(scores) <= proof.score_picoseconds
     assert proof.score_picoseconds * (1 - proof.gap) <= min(scores) * (1 + 1e-9)
-    assert proving.verify(proof, found.best.configuration, cells) == []
+    assert proof_check.verify(proof, found.best.configuration, cells) == []
     given = found.best.configuration.strategies()
     assert found.best.weight_error == pytest.approx(quality.mean_error(given, problem.weighed))
 
@@ -155,7 +154,7 @@ def test_a_layers_harm_that_was_changed_is_caught(problem: Problem, data: st.Dat
     harms = (*proof.harms[:layer], smaller, *proof.harms[layer + 1 :])
 
     for changed in (replace(proof, harms=harms), replace(proof, harm_price=proof.harm_price + 1)):
-        assert proving.verify(changed, chosen, cells)
+        assert proof_check.verify(changed, chosen, cells)
 
 
 @settings(max_examples=25, deadline=None)

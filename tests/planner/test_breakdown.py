@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shallowflow.planner import breakdown, latency
 from shallowflow.planner.costs import LayerRuns, StepProfile
 from shallowflow.profiles import GpuSpec, load_gpu
-from tests.strategies import step_profiles
+from tests.profile_strategies import step_profiles
 
 T4 = load_gpu("t4")
 GPUS = st.sampled_from([T4, load_gpu("cpu"), replace(T4, kernel_launch_seconds=0.01)])

@@ -30,7 +30,8 @@ from shallowflow.runtime.step import MicroBatch, make_trainee
 from tests import flops as flop_count
 from tests.planner import tiny
 from tests.planner.tiny import FAMILIES, VOCABULARY, configuration
-from tests.strategies import FORMATS, POLICIES, same, step_profiles
+from tests.profile_strategies import same, step_profiles
+from tests.strategies import FORMATS, POLICIES
 
 
 def block_levels(trace: Trace, alignment: int) -> list[int]:

@@ -18,7 +18,8 @@ from shallowflow.planner.strategies import Strategy
 from shallowflow.profiles import GpuSpec, gpu_names, load_gpu
 from shallowflow.profiles.load import RATES
 from tests.planner import tiny
-from tests.strategies import T4, step_profiles
+from tests.profile_strategies import step_profiles
+from tests.strategies import T4
 
 SPEEDS = tuple(name for name in RATES if name.endswith("_per_second"))
 DELAYS = tuple(name for name in RATES if name.endswith("_seconds"))

@@ -22,7 +22,8 @@ from shallowflow.profiling import length_profile
 from shallowflow.runtime import build
 from shallowflow.session import RequestError, Session
 from tests.planner import tiny
-from tests.strategies import FORMATS, POLICIES, T4, step_profiles
+from tests.profile_strategies import step_profiles
+from tests.strategies import FORMATS, POLICIES, T4
 
 
 def cost(

@@ -19,7 +19,7 @@ from shallowflow.planner.strategies import Strategy
 from shallowflow.profiles import ModelSpec, load_gpu
 from shallowflow.session import Session
 from tests.planner import tiny
-from tests.strategies import same
+from tests.profile_strategies import same
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shallowflow.planner import allowed
+from shallowflow.planner import allowed, proof_check
 from shallowflow.planner import problem as posing
 from shallowflow.planner import proof as proving
 from shallowflow.planner.chain import taken
@@ -77,7 +77,7 @@ def test_the_answer_is_the_best_of_all_cells(problem: Problem) -> None:
         return
     assert found.proof.score_picoseconds == min(scores)
     assert found.proof.status == "optimal"
-    assert proving.verify(found.proof, found.best.configuration, considered(problem)) == []
+    assert proof_check.verify(found.proof, found.best.configuration, considered(problem)) == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,7 +97,7 @@ def test_what_is_chosen_fits_when_it_is_traced(problem: Problem, slack: dict[int
     assert len({c.configuration for c in shown}) == len(shown)
     assert found.num_traced == len(tracer.traced) == len(set(tracer.traced))
     assert found.proof.gap <= found.proof.unfragmented_gap + 1e-12
-    assert proving.verify(found.proof, found.best.configuration, considered(problem)) == []
+    assert proof_check.verify(found.proof, found.best.configuration, considered(problem)) == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,7 +120,7 @@ def test_no_single_strategy_that_fits_is_better(problem: Problem, of_mixes: floa
         return
     assert found.proof.score_picoseconds <= min(scores, default=found.proof.score_picoseconds)
     assert found.best.prediction.peak_reserved_bytes <= problem.budget_bytes
-    assert proving.verify(found.proof, found.best.configuration, considered(problem)) == []
+    assert proof_check.verify(found.proof, found.best.configuration, considered(problem)) == []
 
 
 @settings(max_examples=20, deadline=None)
@@ -158,7 +158,7 @@ def test_a_planted_wrong_answer_is_caught(problem: Problem, data: st.DataObject)
     assume(score > 10**6)
 
     def fails(changed: proving.Proof, configuration: Configuration = chosen) -> bool:
-        return bool(proving.verify(changed, configuration, cells))
+        return bool(proof_check.verify(changed, configuration, cells))
 
     assert fails(replace(proof, score_picoseconds=score - 10**5))
     assert fails(replace(proof, budget_bytes=proof.budget_bytes + 1))

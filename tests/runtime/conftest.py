@@ -91,5 +91,5 @@ def asking(program: str) -> Iterator[Ask]:
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Ask the program of shared weights and replicas."""
-    with asking("tests.runtime.several") as asked:
+    with asking("tests.runtime.troubled") as asked:
         yield asked

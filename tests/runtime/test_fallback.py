@@ -23,30 +23,10 @@ from shallowflow.runtime.record import RunRecord
 from shallowflow.runtime.run import CHECKPOINTS, RunFailed, RunRequest, Silent, train
 from shallowflow.runtime.step import MicroBatch, Trainee
 from shallowflow.runtime.watch import Watcher
+from tests.runtime.short import OUT, Seen
 
 Requests = Callable[..., RunRequest]
-OUT = "CUDA out of memory. Tried to allocate 2.00 GiB."
 NUM_STEPS = 5
-
-
-class Seen:
-    """What every micro-batch of a step held, and a device whose memory runs out at some of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches: list[list[list[int]]] = []
-        self.fails: Callable[[Seen], bool] = lambda _seen: False
-        real = Trainee.loss
-
-        def loss(trainee: Trainee, batch: MicroBatch) -> torch.Tensor:
-            if batch.input_ids.is_meta:
-                return real(trainee, batch)
-            if torch.is_grad_enabled():
-                self.batches.append(batch.input_ids.tolist())
-            if self.fails(self):
-                raise torch.OutOfMemoryError(OUT)
-            return real(trainee, batch)
-
-        monkeypatch.setattr(Trainee, "loss", loss)
 
 
 @pytest.fixture
