@@ -201,18 +201,19 @@ class BranchAndBound:
                 node.too_wide = STILL_TOO_WIDE * share * gap
                 return False
             best, looked_at = self._neighbours.best_of(listed.counts, listed.score_seconds)
-            if best is not None or share == 1:
+            if best is not None:
+                self._keep(best)
+            if share == 1 or (best is not None and best.taken.score_picoseconds < below * SECOND):
                 self._parts_left -= listed.num_parts + looked_at * self._num_layers
                 self._settle(node, point, best, below)
                 return True
         return False
 
     def _settle(self, node: _Open, point: Point, best: Chosen | None, below_seconds: float) -> None:
-        """Keep *best* of *node*, in which no other way scores less than it and *below_seconds*."""
+        """Note that in *node* no way but *best*, which is known, scores less than it and *below_seconds*."""
         least = round(below_seconds * SECOND)
         if best is not None:
             least = min(least, best.taken.score_picoseconds)
-            self._keep(best)
         node.score_seconds = least / SECOND
         self._nodes[node.number] = replace(point.node, at_least_picoseconds=least)
         self._leaf_bounds[node.number] = node.score_seconds

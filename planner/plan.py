@@ -27,6 +27,8 @@ Objective = Literal["time", "cost", "quality"]
 Bytes = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 Usd = Annotated[float, Meta(ge=0)]
+MOST_GPUS = 1024
+"""That a plan may be for: far more than pay for what this plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,9 +67,9 @@ class Workload:
     window_counts: tuple[Annotated[int, Meta(ge=0)], ...] = ()
     num_eval_sequences: Annotated[int, Meta(ge=0)] = 0
     global_batch_size: Annotated[int, Meta(ge=1, le=MOST_SEQUENCES)] = 16
-    num_gpus: Positive = 1
-    num_machines: Positive = 1
-    num_stages: Positive | None = None
+    num_gpus: Annotated[int, Meta(ge=1, le=MOST_GPUS)] = 1
+    num_machines: Annotated[int, Meta(ge=1, le=MOST_GPUS)] = 1
+    num_stages: Annotated[int, Meta(ge=1, le=MOST_GPUS)] | None = None
     rank: Positive | None = None
     min_rank: Positive = 16
     adapter: Method = "lora"

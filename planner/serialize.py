@@ -85,7 +85,7 @@ def _contradictions(plan: Plan) -> list[str]:
     seconds = sum(part.seconds for part in plan.time.kinds)
     if not math.isclose(seconds, plan.time.device_seconds, rel_tol=1e-6, abs_tol=1e-9):
         found.append(f"time.kinds sums to {seconds} seconds, time.device_seconds is {plan.time.device_seconds}")
-    found += _overflow(plan)
+    found += _overflow(plan) + _timeless(plan)
     found += _stage_memory(plan)
     if plan.weighed is not None and len(plan.weighed.layers) != plan.configuration.num_layers:
         found.append(
@@ -165,6 +165,12 @@ def _unlike(plan: Plan, other: Configuration) -> list[str]:
 def _sharing(configuration: Configuration) -> list[str]:
     alone = configuration.num_gpus == 1 and configuration.sharding != "none"
     return [f"configuration.sharding is {configuration.sharding}, configuration.num_gpus 1"] if alone else []
+
+
+def _timeless(plan: Plan) -> list[str]:
+    """Steps that take no time: rates are divided by it."""
+    seconds = plan.prediction.step_seconds
+    return [] if seconds > 0 else [f"prediction.step_seconds is {seconds}, and every step takes time"]
 
 
 def _overflow(plan: Plan) -> list[str]:

@@ -107,11 +107,12 @@ def _inert(own: Entries, kind: str, where: str) -> tuple[str, ...]:
     if kind == "full" and (in_4 or in_8):
         key, needed = ("load_in_4bit", "qlora") if in_4 else ("load_in_8bit", "lora")
         raise ConfigurationError(f"{where}: axolotl refuses {key} without an adapter; give adapter: {needed}")
-    if kind == "qlora" and not in_4:
+    if kind == "qlora" and (in_8 or not in_4):
         found = "load_in_8bit" if in_8 else "no load_in_4bit"
         raise ConfigurationError(f"{where}: axolotl refuses adapter: qlora with {found}; give load_in_4bit: true")
-    if kind == "lora" and in_4 and not in_8:
-        return ("axolotl ignores load_in_4bit with adapter: lora: weights stay as they are; adapter: qlora does it.",)
+    if kind == "lora" and in_4:
+        instead = "load_in_8bit is what counts" if in_8 else "weights stay as they are; adapter: qlora does it"
+        return (f"axolotl ignores load_in_4bit with adapter: lora: {instead}.",)
     return ()
 
 

@@ -29,6 +29,7 @@ from shallowflow.inspection import (
 )
 from shallowflow.launch_command import launch_command
 from shallowflow.options import DEFAULT_MODEL, request, workload_options
+from shallowflow.outputs import check_apart
 from shallowflow.planner.memory_record import OutOfDeviceMemory
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.remedies import Infeasible
@@ -126,8 +127,8 @@ def plan_command(model: str, as_json: bool, output: Path | None, report: Path | 
 
     spec = find_model(model)
     device, workload, notes = request((model, spec.name), **options)
-    _check_writable(output)
     check_report(report)
+    check_apart({"--output": output, "--report": report}, (model, options["data"], options["eval_data"]))
     try:
         with status(f"planning {spec.name}") as tell:
             made = make_plan(spec, device, workload, progress=tell, notes=notes)
@@ -145,11 +146,6 @@ def plan_command(model: str, as_json: bool, output: Path | None, report: Path | 
         with status("writing the page") as tell:
             write_report(made, report, tell)
     _show(made, as_json)
-
-
-def _check_writable(output: Path | None) -> None:
-    if output is not None and not output.parent.is_dir():
-        raise RequestError(f"folder {output.parent} for --output does not exist")
 
 
 def _show(made: Plan, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import click
 
 from shallowflow.amazon import needs_boto3
 from shallowflow.data_command import data_format_option
+from shallowflow.outputs import check_apart
 from shallowflow.profiles.load import load_gpu, load_instances
 from shallowflow.runtime.files import write_bytes, write_text
 from shallowflow.session import RequestError
@@ -66,15 +67,17 @@ def export_command(
     """
     from shallowflow.training import read_plan
 
-    if output is not None and not output.parent.is_dir():
-        raise RequestError(f"folder {output.parent} for --output does not exist")
-    if output is not None and output.resolve() in {path.resolve() for path in (plan, data, eval_data) if path}:
-        raise RequestError(f"--output {output} is a file that is read; give another name")
+    check_apart({"--output": output}, (plan, data, eval_data))
     loaded = read_plan(plan)
+    packed: Path | None = None
+    beside: Path | None = None
     if target == "skypilot":
         job = _job(plan, data, eval_data, data_format, bucket, store, package, spot=spot)
-        if package is None and output is not None and job.wheel is not None:
-            job = replace(job, wheel=_beside(output, job.wheel))
+        packed = job.wheel
+        if package is None and output is not None and packed is not None:
+            beside = output.parent / packed.name
+            check_apart({"--output": output}, (beside,))
+            job = replace(job, wheel=beside)
         text = _task(loaded, job)
     else:
         if any(given is not None for given in (bucket, store, package, eval_data)):
@@ -83,6 +86,8 @@ def export_command(
     if output is None:
         click.echo(text, nl=False)
         return
+    if beside is not None and packed is not None:
+        write_bytes(beside, packed.read_bytes())
     write_text(output, text)
 
 
@@ -114,13 +119,6 @@ def _job(
         package=installed,
         wheel=next(iter(files.values()), None),
     )
-
-
-def _beside(output: Path, wheel: Path) -> Path:
-    """A copy of *wheel* beside *output*; the task names it as seen from the folder that both commands run in."""
-    copy = output.parent / wheel.name
-    write_bytes(copy, wheel.read_bytes())
-    return copy
 
 
 def _checked(store: str | None) -> str | None:

@@ -10,6 +10,7 @@ import click
 import msgspec
 
 from shallowflow import completing
+from shallowflow.numbers import FiniteRange
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS, adapter_options
 from shallowflow.planner.memory_record import MemoryRecord
 from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS, Method, TargetModules
@@ -74,7 +75,7 @@ def profile_command(
 )
 @click.option(
     "--capacity-mib",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="What the allocator may reserve; what does not fit fails as on the device.  [default: no bound]",
 )
 @click.option("--expandable-segments", is_flag=True, help="As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.")

@@ -136,11 +136,12 @@ def most_hours(given: float | None, found: Outlook | None, usd_per_hour: float, 
         RequestError: it would end before the run begins.
     """
     usual = MOST_HOURS if found is None else TIMES_LONGER * found.nine_of_ten_hours
-    hours = given or (max(1.0, math.ceil(usual)) if math.isfinite(usual) else MOST_HOURS)
-    hours = hours if budget_usd is None else min(hours, budget_usd / usd_per_hour)
+    wanted = given or (max(1.0, math.ceil(usual)) if math.isfinite(usual) else MOST_HOURS)
+    lasting = math.inf if budget_usd is None else budget_usd / usd_per_hour
+    hours = min(wanted, lasting)
     least = 0.0 if found is None else found.hours
     if hours < SETUP_HOURS:
-        lasts = f"--budget-usd {budget_usd:g} lasts" if budget_usd is not None else "--max-hours are"
+        lasts = "--max-hours are" if wanted <= lasting else f"--budget-usd {budget_usd:g} lasts"
         raise RequestError(
             f"{lasts} {hours * 60:.1f} min at {words.usd(usd_per_hour)} an hour, and a machine takes "
             f"{SETUP_HOURS * 60:.0f} to begin; the run is expected to take {max(least, SETUP_HOURS):.2f} h"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,10 @@ import click
 
 from shallowflow import completing
 from shallowflow.data_command import data_format_option
+from shallowflow.numbers import FiniteRange
 from shallowflow.planner import machines
 from shallowflow.planner.allowed import HEADROOM
-from shallowflow.planner.plan import Objective, Quantization, Workload
+from shallowflow.planner.plan import MOST_GPUS, Objective, Quantization, Workload
 from shallowflow.planner.strategies import (
     MODULE_NAME,
     Activations,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"
 DEFAULTS = Workload()
-POSITIVE = click.FloatRange(min=0, min_open=True)
+POSITIVE = FiniteRange(min=0, min_open=True)
 MOST_FIXED = 65_536
 FIXABLE = (
     "micro_batch_size",
@@ -105,17 +105,6 @@ def _target_modules(_context: click.Context, _option: click.Parameter, value: st
     return names
 
 
-def _number(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """*value*, which a range lets pass where it is none.
-
-    Raises:
-        RequestError: it is none.
-    """
-    if value is not None and math.isnan(value):
-        raise RequestError(f"{option.opts[0]} {value} is no number; give one such as 0.05")
-    return value
-
-
 def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
     """The kind of adapter, or none, and what it is on."""
     told = "The kind of LoRA, or full: every weight learns."
@@ -133,7 +122,7 @@ def adapter_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def workload_options(command: Callable[..., None]) -> Callable[..., None]:
     """Every option that a ``Workload`` is made from, and the GPU's."""
-    count = click.IntRange(min=1)
+    count = click.IntRange(1, MOST_GPUS)
     gpu = click.option(
         "--gpu",
         default="t4",
@@ -159,7 +148,7 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--stages",
-            type=count,
+            type=click.IntRange(1, MOST_GPUS),
             help="Parts to cut the model into, each on GPUs of its own.  [default: what is faster]",
         ),
         click.option(
@@ -206,14 +195,13 @@ def work_options(command: Callable[..., None]) -> Callable[..., None]:
         _choice("--objective", get_args(Objective), DEFAULTS.objective, "What the best plan is best at."),
         click.option(
             "--headroom",
-            type=click.FloatRange(0, 1, max_open=True),
+            type=FiniteRange(0, 1, max_open=True),
             help=f"Share of the GPU's memory that stays free.  [default: {HEADROOM}]",
         ),
         click.option("--max-process-gib", type=POSITIVE, help="What the process may take of the GPU's memory."),
         click.option(
             "--max-weight-error",
-            callback=_number,
-            type=click.FloatRange(0, MOST_ERROR),
+            type=FiniteRange(0, MOST_ERROR),
             help="How coarse the base weights may be.",
         ),
         click.option("--deadline-hours", type=POSITIVE, help="When the run must be over, on the wall."),

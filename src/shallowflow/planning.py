@@ -35,7 +35,7 @@ from shallowflow.profiles.load import load_gpu, load_instances
 from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.session import Progress, Session
 from shallowflow.staging import Staged
-from shallowflow.work import size_of_work
+from shallowflow.work import path_of, size_of_work
 from shallowflow.workloads import check, deadline_hours, space, stage_counts, workload_of
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def plan(
         DataError: the data cannot be read.
         Infeasible: nothing fits; carries remedies that do.
     """
-    facts, device, asked = find_model(str(model)), load_gpu(gpu), workload_of(workload)
-    learned, held_out = (None if path is None else Path(path) for path in (data, eval_data))
+    facts, device, asked = find_model(str(model)), load_gpu(str(gpu)), workload_of(workload)
+    learned, held_out = (path_of(name, given) for name, given in (("data", data), ("eval_data", eval_data)))
     tokens, names = workload.get("total_tokens"), (str(model), facts.name)
     size, notes = size_of_work(names, tokens, learned, held_out, data_format, asked.sequence_length)
     made = make_plan(facts, device, replace(asked, **size), progress=progress, notes=notes)

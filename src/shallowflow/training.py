@@ -12,6 +12,7 @@ import msgspec
 
 from shallowflow import processes
 from shallowflow.data_command import data_format_option
+from shallowflow.numbers import FiniteRange
 from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.serialize import PlanError, from_json
@@ -36,13 +37,13 @@ _ENDS = {"interrupted": 130, "out of budget": 1}
 @click.option("--steps", type=click.IntRange(1, 10**9), help="Optimizer updates.  [default: one pass over the data]")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="AdamW's.  [default: 2e-4 for an adapter, 2e-5 where every weight learns]",
 )
-@click.option("--usd-per-hour", type=click.FloatRange(min=0), help="What the machine costs, for the meter.")
+@click.option("--usd-per-hour", type=FiniteRange(min=0), help="What the machine costs, for the meter.")
 @click.option(
     "--budget-usd",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Save and end before all sessions together cost more.",
 )
 @click.option("--store", metavar="s3://BUCKET/PREFIX", help="Keep checkpoints and results there as well.")

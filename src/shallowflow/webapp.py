@@ -202,6 +202,7 @@ def make_app(token: str) -> flask.Flask:
         plan = _done(planner, number).plan
         assert plan is not None
         text, name = io.BytesIO(to_json(plan).encode()), f"{Path(plan.model_name).name}.json"
+        name = "".join(letter if letter.isprintable() else "_" for letter in name)  # a header is one line
         return flask.send_file(text, "application/json", as_attachment=True, download_name=name)
 
     return app

@@ -13,6 +13,7 @@ import msgspec
 
 from shallowflow import completing
 from shallowflow.comparing import Asked, changed_in, circumstances_of, combinations, compare
+from shallowflow.numbers import FiniteRange
 from shallowflow.options import DEFAULT_MODEL, request, work_options
 from shallowflow.planner import comparison_view, outlook
 from shallowflow.planner.comparison import By, Comparison, OutOfReach
@@ -21,7 +22,7 @@ from shallowflow.planner.plan import Workload
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 
-MINUTES = click.FloatRange(min=0, max=24 * 60)
+MINUTES = FiniteRange(min=0, max=24 * 60)
 
 
 @click.command("whatif")
@@ -49,7 +50,7 @@ MINUTES = click.FloatRange(min=0, max=24 * 60)
 )
 @click.option(
     "--notices",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default=True,
     help="Share of interruptions whose notice comes in time for a checkpoint.",

@@ -11,6 +11,17 @@ if TYPE_CHECKING:
     from shallowflow.runtime.documents import Format
 
 
+def path_of(name: str, given: object) -> Path | None:
+    """The path that an argument called *name* gives.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if given is not None and not isinstance(given, (str, Path)):
+        raise RequestError(f"{name} is {type(given).__name__}; give the path of a file, or hf:ORG/NAME")
+    return None if given is None else Path(given)
+
+
 def size_of_work(
     model: tuple[str, str],
     tokens: int | None,
@@ -31,6 +42,7 @@ def size_of_work(
         raise RequestError("the size is given twice; give either --tokens (total_tokens in Python) or --data, not both")
     if data is None and data_format is not None and eval_data is None:
         raise RequestError("--data-format says how --data is read; give --data, too")
+    _check_format(data_format)
     given: dict[str, Any] = {"total_tokens": tokens} if tokens else {}
     if data is None and eval_data is None:
         return given, ()
@@ -64,3 +76,13 @@ def size_of_work(
         "window_counts": window_counts(windows, sequence_length),
     }
     return {**given, **found}, (note,)
+
+
+def _check_format(data_format: str | None) -> None:
+    """RequestError where there is no such format."""
+    if data_format is None:
+        return
+    from shallowflow.runtime.documents import FORMATS
+
+    if data_format not in FORMATS:
+        raise RequestError(f"data_format is {data_format!r}; give one of {', '.join(FORMATS)}")

@@ -16,7 +16,8 @@ SCREENS = [(380, "light"), (800, "dark"), (1280, "light")]
 def in_a_browser(test: Callable[..., None]) -> Callable[..., None]:
     """Run *test* at each width, or skip it where there is no browser."""
     at_each = pytest.mark.parametrize(("width", "scheme"), SCREENS)(test)
-    return pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")(at_each)
+    made: Callable[..., None] = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")(at_each)
+    return made
 
 
 @contextlib.contextmanager

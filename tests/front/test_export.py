@@ -238,3 +238,14 @@ def test_a_whole_models_checkpoints_need_a_larger_disk(plan: Callable[..., Path]
         disks.append(yaml.safe_load(done.output)["resources"]["disk_size"])
 
     assert disks == [104, 64]
+
+
+def test_nothing_is_left_of_a_task_that_failed(plan: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither the wheel, nor a task whose data nobody could learn, nor one in the place of what it installs."""
+    (tmp_path / "bad.jsonl").write_text('{"nope": 1}\n', encoding="utf-8")
+    (tmp_path / "tasks").mkdir()
+
+    for data, output in (("bad.jsonl", "tasks/task.yaml"), ("train.jsonl", "tasks"), ("train.jsonl", f"tasks/{WHEEL}")):
+        done = sfplan("export", plan(), *TO, "--data", data, "--output", output)
+        assert done.code == 2, done
+        assert list((tmp_path / "tasks").iterdir()) == [] and not (tmp_path / WHEEL).exists()

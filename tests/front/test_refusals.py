@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import shallowflow
 from tests.front.shell import SMALL, sfplan
 
 
@@ -50,6 +51,17 @@ from tests.front.shell import SMALL, sfplan
         (["gemma-3-1b-pt"], ["overflows in fp16", "--gpu l4"]),
         (["SmolLM2-135M", "--region", "atlantis-1"], ["atlantis-1", "us-east-1"]),
         (["SmolLM2-135M", "--rank", "8", "--min-rank", "32"], ["--rank 8 is less than --min-rank 32"]),
+        *(
+            (["SmolLM2-135M", option, "9" * 23], [f"'{option}'", "not in the range 1<=x<=1024"])
+            for option in ("--gpus", "--nodes", "--stages")
+        ),
+        *(
+            (["SmolLM2-135M", option, number], [f"'{option}'", f"{number} is no number"])
+            for option in ("--max-process-gib", "--deadline-hours", "--budget-usd")
+            for number in ("nan", "inf")
+        ),
+        (["SmolLM2-135M", "--headroom", "nan"], ["'--headroom'", "nan is no number"]),
+        (["SmolLM2-135M", "--max-weight-error", "nan"], ["'--max-weight-error'", "nan is no number"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else None,
 )
@@ -125,7 +137,7 @@ def test_work_too_large_to_count_is_refused(tiny_folder: Path) -> None:
 
 def test_work_is_measured_in_one_way(tiny_folder: Path, data: Path) -> None:
     """Tokens and data together contradict each other."""
-    assert "either --tokens or --data" in sfplan(tiny_folder, "--tokens", 5, "--data", data).error()
+    assert "the size is given twice" in sfplan(tiny_folder, "--tokens", 5, "--data", data).error()
 
 
 @pytest.mark.parametrize("content", [None, "", '{"body": "no text"}'], ids=["missing", "empty", "columns"])
@@ -209,3 +221,46 @@ def test_a_device_that_is_not_there_is_not_calibrated(monkeypatch: pytest.Monkey
 
     assert done.code == 2
     assert done.error() == "this machine has no CUDA device; try --device cpu"
+
+
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_nothing_that_is_read_is_written_over(option: str, folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Neither data, nor held-out text, nor the model's own configuration, nor what another option writes."""
+    model, data, held = folder(), tmp_path / "data.html", tmp_path / "held.html"
+    for file in (data, held):
+        file.write_text("the cat sat on the mat", encoding="utf-8")
+    other = "--report" if option == "--output" else "--output"
+    before = {path: path.read_bytes() for path in (model / "config.json", data, held)}
+    page = model.rename(tmp_path / "model.html")  # as a report's name must end so
+    before = {page / "config.json" if path.name == "config.json" else path: told for path, told in before.items()}
+
+    for words in (
+        [page, *SMALL, "--data", data, option, data],
+        [page, *SMALL, "--eval-data", held, option, held],
+        [page, *SMALL, option, tmp_path / "one.html", other, tmp_path / "one.html"],
+        [page, *SMALL, option, page],
+    ):
+        done = sfplan(*words)
+        assert done.code == 2 and ("another name" in done.error() or "is a directory" in done.error()), done
+
+    assert sfplan(page / "config.json", *SMALL, "--output", page / "config.json").code == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"data": 123}, "data is int; give the path of a file"),
+        ({"eval_data": ["held.jsonl"]}, "eval_data is list; give the path of a file"),
+        ({"data": "d.jsonl", "data_format": "zzz"}, "data_format is 'zzz'; give one of messages,"),
+        ({"data": "d.jsonl", "total_tokens": 5}, "the size is given twice"),
+        ({"gpu": None}, "unknown GPU 'None'"),
+        ({"num_gpus": 10**24}, "num_gpus"),
+    ],
+)
+def test_a_bad_argument_is_told_in_one_line(given: dict[str, Any], told: str) -> None:
+    """In Python too, as one of the exceptions that the function names."""
+    with pytest.raises((shallowflow.RequestError, shallowflow.FactsError)) as raised:
+        shallowflow.plan(**{"model": "SmolLM2-135M", "gpu": "t4", **given})
+
+    assert told in str(raised.value) and "\n" not in str(raised.value)

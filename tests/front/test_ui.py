@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,6 +81,8 @@ def test_a_plan_is_the_command_lines(client: FlaskClient, tiny_folder: Path) -> 
         ({"data": "nowhere.jsonl"}, "the size is given twice"),
         ({"max_process_gib": "0.001"}, "no plan fits in"),
         ({"model": "--help"}, "--help"),
+        ({"gpus": "9" * 23}, "not in the range"),
+        ({"budget_usd": "nan"}, "nan is no number"),
     ],
 )
 def test_what_cannot_be_is_told(client: FlaskClient, tiny_folder: Path, given: dict[str, str], said: str) -> None:
@@ -111,6 +114,17 @@ def test_only_the_latest_is_planned(client: FlaskClient, tiny_folder: Path, monk
 
     assert ended(client, first)["state"] == "superseded"
     assert ended(client, second)["state"] == "done"
+
+
+def test_a_plan_of_an_odd_folder_can_be_had(client: FlaskClient, tiny_folder: Path, tmp_path: Path) -> None:
+    """Its name goes into a header, which is one line."""
+    odd = tmp_path / "odd\nname \u2603"
+    shutil.copytree(tiny_folder, odd)
+
+    done = ended(client, ask(client, model=odd, **ASKED))
+
+    saved = client.get(f"/plans/{done['number']}/plan.json")
+    assert saved.status_code == 200 and from_json(saved.data).model_name == "odd\nname \u2603"
 
 
 def test_other_sites_get_nothing(client: FlaskClient, tiny_folder: Path) -> None:

@@ -9,13 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import solver
-from shallowflow.planner import branch, open_ways
+from shallowflow.planner import branch, listing, open_ways
 from shallowflow.planner.branch import BranchAndBound, solve
 from shallowflow.planner.certificate import Node, Tree, lower_bound
-from shallowflow.planner.chain import Chain, Choice, Limits, backward_order, dominated, no_worse, taken
+from shallowflow.planner.chain import Chain, Choice, Group, Limits, backward_order, dominated, no_worse, taken
 from shallowflow.planner.needs import Unproven
 from shallowflow.planner.open_ways import OpenWays
 from tests.planner.chains import MIB, best, chains, choices, limited, ways
+from tests.strategies import STRATEGIES
 
 EXACT = 1e-9
 
@@ -265,3 +266,56 @@ def test_no_order_of_a_groups_layers_has_a_lower_backward_peak(chain: Chain, dat
     ordered = [made[i] for i in backward_order(made)]
     shuffled = data.draw(st.permutations(made))
     assert peak(ordered) <= peak(shuffled)
+
+
+def test_no_part_is_gone_through_twice() -> None:
+    """Where all that is followed scores more than up to where it was: what is followed next is more, not the same."""
+    rows = [(0, 0, 5632, 1000960), (0, 390_000, 399872, 197632), (215_266_127, 390_000, 11264, 2560)]
+    more = [(0, 0, 4096, 2048), (0, 390_000, 30720, 76288), (50_003_708_029, 390_000, 6656, 911872)]
+    chain = Chain(
+        groups=tuple(Group(num_layers=1, choices=tuple(map(lean, range(3), table))) for table in (rows, more)),
+        gradient_accumulation_steps=1,
+        fixed_bytes=10_005_345,
+        head_high_bytes=5120,
+        head_change_bytes=512,
+        update_high_bytes=0,
+        device_picoseconds=3_000_020,
+        host_picoseconds=39_000_000,
+        update_picoseconds=0,
+        harm_price=390,
+    )
+    limits = Limits(memory_bytes=10_608_480, harm=None, host_bytes=None, step_picoseconds=None)
+    followed: list[object] = []
+    real = listing.ways_below
+
+    def noted(relaxation: object, point: object, bounds: object, below: float, most: int) -> object:
+        followed.append((str(bounds), below))
+        return real(relaxation, point, bounds, below, most)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch, "ways_below", noted)
+        found = solve(chain, limits)
+
+    least = best(chain, limits)
+    assert found.best is not None and least is not None
+    assert found.best.taken.score_picoseconds == least.score_picoseconds
+    assert len(followed) == len(set(followed)) > 1
+
+
+def lean(number: int, row: tuple[int, int, int, int]) -> Choice:
+    """A choice of (device, penalty, forward, backward)."""
+    device, penalty, forward, backward = row
+    return Choice(
+        strategy=STRATEGIES[number],
+        resident_bytes=2048 if penalty else 512,
+        forward_high_bytes=forward,
+        forward_change_bytes=forward,
+        release_bytes=0,
+        backward_high_bytes=backward,
+        backward_change_bytes=1024 - forward,
+        device_picoseconds=device,
+        host_picoseconds=39_000_000 if device > 10**9 else 228_000_000 if device else 0,
+        penalty_picoseconds=penalty,
+        harm=1000 if penalty else 0,
+        host_bytes=0,
+    )

@@ -18,6 +18,7 @@ from tests.trainers.test_traps import CLEAN
 
 PUBLIC = sorted(path for path in (Path(__file__).parent / "public").iterdir() if path.suffix != ".md")
 NUM_FUZZED = 300
+BOTH = "load_in_4bit: true\nload_in_8bit: true"
 
 
 def read(path: Path) -> Settings:
@@ -42,6 +43,10 @@ def read(path: Path) -> Settings:
         ("base_model: x\nadapter: ia3", ": adapter is ia3; lora, qlora and none can be checked"),
         ("base_model: x\nload_in_4bit: true", ": axolotl refuses load_in_4bit without an adapter; give adapter: qlora"),
         ("base_model: x\nadapter: qlora\nload_in_8bit: true", ": axolotl refuses adapter: qlora with load_in_8bit"),
+        (
+            "base_model: x\nadapter: qlora\nload_in_4bit: 1\nload_in_8bit: 1",
+            ": axolotl refuses adapter: qlora with load_in",
+        ),
         ("base_model: x\nadapter: qlora", ": axolotl refuses adapter: qlora with no load_in_4bit; give load_in_4bit"),
         ("base_model: x\nrl: dpo", ": rl is dpo; supervised fine-tuning can be checked"),
         ("model_name_or_path: x\nstage: dpo", ": stage is dpo; sft and pt can be checked"),
@@ -65,7 +70,12 @@ def test_a_broken_file_is_told_in_one_line(text: str, told: str, tmp_path: Path)
     [
         ("adapter: qlora\nload_in_4bit: true", "nf4", ""),
         ("adapter: lora\nload_in_8bit: true", "int8", ""),
-        ("adapter: lora\nload_in_4bit: true", "none", "axolotl ignores load_in_4bit with adapter: lora"),
+        ("adapter: lora\nload_in_4bit: true", "none", "axolotl ignores load_in_4bit with adapter: lora: weights stay"),
+        (
+            "adapter: lora\nload_in_4bit: true\nload_in_8bit: true",
+            "int8",
+            "axolotl ignores load_in_4bit with adapter: ",
+        ),
     ],
 )
 def test_what_axolotl_ignores_is_told(text: str, quantized: str, told: str, tmp_path: Path) -> None:
