@@ -16,8 +16,12 @@ else:
             return tuple(bounds.items())
 
 
-__all__ = ["Int", "Meta"]
+__all__ = ["MOST_GPUS", "Int", "Meta", "Number"]
 
 MOST_BYTES = 2**62
 Int = Annotated[int, Meta(ge=-MOST_BYTES, le=MOST_BYTES)]
 """A whole number that every reader of JSON knows."""
+MOST_GPUS = 1024
+"""That a plan may be for: far more than pay for what this plans."""
+Number = Annotated[int, Meta(ge=1, le=MOST_GPUS)]
+"""Of GPUs, of machines that they are in, of stages that they hold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from .bounds import Meta
+from .bounds import Meta, Number
 from .proof import Proof
 from .strategies import (
     MOST_SEQUENCES,
@@ -27,8 +27,6 @@ Objective = Literal["time", "cost", "quality"]
 Bytes = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 Usd = Annotated[float, Meta(ge=0)]
-MOST_GPUS = 1024
-"""That a plan may be for: far more than pay for what this plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +65,9 @@ class Workload:
     window_counts: tuple[Annotated[int, Meta(ge=0)], ...] = ()
     num_eval_sequences: Annotated[int, Meta(ge=0)] = 0
     global_batch_size: Annotated[int, Meta(ge=1, le=MOST_SEQUENCES)] = 16
-    num_gpus: Annotated[int, Meta(ge=1, le=MOST_GPUS)] = 1
-    num_machines: Annotated[int, Meta(ge=1, le=MOST_GPUS)] = 1
-    num_stages: Annotated[int, Meta(ge=1, le=MOST_GPUS)] | None = None
+    num_gpus: Number = 1
+    num_machines: Number = 1
+    num_stages: Number | None = None
     rank: Positive | None = None
     min_rank: Positive = 16
     adapter: Method = "lora"

@@ -48,9 +48,16 @@ from shallowflow.ui_command import ui_command
 from shallowflow.weigh_command import weigh_command
 from shallowflow.whatif_command import whatif_command
 
+HELP_NAMES = ["-h", "--help"]
+
 
 class Commands(click.Group):
     """A group whose command may be left out: ``sfplan MODEL`` is ``sfplan plan MODEL``."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Each knows both spellings of help, also where its line is read without the group's."""
+        cmd.context_settings.setdefault("help_option_names", HELP_NAMES)
+        super().add_command(cmd, name)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put ``plan`` before arguments that name no command."""
@@ -77,7 +84,7 @@ class Commands(click.Group):
         return super().get_command(ctx, "plan" if cmd_name == "model" else cmd_name)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": HELP_NAMES})
 @click.version_option(__version__, prog_name="sfplan")
 def cli() -> None:
     """Plan, prove and run the best way to fine-tune a language model on a small GPU.

@@ -14,7 +14,8 @@ from shallowflow.data_command import data_format_option
 from shallowflow.numbers import FiniteRange
 from shallowflow.planner import machines
 from shallowflow.planner.allowed import HEADROOM
-from shallowflow.planner.plan import MOST_GPUS, Objective, Quantization, Workload
+from shallowflow.planner.bounds import MOST_GPUS
+from shallowflow.planner.plan import Objective, Quantization, Workload
 from shallowflow.planner.strategies import (
     MODULE_NAME,
     Activations,

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import shallowflow
@@ -42,6 +43,17 @@ def test_every_command_has_help(command: str) -> None:
     assert done.code == 0 and done.output.startswith("Usage: sfplan ")
     real = cli.cli.commands["plan" if command == "model" else command]
     assert all(option in done.output for parameter in real.params for option in parameter.opts if "--" in option)
+
+
+def test_a_line_that_another_command_reads_changes_no_help() -> None:
+    """What launching reads a run's options with leaves the command as it was."""
+    made = click.Command("alone")
+    cli.cli.add_command(made)
+    try:
+        made.make_context("alone", []).command.get_help_option(click.Context(made))
+        assert sfplan("alone", "-h") == sfplan("alone", "--help")
+    finally:
+        del cli.cli.commands["alone"]
 
 
 def test_nothing_at_all_is_answered_with_help() -> None:

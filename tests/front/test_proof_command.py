@@ -107,7 +107,7 @@ def test_a_plan_that_says_more_than_it_shows_is_caught(
         (("--fix", "rank=big"), "not a whole number"),
         (("--fix", "activations=forget"), "not one of save, recompute attention"),
         (("--fix", "micro_batch_size=3"), "do not divide the 4 sequences .* try one of 1, 2, 4"),
-        (("--max-weight-error", "nan"), "--max-weight-error nan is no number"),
+        (("--max-weight-error", "nan"), "'--max-weight-error': nan is no number"),
         (("--max-weight-error", "1e200"), "not in the range"),
         (("--max-weight-error", "inf"), "not in the range"),
         (("--fix", "loss_chunks=5"), "do not divide a sequence of 32 tokens"),
