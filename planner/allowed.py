@@ -8,6 +8,7 @@ from typing import get_args
 
 from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
+from . import schedule
 from .plan import Workload
 from .strategies import (
     Activations,
@@ -130,11 +131,18 @@ def most_micro_batches(workload: Workload, num_stages: int) -> int:
 
 
 def cells(
-    workload: Workload, gpu: GpuSpec, rank: int | None, *, divisible_loss: bool = True, num_stages: int = 1
+    workload: Workload,
+    gpu: GpuSpec,
+    rank: int | None,
+    *,
+    divisible_loss: bool = True,
+    num_stages: int = 1,
+    num_parts: int = 1,
 ) -> tuple[Cell, ...]:
     """Every way to share the weights, to cut a replica's part of the global batch, to compute the loss, and to update.
 
-    There are no fewer micro-batches than stages, and stages share no weights.
+    There are no fewer micro-batches than stages, of interleaved ones they come in full rounds, and stages share no
+    weights.
     """
     share = workload.global_batch_size // (workload.num_gpus // num_stages)
     chunks = [n for n in LOSS_CHUNKS if n == 1 or (divisible_loss and workload.sequence_length % n == 0)]
@@ -151,10 +159,21 @@ def cells(
         )
         for sharding in (shardings(workload) if num_stages == 1 else ("none",))
         for n in range(1, share + 1)
-        if share % n == 0 and share // n >= num_stages and workload.micro_batch_size in (None, n)
+        if share % n == 0 and _takes(share // n, num_stages, num_parts) and workload.micro_batch_size in (None, n)
         for parts in chunks
         for optimizer in optimizers(workload, gpu)
     )
+
+
+def _takes(num_micro_batches: int, num_stages: int, num_parts: int) -> bool:
+    """Whether stages of so many parts can be given so many micro-batches."""
+    return num_micro_batches >= num_stages and (num_parts == 1 or num_micro_batches % num_stages == 0)
+
+
+def part_counts(workload: Workload, num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Into how many parts each of *num_stages* may be divided."""
+    found = schedule.parts_per_stage(num_layers, num_stages, most_micro_batches(workload, num_stages))
+    return tuple(parts for parts in found if workload.parts_per_stage in (None, parts))
 
 
 def shardings(workload: Workload) -> tuple[Sharding, ...]:
@@ -176,9 +195,9 @@ def optimizers(workload: Workload, gpu: GpuSpec) -> tuple[Optimizer, ...]:
 
 
 def configured(
-    workload: Workload, cell: Cell, layers: Sequence[Strategy], stages: tuple[int, ...] = (0,)
+    workload: Workload, cell: Cell, layers: Sequence[Strategy], stages: tuple[int, ...] = (0,), num_parts: int = 1
 ) -> Configuration:
-    """*cell* with one strategy for each of the *layers*, cut into *stages*."""
+    """*cell* with one strategy for each of the *layers*, cut into *stages* of so many parts."""
     runs: list[StrategyRun] = []
     for strategy, alike in groupby(layers):
         first = runs[-1].last + 1 if runs else 0
@@ -198,4 +217,5 @@ def configured(
         target_modules=None if workload.adapter == "full" else workload.target_modules,
         sharding=cell.sharding,
         stages=stages,
+        parts_per_stage=num_parts,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from . import schedule
 from .arrangement import arranged
 from .branch import BranchAndBound
 from .chain import Chain, Limits, Taken
@@ -46,7 +47,7 @@ class StageChoice:
 
 @dataclass(frozen=True, slots=True)
 class StagedChoice:
-    """A cell with every stage chosen."""
+    """A cell with every stage chosen; *starts* are the places where they begin."""
 
     staging: Staging
     starts: tuple[int, ...]
@@ -59,9 +60,10 @@ class StagedChoice:
 
     @property
     def step_picoseconds(self) -> int:
-        """One step under 1F1B: the slowest stage once for each micro-batch, the others once, and the longest update."""
-        busy = self.busy_picoseconds
-        return sum(busy) + (self.staging.num_micro_batches - 1) * max(busy) + self.update_picoseconds
+        """One step under 1F1B, with the longest update."""
+        staging = self.staging
+        passes = schedule.step_picoseconds(self.busy_picoseconds, staging.num_micro_batches, staging.num_parts)
+        return passes + self.update_picoseconds
 
     @property
     def update_picoseconds(self) -> int:
@@ -71,7 +73,7 @@ class StagedChoice:
     @property
     def waiting_picoseconds(self) -> int:
         """What of a step the slowest stage does not compute in."""
-        computing = max(self.busy_picoseconds) - EXCHANGES * self.staging.message_picoseconds
+        computing = max(self.busy_picoseconds) - EXCHANGES * self.staging.num_parts * self.staging.message_picoseconds
         return self.step_picoseconds - self.staging.num_micro_batches * computing - self.update_picoseconds
 
     @property
@@ -82,7 +84,8 @@ class StagedChoice:
     @property
     def strategies(self) -> tuple[Strategy, ...]:
         """Of all layers."""
-        return tuple(strategy for stage in self.stages for strategy in stage.strategies)
+        placed = (strategy for stage in self.stages for strategy in stage.strategies)
+        return tuple(strategy for _, strategy in sorted(zip(self.staging.order(), placed, strict=True), key=_layer))
 
 
 def bounds_of(staging: Staging, host_bytes: int | None) -> Bounds:
@@ -142,14 +145,13 @@ class Cutting:
     def _most_promising(self) -> Cut | None:
         """The cut that takes least by what is known, and what."""
         stages, weight = range(self.staging.num_stages), self.staging.num_micro_batches
-        once, often = (
-            np.array([self.bounds.least(stage, self.memory_bytes[stage], n) for stage in stages]) for n in (1, weight)
-        )
+        once = np.array([self.bounds.once(stage, self.memory_bytes[stage]) for stage in stages])
+        often = np.array([self.bounds.least(stage, self.memory_bytes[stage], weight) for stage in stages])
         for (stage, first, after, memory), made in self.found.items():
             if memory == self.memory_bytes[stage]:
                 penalty = 0 if made is None else made.penalty_picoseconds
                 busy = FAR if made is None else made.taken.step_picoseconds
-                once[stage, first, after] = min(FAR, busy + penalty)
+                once[stage, first, after] = min(FAR, busy // self.staging.num_parts + penalty)
                 often[stage, first, after] = min(FAR, weight * busy + penalty)
         return self.bounds.least_cut(once, often)
 
@@ -187,13 +189,21 @@ class Cutting:
             if stage != slowest and found[stage].penalty_picoseconds:
                 limits = Limits(memory_bytes=memory, host_bytes=self.host_bytes, step_picoseconds=most)
                 made = searched(self.staging, stage, range(first, after), 1, limits, FEW_NODES)
-                if made is not None and made.taken.score_picoseconds < found[stage].taken.score_picoseconds:
+                if made is not None and self._once(made) < self._once(found[stage]):
                     found[stage] = made
         return replace(chosen, stages=tuple(found))
 
+    def _once(self, made: StageChoice) -> int:
+        """What a stage that is not the slowest adds to the score."""
+        return made.taken.step_picoseconds // self.staging.num_parts + made.penalty_picoseconds
+
+
+def _layer(placed: tuple[int, Strategy]) -> int:
+    return placed[0]
+
 
 def searched(
-    staging: Staging, stage: int, layers: range, weight: int, limits: Limits, most_nodes: int
+    staging: Staging, stage: int, places: range, weight: int, limits: Limits, most_nodes: int
 ) -> StageChoice | None:
     """The best found of one stage whose micro-batch counts *weight* times, with what it takes once.
 
@@ -205,10 +215,10 @@ def searched(
     for choices in (_staying(staging), staging):
         if choices is None:
             continue
-        best = _near_best(choices.chain(stage, layers, weight), limits, least, most_nodes)
+        best = _near_best(choices.chain(stage, places, weight), limits, least, most_nodes)
         if best is not None:
             least = seconds(best.taken.score_picoseconds)
-            made = arranged(choices.chain(stage, layers, 1), best.counts, limits)
+            made = arranged(choices.chain(stage, places, 1), best.counts, limits)
             found = StageChoice(made.strategies, made.taken)
     return found
 

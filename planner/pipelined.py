@@ -86,9 +86,10 @@ class StagedSearch:
         link: Link,
         trace: Trace,
         memory: Memory,
+        num_parts: int = 1,
     ) -> StagedSearch:
-        """The search in *cells*, cut into stages between which vectors of *width* go over *link*."""
-        return cls(problem, trace, stagings(problem, cells, num_stages, width, link), memory)
+        """The search in *cells*, cut into stages of so many parts, between which vectors of *width* go over *link*."""
+        return cls(problem, trace, stagings(problem, cells, num_stages, width, link, num_parts), memory)
 
     def best(self, memory_bytes: int | None = None, better_than: int = FAR) -> Traced | None:
         """The best found that scores less than *better_than*; with *memory_bytes* one that composes to no more."""
@@ -123,8 +124,9 @@ class StagedSearch:
             return counts
         chosen = found.chosen
         number = next(n for n, one in enumerate(self.made) if one.cell == chosen.staging.cell)
-        layers = zip(self.made[number].layers(), chosen.strategies, strict=True)
-        places = (next(n for n, choice in enumerate(row) if choice.strategy == own) for row, own in layers)
+        rows, strategies = self.made[number].layers(), chosen.strategies
+        placed = ((rows[layer], strategies[layer]) for layer in chosen.staging.order())
+        places = (next(n for n, choice in enumerate(row) if choice.strategy == own) for row, own in placed)
         return (*counts, number, *chosen.starts, *places)
 
     def _again(self, told: tuple[int, ...]) -> Traced | None:
@@ -197,7 +199,9 @@ class StagedSearch:
 
 def configured(problem: Problem, chosen: StagedChoice) -> Configuration:
     """*chosen* as a run is given it."""
-    return allowed.configured(problem.workload, chosen.staging.cell, chosen.strategies, chosen.starts)
+    staging, order = chosen.staging, chosen.staging.order()
+    stages = tuple(order[place] for place in chosen.starts)
+    return allowed.configured(problem.workload, staging.cell, chosen.strategies, stages, staging.num_parts)
 
 
 def smallest(search: StagedSearch) -> Traced:
@@ -219,17 +223,17 @@ def smallest(search: StagedSearch) -> Traced:
     return search.traced(StagedChoice(staging, cut.starts, stages))
 
 
-def _placed(staging: Staging, stage: int, layers: range, places: Sequence[int]) -> StageChoice:
+def _placed(staging: Staging, stage: int, places: range, numbers: Sequence[int]) -> StageChoice:
     """A *stage* each of whose layers has its choice by its number."""
-    chain = staging.chain(stage, layers, 1)
+    chain = staging.chain(stage, places, 1)
     rows = (group.choices for group in chain.groups for _ in range(group.num_layers))
-    chosen = [(row[place], 1) for row, place in zip(rows, places, strict=True)]
+    chosen = [(row[number], 1) for row, number in zip(rows, numbers, strict=True)]
     return StageChoice(tuple(choice.strategy for choice, _ in chosen), taken_in_order(chain, chosen))
 
 
-def _leanest(staging: Staging, stage: int, layers: range) -> StageChoice:
+def _leanest(staging: Staging, stage: int, places: range) -> StageChoice:
     """A *stage* each of whose layers holds as little as may be once all are through their forward pass."""
-    chain = staging.chain(stage, layers, 1)
+    chain = staging.chain(stage, places, 1)
     chosen = [(min(group.choices, key=after_forward), 1) for group in chain.groups for _ in range(group.num_layers)]
     return StageChoice(tuple(choice.strategy for choice, _ in chosen), taken_in_order(chain, chosen))
 
@@ -243,7 +247,7 @@ def _within_host(staging: Staging, host_bytes: int | None) -> Staging:
     """*staging* without choices that take more of the host than there is, should all layers of a stage make them."""
     if host_bytes is None:
         return staging
-    most = host_bytes // (staging.in_flight(0) * -(-staging.num_layers // staging.num_stages))
+    most = host_bytes // (max(staging.in_flight(0)) * -(-staging.num_layers // staging.num_stages))
     groups = [
         replace(group, choices=tuple(c for c in group.choices if c.host_bytes <= most)) for group in staging.groups
     ]

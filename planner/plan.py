@@ -14,6 +14,7 @@ from .strategies import (
     Configuration,
     Method,
     Optimizer,
+    Parts,
     Positive,
     Sharding,
     TargetModules,
@@ -45,6 +46,7 @@ class Workload:
         num_machines: that the GPUs are in, as many in each.
         num_stages: parts that the model is cut into, each on a GPU of its own; None leaves that to the planner, 1 means
             that each GPU holds the whole model.
+        parts_per_stage: into which each stage is divided, see Configuration; None leaves that to the planner.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
         adapter, target_modules: the kind of LoRA, and what it is on, or ``full``, with which nothing may be said of
             rank and modules; see Configuration.
@@ -68,6 +70,7 @@ class Workload:
     num_gpus: Number = 1
     num_machines: Number = 1
     num_stages: Number | None = None
+    parts_per_stage: Parts | None = None
     rank: Positive | None = None
     min_rank: Positive = 16
     adapter: Method = "lora"

@@ -175,7 +175,9 @@ def _replicas(configuration: Configuration) -> str:
     """What shares a step's micro-batches."""
     if configuration.num_stages == 1:
         return "one GPU" if configuration.num_gpus == 1 else f"{configuration.num_gpus} GPUs"
-    return f"{counted(configuration.num_replicas, 'replica')} in {configuration.num_stages} stages"
+    parts = configuration.parts_per_stage
+    interleaved = f" of {parts} parts, interleaved" if parts > 1 else ""
+    return f"{counted(configuration.num_replicas, 'replica')} in {configuration.num_stages} stages{interleaved}"
 
 
 def _stages(value: Plan) -> list[str]:
@@ -183,12 +185,14 @@ def _stages(value: Plan) -> list[str]:
     configuration = value.configuration
     found: list[str] = []
     for number, stage in enumerate(value.prediction.stages):
-        layers = configuration.layers_of(number)
+        layers = ", ".join(_span(part) for part in configuration.parts_of(number))
         ends = [" after the embedding"] * (number == 0) + [", norm and head"] * (number == configuration.num_stages - 1)
-        found.append(
-            f"{number + 1}: layers {layers.start}-{layers[-1]}{''.join(ends)}, {gib(stage.peak_process_bytes)}"
-        )
+        found.append(f"{number + 1}: layers {layers}{''.join(ends)}, {gib(stage.peak_process_bytes)}")
     return found
+
+
+def _span(layers: range) -> str:
+    return f"{layers.start}-{layers[-1]}" if len(layers) > 1 else str(layers.start)
 
 
 def _packing(workload: Workload) -> str:

@@ -10,6 +10,7 @@ import msgspec
 
 from shallowflow.profiles import model_facts
 
+from . import schedule
 from .plan import FORMAT_VERSION, Plan
 from .strategies import Configuration
 
@@ -212,6 +213,22 @@ def _cut(configuration: Configuration) -> list[str]:
             f"configuration has {configuration.gradient_accumulation_steps} micro-batches in a step, fewer than its "
             f"{number} stages"
         ]
+    return _interleaved(configuration) if configuration.parts_per_stage > 1 else []
+
+
+def _interleaved(configuration: Configuration) -> list[str]:
+    """What is wrong with the parts of stages that have several."""
+    number, parts = configuration.num_stages, configuration.parts_per_stage
+    if parts not in schedule.parts_per_stage(
+        configuration.num_layers, number, configuration.gradient_accumulation_steps
+    ):
+        return [
+            f"configuration has {parts} parts in each of {number} stages, which {configuration.num_layers} layers and "
+            f"{configuration.gradient_accumulation_steps} micro-batches do not allow"
+        ]
+    each = configuration.num_layers // (number * parts)
+    if configuration.stages != tuple(range(0, number * each, each)):
+        return [f"configuration.stages begin with layers {list(configuration.stages)}, in parts of {each} layers"]
     return []
 
 

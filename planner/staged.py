@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from . import communication, costs, latency, quality
+from . import communication, costs, latency, quality, schedule
 from . import problem as posing
 from .chain import Chain, Choice, Group
 from .communication import Link
@@ -20,6 +20,7 @@ class Staging:
     """One cell, with the model cut into so many stages.
 
     Attributes:
+        num_parts: of each stage; see ``schedule``.
         groups: layers that are alike, as a Chain has them, the optimizer's state among what is resident.
         fixed_bytes: of each stage, outside its layers and messages.
         head_high_bytes, head_change_bytes, device_picoseconds, host_picoseconds: of the loss, on the last stage.
@@ -29,6 +30,7 @@ class Staging:
 
     cell: Cell
     num_stages: Positive
+    num_parts: Positive = 1
     groups: tuple[Group, ...]
     fixed_bytes: tuple[int, ...]
     head_high_bytes: int
@@ -59,47 +61,45 @@ class Staging:
         """Of a step of one replica."""
         return self.cell.gradient_accumulation_steps
 
-    def in_flight(self, stage: int) -> int:
-        """Micro-batches of which a *stage* holds activations at once under 1F1B."""
-        return min(self.num_stages - stage, self.num_micro_batches)
+    def in_flight(self, stage: int) -> tuple[int, ...]:
+        """Micro-batches of which each part of a *stage* holds activations at once."""
+        return schedule.in_flight(self.num_stages, self.num_parts, self.num_micro_batches, stage)
+
+    def order(self) -> list[int]:
+        """The layer at each place."""
+        return schedule.order(self.num_layers, self.num_stages, self.num_parts)
 
     def kinds(self) -> list[int]:
         """For each layer the number of its group."""
         return [number for number, group in enumerate(self.groups) for _ in range(group.num_layers)]
 
     def outside_bytes(self, stage: int) -> int:
-        """What a *stage* holds beside its layers: what stays, and messages.
-
-        What was received for each micro-batch in flight, and the gradient that was sent last, which the schedule holds
-        until it has another; and, before the last stage, the gradient that was received last, and what was sent last
-        before the first backward pass.
-        """
-        received = 0 if stage == 0 else self.in_flight(stage) + 1
-        returned = 0 if stage == self.num_stages - 1 else 2
-        return self.fixed_bytes[stage] + (received + returned) * self.message_bytes
+        """What a *stage* holds beside its layers: what stays, and messages."""
+        held = schedule.messages(self.num_stages, self.num_parts, self.num_micro_batches, stage)
+        return self.fixed_bytes[stage] + held * self.message_bytes
 
     def leanest_layer_bytes(self, stage: int) -> int:
         """What a layer of a *stage* holds at least, whatever its strategy."""
-        choices = (choice for group in self.groups for choice in at_once(group.choices, self.in_flight(stage)))
+        choices = (choice for group in self.groups for choice in at_once(group.choices, min(self.in_flight(stage))))
         return min(choice.resident_bytes for choice in choices)
 
-    def chain(self, stage: int, layers: range, weight: int) -> Chain:
-        """A *stage* of these *layers* as a chain whose micro-batch counts *weight* times."""
+    def chain(self, stage: int, places: range, weight: int) -> Chain:
+        """A *stage* of the layers at these *places* as a chain whose micro-batch counts *weight* times."""
         is_last = stage == self.num_stages - 1
-        kinds = self.kinds()[layers.start : layers.stop]
-        in_flight = self.in_flight(stage)
+        kinds, order, in_flight = self.kinds(), self.order(), self.in_flight(stage)
+        part_of = schedule.parts(self.num_layers, self.num_stages, self.num_parts)
         groups = tuple(
-            Group(num_layers=len(list(alike)), choices=at_once(self.groups[kind].choices, in_flight))
-            for kind, alike in groupby(kinds)
+            Group(num_layers=len(list(alike)), choices=at_once(self.groups[kind].choices, in_flight[part]))
+            for (kind, part), alike in groupby((kinds[order[place]], part_of[place]) for place in places)
         )
-        waiting = EXCHANGES * self.message_picoseconds
+        waiting = EXCHANGES * self.num_parts * self.message_picoseconds
         return Chain(
             groups=groups,
             gradient_accumulation_steps=weight,
             fixed_bytes=self.outside_bytes(stage),
             head_high_bytes=self.head_high_bytes if is_last else 0,
             head_change_bytes=self.head_change_bytes if is_last else 0,
-            update_high_bytes=self.update_high_bytes * len(layers),
+            update_high_bytes=self.update_high_bytes * len(places),
             device_picoseconds=waiting + (self.device_picoseconds if is_last else 0),
             host_picoseconds=waiting + (self.host_picoseconds if is_last else 0),
             update_picoseconds=0,
@@ -119,14 +119,19 @@ def at_once(choices: Sequence[Choice], in_flight: int) -> tuple[Choice, ...]:
     )
 
 
-def stagings(problem: Problem, cells: Sequence[Cell], num_stages: int, width: int, link: Link) -> list[Staging]:
-    """*cells* with the model cut into *num_stages*, between which vectors of *width* go over *link*."""
+def stagings(
+    problem: Problem, cells: Sequence[Cell], num_stages: int, width: int, link: Link, num_parts: int = 1
+) -> list[Staging]:
+    """*cells* with the model cut into *num_stages* of *num_parts*, between which vectors of *width* go over *link*."""
     alike = replace(problem, weighed=())
     groups: dict[int, tuple[Group, ...]] = {}
     for cell in cells:
         if cell.micro_batch_size not in groups:
             groups[cell.micro_batch_size] = posing.groups_of(alike, cell)
-    made = [_staging(alike, cell, num_stages, width, link, groups[cell.micro_batch_size]) for cell in cells]
+    made = [
+        replace(_staging(alike, cell, num_stages, width, link, groups[cell.micro_batch_size]), num_parts=num_parts)
+        for cell in cells
+    ]
     if not made:
         return made
     worth = quality.WORTH[problem.workload.objective] * min(map(_fastest_picoseconds, made))
@@ -139,7 +144,8 @@ def _fastest_picoseconds(staging: Staging) -> int:
     busy = staging.device_picoseconds + sum(
         group.num_layers * min(choice.device_picoseconds for choice in group.choices) for group in staging.groups
     )
-    return busy + busy * (staging.num_micro_batches - 1) // staging.num_stages
+    even = busy // staging.num_stages
+    return schedule.step_picoseconds([even] * staging.num_stages, staging.num_micro_batches, staging.num_parts)
 
 
 def _staging(

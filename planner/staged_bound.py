@@ -1,11 +1,12 @@
 """What every cut of a model into stages takes at least, by a plan's own tables; nothing that a search found is used.
 
 Whatever stage is the slowest, a step takes its micro-batch's time as often as there are micro-batches and every other
-stage's once. So for each stage and stretch of layers let ``once`` and ``often`` be no more than the time and penalties
-of one micro-batch, and of that many. A cut takes at least the sum of its stages' ``once`` and the largest rise from
-there to ``often``. Both follow from prices of memory: whatever each layer gets, what its stage takes is at least the
-sum of its layers' cheapest choices, each at its seconds and its priced bytes, less the price of the stage's room, and
-of what it may send to the host (Lagrange's bound). The least over all cuts is a shortest path.
+stage's once, or that of one of its parts where stages are interleaved. So for each stage and stretch of layers let
+``once`` and ``often`` be no more than the time and penalties of one micro-batch, and of that many. A cut takes at least
+the sum of its stages' ``once`` and the largest rise from there to ``often``. Both follow from prices of memory:
+whatever each layer gets, what its stage takes is at least the sum of its layers' cheapest choices, each at its seconds
+and its priced bytes, less the price of the stage's room, and of what it may send to the host (Lagrange's bound). The
+least over all cuts is a shortest path.
 
 Memory is looked at when all layers are through their forward pass, and when the one whose backward pass needs the most
 begins it: those behind it may have let go of what they saved for this micro-batch, and of nothing else. How much that
@@ -23,6 +24,7 @@ from operator import attrgetter
 import numpy as np
 import numpy.typing as npt
 
+from . import schedule
 from .chain import Choice
 from .cuts import FAR, Cut, Ints, best_cut
 from .needs import Unproven
@@ -70,7 +72,9 @@ def at_a_glance(staged: StagedCell, layers: Sequence[Sequence[Choice]]) -> int:
     busy = sum(min(choice.device_picoseconds for choice in choices) for choices in layers)
     busy += sum(staged.outside_picoseconds(stage, side) for stage in range(stages))
     update = staged.update_picoseconds * -(-len(layers) // stages)
-    return busy + (staged.num_micro_batches - 1) * (busy // stages) + update
+    parts, even = staged.num_parts, busy // stages
+    rounded = 0 if parts == 1 else stages  # each stage's part of a picosecond may be lost
+    return busy // parts - rounded + staged.num_micro_batches * even - even // parts + update
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +95,24 @@ class Bounds:
     def __init__(self, staged: StagedCell, layers: Sequence[tuple[Choice, ...]], host_bytes: int | None) -> None:
         self.staged, self.num_layers = staged, len(layers)
         self.host_bytes = None if host_bytes is None else min(host_bytes, MOST)
-        self._kinds = list(dict.fromkeys(layers))
-        kind_of = np.array([self._kinds.index(choices) for choices in layers])
+        facts = (len(layers), staged.num_stages, staged.num_parts)
+        if staged.num_parts > 1 and len(layers) % (staged.num_stages * staged.num_parts):
+            raise Unproven(f"{len(layers)} layers are not divided evenly into the parts of stages")
+        there = list(zip((layers[n] for n in schedule.order(*facts)), schedule.parts(*facts), strict=True))
+        found = list(dict.fromkeys(there))
+        self._kinds, self._part_of = [choices for choices, _ in found], [part for _, part in found]
+        kind_of = np.array([found.index(one) for one in there])
         through = np.zeros((len(self._kinds), len(layers) + 1), dtype=np.int64)
         through[:, 1:] = np.cumsum(kind_of == np.arange(len(self._kinds))[:, None], axis=1)
-        spans = np.maximum(through[:, None, :] - through[:, :, None], 0)
+        first, after = np.indices((len(layers) + 1, len(layers) + 1))
+        self._is_stretch = first < after
+        if staged.num_parts > 1:
+            each = len(layers) // staged.num_stages
+            self._is_stretch = np.logical_and(first % each == 0, after == first + each)
+        spans = np.where(self._is_stretch, through[:, None, :] - through[:, :, None], 0)
         counts, place = np.unique(spans.reshape(len(self._kinds), -1), axis=1, return_inverse=True)
         self._counts, self._place = counts, place.reshape(spans.shape[1:])
-        first, after = np.indices(spans.shape[1:])
-        self._is_stretch = first < after
-        self._known: dict[tuple[int, int, int], Ints] = {}
+        self._known: dict[tuple[int, int, int, int], Ints] = {}
         self._check()
         self._ends = [
             _of(kind, lambda c: c.backward_high_bytes + max(0, -c.backward_change_bytes)) for kind in self._kinds
@@ -116,11 +128,12 @@ class Bounds:
             staged.update_picoseconds,
         )
         longest = sum(self._largest(name) for name in seconds) + sum(map(abs, outside))
-        if longest * staged.num_micro_batches * (self.num_layers + 2 * staged.num_stages) >= FAR // 2:
+        every = self.num_layers + 2 * staged.num_parts * staged.num_stages
+        if longest * staged.num_micro_batches * every >= FAR // 2:
             raise Unproven("a cell takes longer than any step")
         beside = (*staged.fixed_bytes, staged.head_high_bytes, staged.head_change_bytes, staged.message_bytes)
         most = max(*map(self._largest, (*held, "backward_high_bytes")), *map(abs, beside))
-        if most * staged.num_stages * max(self.num_layers, 8) * len(held) >= MOST:
+        if most * staged.num_stages * staged.num_parts * max(self.num_layers, 8) * len(held) >= MOST:
             raise Unproven("a cell takes more memory than there is")
 
     def _largest(self, name: str) -> int:
@@ -131,20 +144,24 @@ class Bounds:
         stages, weight = range(self.staged.num_stages), self.staged.num_micro_batches
         if not self._may_fit(memory_bytes):
             return None
-        once = np.array([self.least(stage, memory_bytes[stage], 1) for stage in stages])
+        once = np.array([self.once(stage, memory_bytes[stage]) for stage in stages])
         often = np.array([self.least(stage, memory_bytes[stage], weight) for stage in stages])
         return self.least_cut(once, often)
 
+    def once(self, stage: int, memory_bytes: int) -> Ints:
+        """The time of a part, for one micro-batch, and the penalties of the stage, at least; see ``least``."""
+        return self.least(stage, memory_bytes, 1, self.staged.num_parts)
+
     def _may_fit(self, memory_bytes: Sequence[int]) -> bool:
         """Whether there is a cut none of whose stages is too large."""
-        reached = np.zeros(self.num_layers + 1, dtype=np.bool_)
+        reached: npt.NDArray[np.bool_] = np.zeros(self.num_layers + 1, dtype=np.bool_)
         reached[0] = True
         for stage, memory in enumerate(memory_bytes):
             fits = np.zeros(self._counts.shape[1], dtype=np.bool_)
             for low, high in self._cases():
                 allowed = [ends <= high for ends in self._ends]
                 fits |= self._all_fit(self._moments(stage, memory, allowed, low), self._sent_by(stage, allowed))
-            reached = (reached[:, None] & self._is_stretch & fits[self._place]).any(axis=0)
+            reached = np.any(reached[:, None] & self._is_stretch & fits[self._place], axis=0)
         return bool(reached[-1])
 
     def least_cut(self, once: Ints, often: Ints) -> Cut | None:
@@ -156,13 +173,16 @@ class Bounds:
         update = self.staged.update_picoseconds * -(-self.num_layers // self.staged.num_stages)
         return Cut(found.total + update, found.starts, found.ways)
 
-    def least(self, stage: int, memory_bytes: int, weight: int) -> Ints:
-        """*weight* micro-batches' time and the penalties, at least, of layers i up to j as a *stage*: (i, j)."""
-        asked = (stage, memory_bytes, weight)
+    def least(self, stage: int, memory_bytes: int, weight: int, parts: int = 1) -> Ints:
+        """*weight* micro-batches' time and the penalties, at least, of places i up to j as a *stage*: (i, j).
+
+        Of a stage in so many *parts* it is the time of one.
+        """
+        asked = (stage, memory_bytes, weight, parts)
         if asked not in self._known:
             least = np.full(self._counts.shape[1], FAR, dtype=np.int64)
             for low, high in self._cases():
-                least = np.minimum(least, self._in_case(stage, memory_bytes, weight, low, high))
+                least = np.minimum(least, self._in_case(stage, memory_bytes, (weight, parts), low, high))
             self._known[asked] = np.where(self._is_stretch, least[self._place], FAR)
         return self._known[asked]
 
@@ -173,36 +193,44 @@ class Bounds:
         places = [0, *sorted(widest.tolist()), len(ends)]
         return [(int(ends[a]), int(ends[b - 1])) for a, b in itertools.pairwise(places)]
 
-    def _in_case(self, stage: int, memory_bytes: int, weight: int, low: int, high: int) -> Ints:
+    def _in_case(self, stage: int, memory_bytes: int, times: tuple[int, int], low: int, high: int) -> Ints:
         """``least`` by numbers of layers, if no backward pass needs more than *high*, and one needs *low*."""
         allowed = [ends <= high for ends in self._ends]
         moments = self._moments(stage, memory_bytes, allowed, low)
         sent = self._sent_by(stage, allowed)
+        weight, parts = times
         found = np.full(self._counts.shape[1], -FAR, dtype=np.int64)
         for moment in moments:
             for side in SIDES:
+                seconds, penalty = attrgetter(side), attrgetter("penalty_picoseconds")
                 costs = [
-                    (weight * _of(kind, attrgetter(side)) + _of(kind, attrgetter("penalty_picoseconds")))[open_]
+                    (weight * _of(kind, seconds) // parts + _of(kind, penalty))[open_]
                     for kind, open_ in zip(self._kinds, allowed, strict=True)
                 ]
-                outside = weight * self.staged.outside_picoseconds(stage, side)
+                outside = weight * self.staged.outside_picoseconds(stage, side) // parts
                 found = np.maximum(found, self._shown(moment, costs, sent) + outside)
         return np.where(self._all_fit(moments, sent), found, FAR)
 
     def _sent_by(self, stage: int, allowed: Masks) -> list[Ints]:
-        return [self.staged.in_flight(stage) * each[open_] for each, open_ in zip(self._sent, allowed, strict=True)]
+        in_flight = self._in_flight(stage)
+        return [n * each[open_] for n, each, open_ in zip(in_flight, self._sent, allowed, strict=True)]
+
+    def _in_flight(self, stage: int) -> list[int]:
+        """Micro-batches of which a layer of each kind holds activations at once."""
+        held = self.staged.in_flight(stage)
+        return [held[part] for part in self._part_of]
 
     def _all_fit(self, moments: Sequence[_Moment], sent: Sequence[Ints]) -> npt.NDArray[np.bool_]:
         fits: npt.NDArray[np.bool_] = np.logical_and.reduce([self._fits(moment, sent) for moment in moments])
         return fits
 
     def _moments(self, stage: int, memory_bytes: int, allowed: Masks, low: int) -> list[_Moment]:
-        staged, in_flight = self.staged, self.staged.in_flight(stage)
+        staged, in_flight = self.staged, self._in_flight(stage)
         is_last = stage == staged.num_stages - 1
         room = min(memory_bytes, MOST) - staged.outside_bytes(stage)
         held = [
-            _of(kind, lambda c: c.resident_bytes + in_flight * (c.forward_change_bytes + c.release_bytes))[open_]
-            for kind, open_ in zip(self._kinds, allowed, strict=True)
+            (_of(kind, lambda c: c.resident_bytes) + n * _of(kind, _saved_bytes))[open_]
+            for kind, n, open_ in zip(self._kinds, in_flight, allowed, strict=True)
         ]
         freed = [
             _of(kind, lambda c: min(0, c.backward_change_bytes))[open_]
@@ -290,7 +318,11 @@ class Bounds:
 
 def after_forward(choice: Choice) -> int:
     """A layer's share of what is allocated once all are through their forward pass, of what one micro-batch holds."""
-    return choice.resident_bytes + choice.forward_change_bytes + choice.release_bytes
+    return choice.resident_bytes + _saved_bytes(choice)
+
+
+def _saved_bytes(choice: Choice) -> int:
+    return choice.forward_change_bytes + choice.release_bytes
 
 
 def hull_prices(needs: Ints, costs: Ints) -> list[float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from . import schedule
 from .bounds import Int, Meta
 from .needs import Whole
-from .strategies import MOST_LAYERS, Cell
+from .strategies import MOST_LAYERS, Cell, Parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +17,7 @@ class StagedCell:
 
     cell: Cell
     num_stages: Annotated[int, Meta(ge=2, le=MOST_LAYERS)]
+    num_parts: Parts = 1
     table: Whole
     fixed_bytes: tuple[Int, ...]
     head_high_bytes: Int
@@ -32,26 +34,26 @@ class StagedCell:
         """Of a step of one replica."""
         return self.cell.gradient_accumulation_steps
 
-    def in_flight(self, stage: int) -> int:
-        """Micro-batches of which a *stage* holds activations at once under 1F1B."""
-        return min(self.num_stages - stage, self.num_micro_batches)
+    def in_flight(self, stage: int) -> tuple[int, ...]:
+        """Micro-batches of which each part of a *stage* holds activations at once."""
+        return schedule.in_flight(self.num_stages, self.num_parts, self.num_micro_batches, stage)
 
     def outside_bytes(self, stage: int) -> int:
-        """What a *stage* holds beside its layers; see ``Staging.outside_bytes``."""
-        received = 0 if stage == 0 else self.in_flight(stage) + 1
-        returned = 0 if stage == self.num_stages - 1 else 2
-        return self.fixed_bytes[stage] + (received + returned) * self.message_bytes
+        """What a *stage* holds beside its layers: what stays, and messages."""
+        held = schedule.messages(self.num_stages, self.num_parts, self.num_micro_batches, stage)
+        return self.fixed_bytes[stage] + held * self.message_bytes
 
     def outside_picoseconds(self, stage: int, side: str) -> int:
         """What a micro-batch of a *stage* takes beside its layers: its messages, and the loss on the last."""
         own: int = getattr(self, side) if stage == self.num_stages - 1 else 0
-        return own + EXCHANGES * self.message_picoseconds
+        return own + EXCHANGES * self.num_parts * self.message_picoseconds
 
 
 EXCHANGES = 2
-"""Times that a stage waits for a neighbour in a micro-batch: activations go one way while gradients come the other.
+"""Times that a part of a stage waits for a neighbour in a micro-batch: activations go one way, gradients the other.
 
-PyTorch's schedule puts a send and a receive together and goes on once both are done (Schedule1F1B).
+PyTorch's schedule puts a send and a receive together and goes on once both are done (Schedule1F1B). The interleaved one
+does not wait for what it sends, which is not counted on here.
 """
 SIDES = ("device_picoseconds", "host_picoseconds")
 """Either of which may be what a micro-batch waits for."""

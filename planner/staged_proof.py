@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from . import schedule
 from .chain import Choice
 from .needs import Unproven
 from .proof import OPTIMAL_GAP, Proof, gap
@@ -39,6 +40,8 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
         raise Unproven(f"the proof speaks of {len(set(spoken))} cells, and {len(expected)} are allowed")
     if any(staged.num_stages != configuration.num_stages for staged in proof.staged):
         raise Unproven(f"the proof speaks of another number of stages than the plan's {configuration.num_stages}")
+    if any(staged.num_parts != configuration.parts_per_stage for staged in proof.staged):
+        raise Unproven(f"the proof speaks of other parts of stages than the plan's {configuration.parts_per_stage}")
     taken = reckoned(proof, configuration)
     if taken.score_picoseconds < 1 or taken.score_picoseconds != proof.score_picoseconds:
         found.append(f"the plan scores {taken.score_picoseconds}, its proof says {proof.score_picoseconds}")
@@ -69,6 +72,9 @@ def reckoned(proof: Proof, configuration: Configuration) -> Reckoned:
     if staged is None:
         raise Unproven("the proof does not speak of the plan's own micro-batch, rank and loss")
     layers = layers_of(proof, staged)
+    parts = configuration.num_stages * configuration.parts_per_stage
+    if configuration.parts_per_stage > 1 and len(layers) % parts:
+        raise Unproven(f"{len(layers)} layers are not divided evenly into {parts} parts")
     if len(layers) != configuration.num_layers or len(staged.fixed_bytes) != configuration.num_stages:
         raise Unproven("the proof speaks of another number of layers or stages than the plan")
     strategies = configuration.strategies()
@@ -77,18 +83,19 @@ def reckoned(proof: Proof, configuration: Configuration) -> Reckoned:
     busy: list[int] = []
     penalties = 0
     for stage in range(configuration.num_stages):
-        span = configuration.layers_of(stage)
-        if not span:
+        held = zip(configuration.parts_of(stage), staged.in_flight(stage), strict=True)
+        made = [(_chosen(layers[number], strategies[number]), at_once) for part, at_once in held for number in part]
+        if not made:
             raise Unproven(f"stage {stage} has no layers")
-        made = [_chosen(layers[number], strategies[number]) for number in span]
         peaks.append(_peak(staged, stage, made))
-        sent.append(staged.in_flight(stage) * sum(choice.host_bytes for choice in made))
+        sent.append(sum(at_once * choice.host_bytes for choice, at_once in made))
         busy.append(
-            max(staged.outside_picoseconds(stage, side) + sum(getattr(c, side) for c in made) for side in SIDES)
+            max(staged.outside_picoseconds(stage, side) + sum(getattr(c, side) for c, _ in made) for side in SIDES)
         )
-        penalties += sum(choice.penalty_picoseconds for choice in made)
+        penalties += sum(choice.penalty_picoseconds for choice, _ in made)
     longest = max(len(configuration.layers_of(stage)) for stage in range(configuration.num_stages))
-    step = sum(busy) + (staged.num_micro_batches - 1) * max(busy) + staged.update_picoseconds * longest
+    passes = schedule.step_picoseconds(busy, staged.num_micro_batches, staged.num_parts)
+    step = passes + staged.update_picoseconds * longest
     return Reckoned(tuple(peaks), tuple(sent), step, step + penalties)
 
 
@@ -103,11 +110,12 @@ def _saved(choice: Choice) -> int:
     return choice.forward_change_bytes + choice.release_bytes
 
 
-def _peak(staged: StagedCell, stage: int, layers: Sequence[Choice]) -> int:
+def _peak(staged: StagedCell, stage: int, made: Sequence[tuple[Choice, int]]) -> int:
     """The most that is allocated in a micro-batch, while all others in flight hold what they have saved."""
     is_last = stage == staged.num_stages - 1
-    others = staged.in_flight(stage) - 1
-    level = staged.outside_bytes(stage) + sum(choice.resident_bytes + others * _saved(choice) for choice in layers)
+    level = staged.outside_bytes(stage)
+    level += sum(choice.resident_bytes + (at_once - 1) * _saved(choice) for choice, at_once in made)
+    layers = [choice for choice, _ in made]
     levels = [level]
     for choice in layers:
         levels.append(level + choice.forward_high_bytes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from .bounds import Meta
+from .schedule import MOST_PARTS
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 Activations = Literal[
@@ -37,6 +39,8 @@ TargetGroup = Literal["all-linear", "attention"]
 TargetModules = TargetGroup | Annotated[tuple[Name, ...], Meta(min_length=1)]
 """Which linear modules of the decoder layers learn: all, those in attention, or those whose names end like these."""
 Positive = Annotated[int, Meta(ge=1)]
+Parts = Annotated[int, Meta(ge=1, le=MOST_PARTS)]
+"""Of a stage."""
 PARTIAL: tuple[Activations, ...] = (
     "recompute attention",
     "recompute attention reusing weights",
@@ -111,6 +115,8 @@ class Configuration:
         optimizer: ``adamw8bit`` keeps its two moments in 8 bits (Dettmers et al., 2022).
         stages: the first layer of each pipeline stage, ascending from 0; one stage is a model on one GPU. Each stage is
             as many times on GPUs as there are replicas.
+        parts_per_stage: with more than one, stages are interleaved: the model is cut into as many parts of as many
+            layers as there are stages times these, and each stage has every so many-th of them.
     """
 
     layers: tuple[StrategyRun, ...]
@@ -127,6 +133,7 @@ class Configuration:
     target_modules: TargetModules | None = "all-linear"
     sharding: Sharding = "none"
     stages: Annotated[tuple[Annotated[int, Meta(ge=0, le=MOST_LAYERS)], ...], Meta(min_length=1)] = (0,)
+    parts_per_stage: Parts = 1
 
     @property
     def scaling(self) -> float:
@@ -154,9 +161,17 @@ class Configuration:
         """Groups of GPUs that each hold a whole model, and share the micro-batches of a step."""
         return self.num_gpus // self.num_stages
 
-    def layers_of(self, stage: int) -> range:
+    def parts_of(self, stage: int) -> tuple[range, ...]:
+        """The numbers of the layers of each part of a *stage*."""
+        if self.parts_per_stage == 1:
+            return (range(self.stages[stage], [*self.stages[1:], self.num_layers][stage]),)
+        number = self.num_stages * self.parts_per_stage
+        each = self.num_layers // number
+        return tuple(range(part * each, (part + 1) * each) for part in range(stage, number, self.num_stages))
+
+    def layers_of(self, stage: int) -> tuple[int, ...]:
         """The numbers of the layers of a *stage*."""
-        return range(self.stages[stage], [*self.stages[1:], self.num_layers][stage])
+        return tuple(itertools.chain.from_iterable(self.parts_of(stage)))
 
     @property
     def cell(self) -> Cell:
@@ -187,8 +202,11 @@ TRACED_MICRO_BATCHES = 2
 def traced_micro_batches(configuration: Configuration, stage: int = 0) -> int:
     """Micro-batches of a step that show all that a step of *stage* takes, but for ``untraced_messages``.
 
-    Those in flight at once, and one more: by then gradients are there.
+    Those in flight at once, and one more: by then gradients are there. Of interleaved stages they come in rounds of as
+    many as stages, and the second is like all later ones.
     """
+    if configuration.parts_per_stage > 1:
+        return min(configuration.gradient_accumulation_steps, TRACED_MICRO_BATCHES * configuration.num_stages)
     in_flight = configuration.num_stages - stage
     return min(configuration.gradient_accumulation_steps, max(TRACED_MICRO_BATCHES, in_flight + 1))
 
@@ -199,6 +217,8 @@ def untraced_messages(configuration: Configuration, stage: int, num_traced: int)
     What was sent last before the first backward pass is let go of once its own gradient has come, by when all that were
     in flight with the first micro-batch are through.
     """
+    if configuration.parts_per_stage > 1:  # which let go of what was sent once they send again
+        return 0
     last = 2 * (configuration.num_stages - stage) - 1
     return int(num_traced < last <= configuration.gradient_accumulation_steps)
 

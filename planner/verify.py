@@ -24,8 +24,15 @@ def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[
     """
     found: list[str] = []
     divisible = not model_facts.changes_logits(plan.model_config)
-    stages = plan.configuration.num_stages
-    expected = allowed.cells(plan.workload, gpu, plan.configuration.rank, divisible_loss=divisible, num_stages=stages)
+    stages, parts = plan.configuration.num_stages, plan.configuration.parts_per_stage
+    expected = allowed.cells(
+        plan.workload,
+        gpu,
+        plan.configuration.rank,
+        divisible_loss=divisible,
+        num_stages=stages,
+        num_parts=parts,
+    )
     spoken, able = set(plan.proof.strategies), allowed.strategies(plan.workload, gpu)
     missing = [s for s in able if s not in spoken and s.activations not in PARTIAL]  # as some models' code refuses
     if missing:
@@ -57,6 +64,7 @@ def _decisions(plan: Plan) -> list[str]:
         ("sharding", chosen.sharding if work.sharding is None else work.sharding, chosen.sharding),
         ("packing", chosen.packing if work.packing is None else work.packing, chosen.packing),
         ("num_stages", chosen.num_stages if work.num_stages is None else work.num_stages, chosen.num_stages),
+        ("parts_per_stage", work.parts_per_stage or chosen.parts_per_stage, chosen.parts_per_stage),
     ]
     return [f"{name} is {found}, the workload's is {wanted}" for name, wanted, found in asked if found != wanted]
 

@@ -41,7 +41,7 @@ def transformers_config(
     return made
 
 
-def some_layers(config: Mapping[str, Any], layers: range) -> PreTrainedConfig:
+def some_layers(config: Mapping[str, Any], layers: Sequence[int]) -> PreTrainedConfig:
     """The transformers object for a model of these *layers* of *config*'s alone."""
     made = transformers_config(config)
     for key, listed in _listed(made).items():

@@ -40,12 +40,10 @@ def mean_loss(
         num_turns = -(-len(starts) // ranks.num_replicas)
         for turn in range(0, num_turns, ranks.num_stages):  # as many at once as there are stages, which all have work
             together = range(turn, min(turn + ranks.num_stages, num_turns))
-            for number in together:
-                first = mine[number] if number < len(mine) else None
-                if first is not None or trainee.in_step:  # with one that counts for nothing, where others need it
-                    batch = micro_batch(windows[first or 0 : (first or 0) + micro_batch_size], device)
-                    found = float(trainee.loss(batch))
-                    losses += [] if first is None else [found]
+            firsts = [mine[number] for number in together if number < len(mine)]
+            starting = firsts or ([0] if trainee.in_step else [])  # one that counts for nothing, where others need it
+            batches = [micro_batch(windows[first : first + micro_batch_size], device) for first in starting]
+            losses += trainee.losses(batches)[: len(firsts)] if batches else []
             for _ in together:
                 on_batch()
     return sum(ranks.interleaved(losses)) / sum(w.num_targets for w in windows)

@@ -85,5 +85,6 @@ def _next(trainee: Trainee, tokens: list[int], device: torch.device) -> int:
 
     if trainee.pipe is None:
         return int(chosen(input_ids=given))
-    made = trainee.pipe.forward(trainee, MicroBatch(given, given, 0), lambda hidden: chosen(inputs_embeds=hidden))
+    batches = [MicroBatch(given, given, 0)]
+    (made,) = trainee.pipe.forward(trainee, batches, lambda hidden: chosen(inputs_embeds=hidden))
     return int(made)

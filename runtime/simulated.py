@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from shallowflow.planner.memory_record import Timeline
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.profiler.kernels import Target, register_bitsandbytes
 from shallowflow.planner.profiler.simulate import traced_timeline
-from shallowflow.planner.strategies import Configuration, traced_micro_batches, untraced_messages
+from shallowflow.planner.strategies import Configuration, StrategyRun, traced_micro_batches, untraced_messages
 from shallowflow.profiles import load_gpu
 
 from . import attention, build, evaluate, pipeline, quantized, stages
@@ -68,10 +68,10 @@ class MetaStep:
     def run(self, num_micro_batches: int | None = None) -> StepOutcome:
         """One optimizer update over the first *num_micro_batches*; None for all.
 
-        Of a stage one more, so that one is held while another comes, as in any step of a pipeline.
+        Of a stage some more, so that one is held while another comes, as in any step of a pipeline.
         """
-        if self.trainee.pipe is not None and num_micro_batches is not None:
-            num_micro_batches += 1
+        if isinstance(self.trainee.pipe, pipeline.Line) and num_micro_batches is not None:
+            num_micro_batches = self.trainee.pipe.fewest(num_micro_batches)
         return self.trainee.step(self.micro_batches[:num_micro_batches])
 
     def update_alone(self) -> None:
@@ -124,7 +124,7 @@ def make_meta_step(
         config = build.transformers_config(model_config, configuration.num_layers, like_layer)
     else:
         config = build.some_layers(model_config, share.layers)
-        share, configuration = replace(share, layers=range(len(share.layers))), _cut(configuration, share.layers)
+        share, configuration = share.alone(), _cut(configuration, share.layers)
     ranks = Ranks(rank=stage, size=configuration.num_gpus).staged(configuration.num_stages)
     model = build.empty_model(config, build.weights_dtype(configuration, compute_dtype), "meta")
     trainee = make_trainee(model, configuration, compute_dtype, ranks=ranks, share=share)
@@ -148,13 +148,10 @@ def make_stage_step(
     return make_meta_step(model_config, configuration, compute_dtype, number, stage=stage)
 
 
-def _cut(configuration: Configuration, layers: range) -> Configuration:
+def _cut(configuration: Configuration, layers: Sequence[int]) -> Configuration:
     """*configuration* of these *layers* alone."""
-    runs = [
-        replace(run, first=max(run.first, layers.start) - layers.start, last=min(run.last, layers[-1]) - layers.start)
-        for run in configuration.layers
-        if run.last >= layers.start and run.first <= layers[-1]
-    ]
+    strategies = configuration.strategies()
+    runs = [StrategyRun(first=n, last=n, strategy=strategies[layer]) for n, layer in enumerate(layers)]
     return replace(configuration, layers=tuple(runs))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +22,23 @@ class Share:
 
     Attributes:
         number, of: which stage, and how many there are.
-        layers: its decoder layers, by their numbers in the model that is cut.
+        parts: its decoder layers, by their numbers in the model that is cut; of interleaved stages in several parts,
+            which a micro-batch comes to one after the other.
     """
 
     number: int
     of: int
-    layers: range
+    parts: tuple[range, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of all parts."""
+        return tuple(itertools.chain.from_iterable(self.parts))
+
+    def alone(self) -> Share:
+        """The same of a model that has no other layers."""
+        starts = itertools.accumulate((len(part) for part in self.parts), initial=0)
+        return Share(self.number, self.of, tuple(range(a, b) for a, b in itertools.pairwise(starts)))
 
     @property
     def is_first(self) -> bool:
@@ -42,7 +55,7 @@ def share_of(configuration: Configuration, stage: int) -> Share | None:
     """What *stage* of *configuration* holds; None where there is one stage, which is the model."""
     if configuration.num_stages == 1:
         return None
-    return Share(stage, configuration.num_stages, configuration.layers_of(stage))
+    return Share(stage, configuration.num_stages, configuration.parts_of(stage))
 
 
 class Elsewhere(torch.nn.Module):
@@ -74,6 +87,45 @@ def keep(adapted: Any, share: Share) -> None:
     for name in (name for pieces in _pieces(model) for name in pieces if name not in kept):
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, Elsewhere())
+
+
+Places = list[tuple[torch.nn.Module, str, torch.nn.Module, torch.nn.Module]]
+"""Where modules are, under which names, which, and what may stand there for a while."""
+
+
+def without_others(adapted: Any, share: Share, part: int) -> Places:
+    """What to put where for a pass through one *part* of a *share* alone."""
+    if len(share.parts) == 1:
+        return []
+    model: PreTrainedModel = adapted.get_base_model()
+    _, layers, last = _pieces(model)
+    (parent,) = {name.rpartition(".")[0] for name in layers}
+    held = model.get_submodule(parent)
+    own = [module if number in share.parts[part] else Elsewhere() for number, module in enumerate(layers.values())]
+    found: Places = [_place(model, parent, held, torch.nn.ModuleList(own))]
+    if share.is_last and part < len(share.parts) - 1:
+        head = model.get_output_embeddings()
+        found += [_place(model, name, norm, Elsewhere()) for name, norm in last.items() if norm is not head]
+    return found
+
+
+def _place(
+    model: torch.nn.Module, name: str, module: torch.nn.Module, other: torch.nn.Module
+) -> tuple[torch.nn.Module, str, torch.nn.Module, torch.nn.Module]:
+    parent, _, own = name.rpartition(".")
+    return model.get_submodule(parent), own, module, other
+
+
+@contextlib.contextmanager
+def alone(places: Places) -> Iterator[None]:
+    """Let what may stand there stand in these *places*."""
+    try:
+        for parent, name, _, other in places:
+            setattr(parent, name, other)
+        yield
+    finally:
+        for parent, name, module, _ in places:
+            setattr(parent, name, module)
 
 
 Pieces = dict[str, torch.nn.Module]

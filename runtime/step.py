@@ -77,9 +77,12 @@ class Pipe(Protocol):
         """Forward and backward over every micro-batch; the losses on the last stage, each over *num_targets*."""
 
     def forward(
-        self, trainee: Trainee, batch: MicroBatch, last: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """Forward over one micro-batch; on the last stage its summed loss, or what *last* makes; zero on others."""
+        self,
+        trainee: Trainee,
+        batches: Sequence[MicroBatch],
+        last: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:
+        """Forward over some micro-batches; on the last stage their summed losses, or what *last* makes; else zeros."""
 
 
 @dataclass(slots=True)
@@ -188,7 +191,12 @@ class Trainee:
 
     def loss(self, batch: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy over the target tokens, in fp32; where the model is cut, zero but on the last stage."""
-        return self.after(batch) if self.pipe is None else self.pipe.forward(self, batch)
+        return self.after(batch) if self.pipe is None else self.pipe.forward(self, [batch])[0]
+
+    def losses(self, batches: Sequence[MicroBatch]) -> list[float]:
+        """The ``loss`` of each of some batches, through a model that is cut together."""
+        found = map(self.loss, batches) if self.pipe is None else self.pipe.forward(self, batches)
+        return [float(one) for one in found]
 
     def after(self, batch: MicroBatch, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """The loss after the model's layers, or after what is here of them, which follow what made *hidden*."""

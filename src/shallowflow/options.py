@@ -47,6 +47,7 @@ FIXABLE = (
     "double_quantization",
     "packing",
     "optimizer",
+    "parts_per_stage",
 )
 BOOLEANS = ("double_quantization", "packing")
 

@@ -36,7 +36,7 @@ from shallowflow.profiles.specs import GpuSpec, ModelSpec
 from shallowflow.session import Progress, Session
 from shallowflow.staging import Staged
 from shallowflow.work import path_of, size_of_work
-from shallowflow.workloads import check, deadline_hours, space, stage_counts, workload_of
+from shallowflow.workloads import check, deadline_hours, part_counts, space, stage_counts, workload_of
 
 if TYPE_CHECKING:
     from shallowflow.runtime.documents import Format
@@ -111,7 +111,14 @@ def beside_one(plan: Plan, model: ModelSpec, gpu: GpuSpec, *, progress: Progress
     if work.num_gpus == 1:
         return plan
     alone = replace(
-        work, num_gpus=1, num_machines=1, num_stages=None, sharding=None, deadline_hours=None, budget_usd=None
+        work,
+        num_gpus=1,
+        num_machines=1,
+        num_stages=None,
+        parts_per_stage=None,
+        sharding=None,
+        deadline_hours=None,
+        budget_usd=None,
     )
     one: Plan | None = None
     if not paying.is_too_large(plan.num_parameters, alone, gpu):
@@ -138,10 +145,10 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
     """
     numbers = stage_counts(workload, session.model)
     best: Plan | None = None
-    tried: dict[int, Plan | None] = {}
+    tried: dict[tuple[int, int], Plan | None] = {}
     if 1 in numbers:
         try:
-            best = tried[1] = _whole(session, workload, notes, wanted.num_alternatives)
+            best = tried[1, 1] = _whole(session, workload, notes, wanted.num_alternatives)
         except _Unsolved as nothing:
             if len(numbers) == 1:
                 raise refusals.infeasible(
@@ -152,8 +159,13 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
                     _plan,
                     with_remedies=wanted.with_remedies,
                 ) from None
-            tried[1] = None
-    searches = {number: Staged(session, workload, number).search() for number in numbers if number > 1}
+            tried[1, 1] = None
+    searches = {
+        (number, parts): Staged(session, workload, number, parts).search()
+        for number in numbers
+        if number > 1
+        for parts in part_counts(workload, session.model, number)
+    }
     for number in sorted(searches, key=lambda number: searches[number].least):  # a good one soon, the rest by its bound
         better_than = FAR if best is None else best.proof.score_picoseconds
         solution = staged_plan.solution(searches[number], wanted.num_alternatives, better_than)
@@ -163,7 +175,7 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
         raise refusals.infeasible_in_stages(session, workload, with_remedies=wanted.with_remedies)
     if len(tried) == 1:
         return best
-    outcomes = "; ".join(_outcome(number, made) for number, made in sorted(tried.items()))
+    outcomes = "; ".join(_outcome(*cut, made) for cut, made in sorted(tried.items()) if made is not None or cut[1] == 1)
     return replace(best, notes=(*best.notes, f"Compared: {outcomes}."))
 
 
@@ -175,9 +187,10 @@ class _Unsolved(Exception):
         self.posed, self.considered = posed, considered
 
 
-def _outcome(num_stages: int, made: Plan | None) -> str:
-    """What came of a number of stages."""
+def _outcome(num_stages: int, num_parts: int, made: Plan | None) -> str:
+    """What came of a number of stages, each of so many parts."""
     name = "every GPU with the whole model" if num_stages == 1 else words.counted(num_stages, "stage")
+    name += f" of {num_parts} parts" if num_parts > 1 else ""
     told = "no better or too large" if made is None else f"{words.duration(made.prediction.step_seconds)} a step"
     return f"{name}, {told}"
 
@@ -300,6 +313,11 @@ def _time_note(gpu: GpuSpec) -> str:
     return f"Seconds: give or take {gpu.step_error:.0%}: {gpu.sources['step_error'].text}."
 
 
+def _order(chosen: Candidate) -> str:
+    """Of micro-batches through stages."""
+    return "interleaved 1F1B" if chosen.configuration.parts_per_stage > 1 else "1F1B"
+
+
 def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -> tuple[str, ...]:
     """What the numbers leave out and a user should know."""
     notes = [_time_note(session.gpu)]
@@ -323,8 +341,8 @@ def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -
         notes.append("On a CPU the update of an optimizer in 8 bits takes several times as long as is predicted here.")
     if shown[0].configuration.num_stages > 1:
         notes.append(
-            "Stages run under PyTorch's 1F1B and wait for every message. What NCCL holds beside PyTorch's memory is "
-            "left out, and no such step was timed on GPUs."
+            f"Stages run under PyTorch's {_order(shown[0])} and are taken to wait for every message. What NCCL holds "
+            "beside PyTorch's memory is left out, and no such step was timed on GPUs."
         )
     elif workload.num_gpus > 1:
         shared = shown[0].configuration.sharding == "weights"

@@ -183,7 +183,7 @@ class Session:
         It depends on its own layers, on whether it is the first or the last, and on how many micro-batches are in
         flight.
         """
-        layers = configuration.layers_of(stage)
+        layers, strategies = configuration.layers_of(stage), configuration.strategies()
         alike = replace(
             configuration,
             layers=(),
@@ -192,10 +192,11 @@ class Session:
             gradient_accumulation_steps=traced_micro_batches(configuration, stage),
         )
         place = {
-            "strategies": [asdict(strategy) for strategy in configuration.strategies()[layers.start : layers.stop]],
+            "strategies": [asdict(strategies[number]) for number in layers],
             "kinds": [self.layer_kinds()[number] for number in layers],
             "is_first": stage == 0,
             "behind": configuration.num_stages - stage,
+            "stages": configuration.num_stages if configuration.parts_per_stage > 1 else None,
             "accumulates": configuration.gradient_accumulation_steps,
         }
         name = cache.key("stage", {**self._facts(), "configuration": asdict(alike), "place": place})

@@ -17,11 +17,16 @@ from shallowflow.workloads import space
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """The search for *workload* with the model in one number of stages, more than one."""
+    """The search for *workload* with the model in one number of stages, more than one.
+
+    Attributes:
+        num_parts: of each stage.
+    """
 
     session: Session
     workload: Workload
     num_stages: int
+    num_parts: int = 1
 
     def search(
         self,
@@ -30,11 +35,12 @@ class Staged:
     ) -> StagedSearch:
         """The cells that are *within*, over *only* some strategies."""
         session, workload = self.session, self.workload
-        cells, rank = space(session, workload, self.num_stages)
+        cells, rank = space(session, workload, self.num_stages, self.num_parts)
         considered = tuple(filter(within, cells))
         posed = session.problem(workload, considered, rank, only)
         width = model_facts.size(session.model.config, "hidden_size") or 1
-        return StagedSearch.of(posed, considered, self.num_stages, width, posed.between, session.trace_stage, _MEMORY)
+        facts = (posed, considered, self.num_stages, width, posed.between, session.trace_stage, _MEMORY)
+        return StagedSearch.of(*facts, self.num_parts)
 
     def smallest_process_bytes(self) -> int:
         """The lowest peak of the stage that takes the most, with every layer's leanest strategy."""
@@ -45,7 +51,7 @@ class Staged:
         lean = [s for s in lean if allowed.BYTES_PER_WEIGHT[s.weight_format] == bits]
         cells, _ = space(self.session, workload, self.num_stages)
         least = min(cell.micro_batch_size for cell in cells), max(cell.loss_chunks for cell in cells)
-        search = replace(self, workload=workload).search(
+        search = replace(self, workload=workload, num_parts=1).search(
             lambda strategy: strategy in lean, lambda cell: (cell.micro_batch_size, cell.loss_chunks) == least
         )
         return max(peak.peak_reserved_bytes for peak in smallest(search).peaks) + gpu.context_bytes

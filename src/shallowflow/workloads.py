@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
@@ -157,8 +158,10 @@ def check_sizes(model: ModelSpec, sequence_length: int, rank: int | None) -> Non
         )
 
 
-def space(session: Session, workload: Workload, num_stages: int = 1) -> tuple[tuple[Cell, ...], int | None]:
-    """The cells to search for *workload* in *num_stages*, and the adapter's rank in all of them; None without one."""
+def space(
+    session: Session, workload: Workload, num_stages: int = 1, num_parts: int = 1
+) -> tuple[tuple[Cell, ...], int | None]:
+    """The cells to search for *workload* in *num_stages* of *num_parts*, and the rank in all of them; None without."""
     divisible = not model_facts.changes_logits(session.model.config)
     if not divisible and (workload.loss_chunks or 1) > 1:
         raise RequestError(
@@ -171,8 +174,10 @@ def space(session: Session, workload: Workload, num_stages: int = 1) -> tuple[tu
         rank = quality.enough_rank(workload.total_tokens, per_rank, workload.min_rank, at_any)
         widest = model_facts.size(session.model.config, "hidden_size") or rank
         rank = max(workload.min_rank, min(rank, widest))
-    found = allowed.cells(workload, session.gpu, rank, divisible_loss=divisible, num_stages=num_stages)
-    return found, rank
+    made = allowed.cells(
+        workload, session.gpu, rank, divisible_loss=divisible, num_stages=num_stages, num_parts=num_parts
+    )
+    return made, rank
 
 
 _UNPLANNED = {
@@ -186,6 +191,7 @@ _UNPLANNED = {
 def check_stages(workload: Workload, model: ModelSpec) -> None:
     """RequestError where *workload* asks for stages that the GPUs, the batch or *model* do not allow."""
     wanted, gpus = workload.num_stages, workload.num_gpus
+    _check_parts(workload, model)
     if wanted is None or wanted == 1:
         return
     if gpus % wanted:
@@ -212,9 +218,32 @@ def check_stages(workload: Workload, model: ModelSpec) -> None:
             raise RequestError(f"{option} is not planned for models in stages yet; leave it out, or try --stages 1")
 
 
+def _check_parts(workload: Workload, model: ModelSpec) -> None:
+    """RequestError where *workload* asks for parts that no number of stages of *model* can have."""
+    parts, layers = workload.parts_per_stage, model_facts.num_layers(model.config)
+    if parts in (None, 1):
+        return
+    free = replace(workload, parts_per_stage=None)
+    able = {n: allowed.part_counts(free, layers, n) for n in allowed.stage_counts(free, layers)}
+    if any(parts in counts for counts in able.values()):
+        return
+    others = sorted({count for counts in able.values() for count in counts})
+    raise RequestError(
+        f"parts_per_stage is {parts}, and no number of stages of {model.name}, of {layers} layers, has as many equal "
+        f"parts and full rounds of micro-batches; try one of {', '.join(map(str, others or [1]))}"
+    )
+
+
+def part_counts(workload: Workload, model: ModelSpec, num_stages: int) -> tuple[int, ...]:
+    """Into how many parts each of *num_stages* of *model* may be divided."""
+    return allowed.part_counts(workload, model_facts.num_layers(model.config), num_stages)
+
+
 def stage_counts(workload: Workload, model: ModelSpec) -> tuple[int, ...]:
     """Into how many stages *model* may be cut for *workload*, one first."""
     found = allowed.stage_counts(workload, model_facts.num_layers(model.config))
+    if workload.parts_per_stage is not None:
+        found = tuple(n for n in found if part_counts(workload, model, n))
     limited = any(getattr(workload, name) is not None for name in _UNPLANNED)
     limited = limited or workload.adapter == "full" or workload.sharding == "weights"
     if limited or model_facts.why_not_cut(model.config) is not None:

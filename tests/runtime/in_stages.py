@@ -34,10 +34,10 @@ CONFIG = {**tiny.CONFIG, "num_hidden_layers": NUM_LAYERS}
 
 
 @functools.cache
-def place(tied: bool = True) -> Path:
-    """A folder with a model of five layers, data of many lengths, and text that is held out."""
+def place(tied: bool = True, num_layers: int = NUM_LAYERS) -> Path:
+    """A folder with a model of some layers, data of many lengths, and text that is held out."""
     folder = Path(tempfile.mkdtemp())
-    tiny.save(folder / "model", {**CONFIG, "tie_word_embeddings": tied})
+    tiny.save(folder / "model", {**CONFIG, "num_hidden_layers": num_layers, "tie_word_embeddings": tied})
     lines = [line[: 20 + 11 * number % 100] for number, line in enumerate(tiny.LINES)]
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     (folder / "held.txt").write_text(tiny.LINES[2][:60] + tiny.LINES[0])
@@ -45,10 +45,18 @@ def place(tied: bool = True) -> Path:
 
 
 @functools.cache
-def planned(num_gpus: int, num_stages: int, quantization: str = "fp16", *, tied: bool = True, **asked: Any) -> Plan:
+def planned(
+    num_gpus: int,
+    num_stages: int,
+    quantization: str = "fp16",
+    *,
+    tied: bool = True,
+    num_layers: int = NUM_LAYERS,
+    **asked: Any,
+) -> Plan:
     """The model's plan for so many CPUs, each with a stage."""
     return shallowflow.plan(
-        str(place(tied) / "model"),
+        str(place(tied, num_layers) / "model"),
         "cpu",
         num_gpus=num_gpus,
         num_stages=num_stages,
@@ -62,12 +70,13 @@ def planned(num_gpus: int, num_stages: int, quantization: str = "fp16", *, tied:
     )
 
 
-def request(output: str, *, tied: bool = True, **changes: Any) -> RunRequest:
+def request(output: str, *, tied: bool = True, num_layers: int = NUM_LAYERS, **changes: Any) -> RunRequest:
     """Learn the data, into the folder *output*."""
+    folder = place(tied, num_layers)
     wanted = {
-        "data": place(tied) / "data.jsonl",
-        "weights": place(tied) / "model",
-        "output": place(tied) / output,
+        "data": folder / "data.jsonl",
+        "weights": folder / "model",
+        "output": folder / output,
         "num_steps": NUM_STEPS,
         "learning_rate": LEARNING_RATE,
         **changes,
@@ -91,12 +100,13 @@ def alike(quantization: str, shapes: list[list[int]], asked: dict[str, Any]) -> 
     """The same run in one process and in those of each of *shapes*, of GPUs and stages; and what was predicted."""
     found: dict[str, Any] = {"runs": [], "predicted": [], "adapters": []}
     alone: dict[str, torch.Tensor] = {}
-    tied = asked.pop("tied", True)
-    for gpus, stages in ([1, 1], *shapes):
-        plan = planned(gpus, stages, quantization, tied=tied, **asked)
-        output = f"{quantization}{gpus}{stages}{sorted(asked)}"
-        evaluated = {"eval_data": place(tied) / "held.txt", "eval_every": 4, "samples": ("the cat",)}
-        wanted = request(output, tied=tied, **evaluated)
+    model = {"tied": asked.pop("tied", True), "num_layers": asked.pop("num_layers", NUM_LAYERS)}
+    for gpus, stages, *parts in ([1, 1], *shapes):
+        cut = {"parts_per_stage": parts[0]} if parts else {}
+        plan = planned(gpus, stages, quantization, **model, **cut, **asked)
+        output = f"{quantization}{gpus}{stages}{parts}{sorted(asked)}"
+        evaluated = {"eval_data": place(**model) / "held.txt", "eval_every": 4, "samples": ("the cat",)}
+        wanted = request(output, **model, **evaluated)
         found["runs"].append(in_processes(gpus, functools.partial(_trained, plan, wanted)))
         told = plan.prediction.stages or (plan.prediction,)
         found["predicted"].append([one.peak_allocated_bytes for one in told])
@@ -107,18 +117,21 @@ def alike(quantization: str, shapes: list[list[int]], asked: dict[str, Any]) -> 
     return found
 
 
-def moved(steps: list[list[int]]) -> dict[str, Any]:
+def moved(steps: list[list[int]], num_layers: int = NUM_LAYERS) -> dict[str, Any]:
     """A run that goes on in other numbers of GPUs and stages, each up to a step; and the same in one go.
 
-    Of no stages, the GPUs share the weights.
+    Of no stages, the GPUs share the weights; a fourth number is of the parts of a stage.
     """
-    wanted = request("moved")
+    plan_of = functools.partial(planned, num_layers=num_layers)
+    wanted = request("moved", num_layers=num_layers)
     found: list[Any] = []
-    for gpus, stages, until in steps:
+    for gpus, stages, until, *parts in steps:
         now = replace(wanted, num_steps=until, resume=True)
-        plan = planned(gpus, stages) if stages else planned(gpus, 1, sharding="weights")
+        cut = {"parts_per_stage": parts[0]} if parts else {}
+        plan = plan_of(gpus, stages, **cut) if stages else plan_of(gpus, 1, sharding="weights")
         found = in_processes(gpus, functools.partial(_trained, plan, now))
-    return {"moved": found, "whole": in_processes(1, functools.partial(_trained, planned(1, 1), request("in one go")))}
+    whole = functools.partial(_trained, plan_of(1, 1), request("in one go", num_layers=num_layers))
+    return {"moved": found, "whole": in_processes(1, whole)}
 
 
 def struck(rank: int, number: int, after: int) -> dict[str, Any]:
@@ -141,8 +154,10 @@ def undisturbed() -> list[Any]:
     return in_processes(2, functools.partial(_trained, planned(2, 2), request("undisturbed")))
 
 
-def short_of_memory(rank: int, where: str) -> Any:
+def short_of_memory(rank: int, where: str, parts: int = 1) -> Any:
     """A run in two stages, one of whose processes finds no memory in a pass of the fourth step."""
+    cut: dict[str, Any] = {"num_layers": 4, "parts_per_stage": parts} if parts > 1 else {}
+    wanted = request(f"short{rank}{where}{parts}", num_layers=cut.get("num_layers", NUM_LAYERS))
 
     def strike(learner: Learner) -> None:
         if len(learner.progress.steps) != 3 or learner.work.ranks.rank != rank or learner.progress.fallbacks:
@@ -153,7 +168,7 @@ def short_of_memory(rank: int, where: str) -> Any:
         else:
             layer.register_full_backward_pre_hook(_no_memory)
 
-    return in_processes(2, lambda _rank: trained(planned(2, 2), request(f"short{rank}{where}"), strike))
+    return in_processes(2, lambda _rank: trained(planned(2, 2, **cut), wanted, strike))
 
 
 def _no_memory(*_args: Any) -> None:
