@@ -22,7 +22,6 @@ from .strategies import (
 from .weighed import MOST_ERROR, Weighed
 
 FORMAT_VERSION = 3
-
 Quantization = Literal["any", "fp16", "int8", "nf4"]
 Objective = Literal["time", "cost", "quality"]
 Bytes = Annotated[int, Meta(ge=0)]
@@ -44,9 +43,8 @@ class Workload:
         num_eval_sequences: held out, and evaluated before and after training.
         global_batch_size: sequences per optimizer update over all GPUs.
         num_machines: that the GPUs are in, as many in each.
-        num_stages: parts that the model is cut into, each on a GPU of its own; None leaves that to the planner, 1 means
-            that each GPU holds the whole model.
-        parts_per_stage: into which each stage is divided, see Configuration; None leaves that to the planner.
+        num_stages: that the model is cut into, each on a GPU of its own; 1 means that each GPU holds the whole model.
+        parts_per_stage: into which each stage is divided; see Configuration. None leaves both to the planner.
         rank: LoRA's rank if it is fixed; None lets the planner choose one of at least *min_rank*.
         adapter, target_modules: the kind of LoRA, and what it is on, or ``full``, with which nothing may be said of
             rank and modules; see Configuration.

@@ -89,7 +89,7 @@ class Held:
 def held(trainee: Trainee, best: Mapping[str, torch.Tensor] | None = None) -> Held:
     """What *trainee* has learned, its parameters numbered as in the whole model."""
     mine = learned(trainee)
-    numbered = optimizers.state(trainee.optimizer, _first_number(trainee, mine))
+    numbered = optimizers.state(trainee.optimizer, _numbers(trainee, mine))
     return Held(mine, numbered, None if best is None else dict(best))
 
 
@@ -117,9 +117,12 @@ def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def _first_number(trainee: Trainee, mine: Mapping[str, torch.Tensor]) -> int:
-    """The number in the whole model of the first of the parameters that are *mine*."""
-    return trainee.names.index(next(iter(mine))) if trainee.pipe is not None else 0
+def _numbers(trainee: Trainee, mine: Mapping[str, torch.Tensor]) -> list[int] | None:
+    """The numbers in the whole model of the parameters that are *mine*; None where it is whole."""
+    if trainee.pipe is None:
+        return None
+    numbers = {name: number for number, name in enumerate(trainee.names)}
+    return [numbers[name] for name in mine]
 
 
 def save(folder: Path, trainee: Trainee, state: State, best: Mapping[str, torch.Tensor] | None = None) -> Path:
@@ -224,7 +227,7 @@ def restore(kept: Snapshot, trainee: Trainee) -> None:
             raise RunError(f"checkpoint {kept.path} holds other weights than the plan's; {_ELSE}")
     put_learned(trainee, kept.learned)
     try:
-        optimizers.restore(trainee.optimizer, kept.optimizer, _first_number(trainee, mine), len(names))
+        optimizers.restore(trainee.optimizer, kept.optimizer, _numbers(trainee, mine), len(names))
     except ValueError as error:
         raise RunError(f"checkpoint {kept.path} is not the plan's: {error}; {_ELSE}") from None
     scale = trainee.loss_scale

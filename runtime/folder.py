@@ -166,7 +166,9 @@ def _gpus(plan: Plan) -> str:
     """How a run is spread over GPUs: what it may go on with otherwise."""
     number, sharding, stages = plan.configuration.num_gpus, plan.configuration.sharding, plan.configuration.stages
     if len(stages) > 1:
-        return f"{number}, stages from layers {', '.join(map(str, stages))}"
+        parts = plan.configuration.parts_per_stage
+        interleaved = f", in {parts} parts each" if parts > 1 else ""
+        return f"{number}, stages from layers {', '.join(map(str, stages))}{interleaved}"
     return f"{number}" if sharding == "none" else f"{number}, sharded {sharding}"
 
 

@@ -72,21 +72,28 @@ def _adamw_8bit() -> Any:
     return AdamW8bit
 
 
-def state(optimizer: torch.optim.Optimizer, first: int = 0) -> dict[str, torch.Tensor]:
-    """Every tensor and number of the state, named by the parameter's number, from *first* on, and by what it is."""
+def state(optimizer: torch.optim.Optimizer, numbers: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor and number of the state, named by the parameter's number and by what it is.
+
+    *numbers* are those of the parameters; None counts them.
+    """
+    parameters = _parameters(optimizer)
     found: dict[str, torch.Tensor] = {}
-    for index, parameter in enumerate(_parameters(optimizer), start=first):
+    for index, parameter in zip(range(len(parameters)) if numbers is None else numbers, parameters, strict=True):
         kept: Mapping[str, Any] = optimizer.state.get(parameter, {})
         found |= {f"{index}.{key}": torch.as_tensor(value) for key, value in kept.items() if key not in _TABLES}
     return found
 
 
 def restore(
-    optimizer: torch.optim.Optimizer, saved: Mapping[str, torch.Tensor], first: int = 0, in_all: int | None = None
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, torch.Tensor],
+    numbers: Sequence[int] | None = None,
+    in_all: int | None = None,
 ) -> None:
     """Give *optimizer* the state *saved*; one of the other optimizer is brought into this one's format.
 
-    Its parameters have the numbers from *first* on of those *in_all*; None for no others.
+    Its parameters have these *numbers* of those *in_all*; None for no others.
 
     Raises:
         ValueError: it is of other parameters.
@@ -99,9 +106,12 @@ def restore(
     most = len(parameters) if in_all is None else in_all
     if by_parameter and max(by_parameter) >= most:
         raise ValueError(f"it holds an optimizer's state of more than {most} parameters")
-    mine = {number - first: kept for number, kept in by_parameter.items() if 0 <= number - first < len(parameters)}
-    for number, kept in mine.items():
-        parameter = parameters[number]
+    own_numbers = range(len(parameters)) if numbers is None else numbers
+    mine = dict(zip(own_numbers, parameters, strict=True))
+    for number, kept in by_parameter.items():
+        if number not in mine:
+            continue
+        parameter = mine[number]
         own = {key: value.to(parameter.device) for key, value in kept.items() if key != "step"}
         if in_8_bits:
             optimizer.state[parameter] = _for_8_bits(optimizer, own, parameter) | {"step": int(kept["step"])}

@@ -1,4 +1,4 @@
-"""What holds for every test: a cache of its own, no deadline for Hypothesis, and no word to the outside."""
+"""What holds for every test: a cache of its own, no stopwatch for Hypothesis, and no word to the outside."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-settings.register_profile("untimed", deadline=None)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 

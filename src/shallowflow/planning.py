@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shallowflow import packing, refusals
+from shallowflow import caveats, packing, refusals
 from shallowflow.hub import find_model
 from shallowflow.planner import (
     allowed,
@@ -263,7 +263,7 @@ def _plan(
         ),
         sensitivity=solution.sensitivity,
         proof=solution.proof,
-        notes=(*notes, *_notes(session, workload, (best, *solution.alternatives))),
+        notes=(*notes, *caveats.of(session, workload, (best, *solution.alternatives))),
         versions=cache.versions(),
         weighed=session.weighed(),
     )
@@ -294,7 +294,8 @@ def _wall_time(
     shared = chosen.prediction.step_seconds / whole if configuration.num_stages > 1 else 1.0
     step = chosen.prediction.step_seconds - shared * trimmed_seconds(runs, configuration, workload, gpu)
     learned = costs.learned_bytes(runs, rank)
-    together = (2 * configuration.num_stages - 1) / configuration.num_stages**2  # as many at once as stages
+    stages, parts = configuration.num_stages, configuration.parts_per_stage
+    together = ((parts + 1) * stages - 1) / (parts * stages**2)  # as many at once as stages
     evaluated = together * wall_time.NUM_EVALUATIONS * math.ceil(workload.num_eval_sequences / micro_batch_size)
     return wall_time.wall_time(
         num_parameters=session.num_parameters(),
@@ -306,58 +307,3 @@ def _wall_time(
         host_to_device_bytes_per_second=gpu.pcie_bytes_per_second,
         disk_bytes_per_second=disk_bytes_per_second,
     )
-
-
-def _time_note(gpu: GpuSpec) -> str:
-    """How far the seconds can be trusted, and why."""
-    return f"Seconds: give or take {gpu.step_error:.0%}: {gpu.sources['step_error'].text}."
-
-
-def _order(chosen: Candidate) -> str:
-    """Of micro-batches through stages."""
-    return "interleaved 1F1B" if chosen.configuration.parts_per_stage > 1 else "1F1B"
-
-
-def _notes(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -> tuple[str, ...]:
-    """What the numbers leave out and a user should know."""
-    notes = [_time_note(session.gpu)]
-    formats = {strategy.weight_format for c in shown for strategy in c.configuration.strategies()}
-    if "int8" in formats and session.gpu.device_type == "cuda":
-        notes.append(
-            "No step with int8 weights was recorded on a GPU: their products are priced as fp16's, which is a guess."
-        )
-    if workload.adapter == "full" and session.gpu.device_type == "cuda":
-        notes.append(
-            "No step in which every weight learns was recorded on a GPU: its bytes are traced like any other's, and "
-            "its seconds follow from the rates of LoRA's."
-        )
-    policies = {strategy.activations for c in shown for strategy in c.configuration.strategies()}
-    if "offload" in policies:
-        notes.append(
-            "No step with offloaded activations was recorded on a GPU: their copies are priced at the link's rate, "
-            "beside the computing of their layer."
-        )
-    if session.gpu.device_type == "cpu" and workload.optimizer == "adamw8bit":
-        notes.append("On a CPU the update of an optimizer in 8 bits takes several times as long as is predicted here.")
-    if shown[0].configuration.num_stages > 1:
-        notes.append(
-            f"Stages run under PyTorch's {_order(shown[0])} and are taken to wait for every message. What NCCL holds "
-            "beside PyTorch's memory is left out, and no such step was timed on GPUs."
-        )
-    elif workload.num_gpus > 1:
-        shared = shown[0].configuration.sharding == "weights"
-        held = "a part of every frozen matrix, which is gathered before its use" if shared else "the model"
-        notes.append(
-            f"Several GPUs are data parallel: each holds {held}, and gradients are added up at the end of a step. "
-            "What NCCL holds beside PyTorch's memory is left out, and no such step was timed on GPUs."
-        )
-    hosts = [i for i in load_instances(session.gpu.name) if i.num_gpus >= workload.num_gpus]
-    cheapest = min(hosts, key=lambda i: i.ram_bytes, default=None)
-    bits = 32 if workload.adapter == "full" else 16
-    weights = session.num_parameters() * bits // 8
-    if cheapest is not None and weights > cheapest.ram_bytes:
-        notes.append(
-            f"The weights in {bits} bits ({weights / 2**30:.1f} GiB) exceed the RAM of {cheapest.name} "
-            f"({cheapest.ram_bytes / 2**30:.0f} GiB): load them shard by shard."
-        )
-    return tuple(notes)

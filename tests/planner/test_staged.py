@@ -9,7 +9,7 @@ from dataclasses import replace
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from shallowflow.planner import staged_bound, staged_proof
+from shallowflow.planner import schedule, staged_bound, staged_proof
 from shallowflow.planner.chain import Choice, Group
 from shallowflow.planner.cuts import FAR
 from shallowflow.planner.cutting import Cutting, StagedChoice, bounds_of
@@ -22,18 +22,21 @@ from tests.planner.chains import MIB, choices, sizes, times
 
 @st.composite
 def stagings(draw: st.DrawFn) -> Staging:
-    """A few layers, of one kind or of several, with two choices each, in two or three stages."""
-    layers = draw(st.sampled_from([(4,), (1, 2, 1), (2, 2), (1, 3, 1)]))
-    stages = draw(st.integers(2, 3))
+    """A few layers, of one kind or of several, with two choices each, in two or three stages, whole or interleaved."""
+    layers = draw(st.sampled_from([(4,), (1, 2, 1), (2, 2), (1, 3, 1), (6,), (1, 4, 1)]))
+    stages, each = draw(st.integers(2, 3)), sum(layers)
+    micro_batches = draw(st.integers(stages, 8))
+    parts = draw(st.sampled_from(schedule.parts_per_stage(each, stages, micro_batches)))
     cell = Cell(
         micro_batch_size=1,
-        gradient_accumulation_steps=draw(st.integers(stages, 8)),
+        gradient_accumulation_steps=micro_batches,
         rank=8,
         loss_chunks=1,
     )
     return Staging(
         cell=cell,
         num_stages=stages,
+        num_parts=parts,
         groups=tuple(Group(num_layers=n, choices=(draw(choices(0)), draw(choices(1)))) for n in layers),
         fixed_bytes=tuple(draw(sizes) for _ in range(stages)),
         head_high_bytes=draw(sizes),
@@ -52,15 +55,18 @@ Way = tuple[tuple[int, ...], tuple[Choice, ...]]
 
 def ways(staging: Staging) -> Iterator[tuple[Way, list[int], int]]:
     """Every cut with every choice for each layer: the peaks of its stages, and its score."""
-    number = staging.num_layers
-    for inner in itertools.combinations(range(1, number), staging.num_stages - 1):
+    number, of = staging.num_layers, staging.num_stages
+    inners = itertools.combinations(range(1, number), of - 1)
+    even = tuple(range(number // of, number, number // of))[: of - 1]
+    for inner in inners if staging.num_parts == 1 else (even,):
         starts = (0, *inner)
         spans = [range(a, b) for a, b in itertools.pairwise((*starts, number))]
         stages = [list(stage_ways(staging, stage, layers)) for stage, layers in enumerate(spans)]
         update = staging.update_picoseconds * max(map(len, spans))
         for picked in itertools.product(*stages):
             chosen, peaks, busy, penalties = zip(*picked, strict=True)
-            score = sum(busy) + (staging.num_micro_batches - 1) * max(busy) + update + sum(penalties)
+            once = sum(one // staging.num_parts for one in busy) - max(busy) // staging.num_parts
+            score = once + staging.num_micro_batches * max(busy) + update + sum(penalties)
             yield (starts, tuple(itertools.chain(*chosen))), list(peaks), score
 
 
@@ -144,7 +150,8 @@ def configuration_of(found: StagedChoice) -> Configuration:
         gradient_accumulation_steps=cell.gradient_accumulation_steps,
         num_gpus=len(found.starts),
         loss_chunks=cell.loss_chunks,
-        stages=found.starts,
+        stages=tuple(found.staging.order()[place] for place in found.starts),
+        parts_per_stage=found.staging.num_parts,
     )
 
 

@@ -100,13 +100,13 @@ def alike(quantization: str, shapes: list[list[int]], asked: dict[str, Any]) -> 
     """The same run in one process and in those of each of *shapes*, of GPUs and stages; and what was predicted."""
     found: dict[str, Any] = {"runs": [], "predicted": [], "adapters": []}
     alone: dict[str, torch.Tensor] = {}
-    model = {"tied": asked.pop("tied", True), "num_layers": asked.pop("num_layers", NUM_LAYERS)}
+    model: dict[str, Any] = {"tied": asked.pop("tied", True), "num_layers": asked.pop("num_layers", NUM_LAYERS)}
     for gpus, stages, *parts in ([1, 1], *shapes):
         cut = {"parts_per_stage": parts[0]} if parts else {}
         plan = planned(gpus, stages, quantization, **model, **cut, **asked)
         output = f"{quantization}{gpus}{stages}{parts}{sorted(asked)}"
         evaluated = {"eval_data": place(**model) / "held.txt", "eval_every": 4, "samples": ("the cat",)}
-        wanted = request(output, **model, **evaluated)
+        wanted = request(output, **{**model, **evaluated})
         found["runs"].append(in_processes(gpus, functools.partial(_trained, plan, wanted)))
         told = plan.prediction.stages or (plan.prediction,)
         found["predicted"].append([one.peak_allocated_bytes for one in told])

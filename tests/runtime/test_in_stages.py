@@ -62,6 +62,30 @@ def test_formats_policies_and_packing_are_no_exception(quantization: str, asked:
     check_alike(ask("alike", quantization, [[2, 2]], asked), [[2, 2]])
 
 
+@pytest.mark.parametrize(
+    ("quantization", "shapes", "asked"),
+    [
+        ("fp16", [[2, 2, 2], [4, 4, 2], [4, 2, 4]], {}),
+        ("nf4", [[2, 2, 4]], {"activations": "recompute", "packing": True, "tied": False}),
+        ("int8", [[2, 2, 2]], {"loss_chunks": 4, "activations": "offload"}),
+    ],
+)
+def test_interleaved_stages_make_the_run_of_one_process(
+    quantization: str, shapes: list[list[int]], asked: dict[str, Any], ask: Ask
+) -> None:
+    """With two parts of the model on each GPU, or four: the same losses, evaluations, samples and adapter."""
+    runs = ask("alike", quantization, shapes, {**asked, "num_layers": 8})
+
+    check_alike(runs, [shape[:2] for shape in shapes])
+
+
+def test_a_run_moves_between_interleaved_stages_and_others(ask: Ask) -> None:
+    """Whoever holds a layer, a checkpoint has it."""
+    found = ask("moved", [[2, 2, 2, 2], [4, 4, 4, 2], [2, 2, 5], [1, 1, 6]], 8)
+
+    assert found["moved"][0]["losses"] == pytest.approx(found["whole"][0]["losses"], rel=NOISE)
+
+
 def test_every_way_to_store_and_save_a_layer_may_be_cut(ask: Ask) -> None:
     """Losses, norms and evaluations of all formats and policies, with other ones on the other stage."""
     for alone, *stages in ask("steps_of_every_kind"):
@@ -100,10 +124,10 @@ def test_one_stage_that_is_interrupted_stops_all(rank: int, number: int, ask: As
     assert [one["adapter"] for one in told["again"]] == [one["adapter"] for one in told["whole"]]
 
 
-@pytest.mark.parametrize(("rank", "where"), [(1, "forward"), (0, "backward")])
-def test_memory_that_one_stage_lacks_leaves_no_other_waiting(rank: int, where: str, ask: Ask) -> None:
+@pytest.mark.parametrize(("rank", "where", "parts"), [(1, "forward", 1), (0, "backward", 1), (0, "forward", 2)])
+def test_memory_that_one_stage_lacks_leaves_no_other_waiting(rank: int, where: str, parts: int, ask: Ask) -> None:
     """All go on together under an alternative, from the last whole step."""
-    for told in ask("short_of_memory", rank, where):
+    for told in ask("short_of_memory", rank, where, parts):
         assert told["outcome"] == "completed"
         assert told["fallbacks"] == [[3, 3, f"rank {rank}: CUDA out of memory."]]
 

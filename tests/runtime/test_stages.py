@@ -26,21 +26,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **{kind: {} for kind in sorted(model_facts._CUTTABLE)},
     "mistral": {"sliding_window": 7},
     "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3},
-    "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0]},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
     "phi3": {"tie_word_embeddings": False},
 }
 """Of each kind what makes its layers differ from one another, where anything does."""
 
 
-def config_of(kind: str) -> dict[str, Any]:
+def config_of(kind: str, num_layers: int = NUM_LAYERS) -> dict[str, Any]:
     """A small model of this kind, whose layers differ as far as they may."""
-    sizes = {**tiny.CONFIG, "num_hidden_layers": NUM_LAYERS, "pad_token_id": 0}
-    return {**sizes, **FAMILIES[kind], "model_type": kind}
+    sizes = {**tiny.CONFIG, "num_hidden_layers": num_layers, "pad_token_id": 0}
+    own = {key: value[:num_layers] if isinstance(value, list) else value for key, value in FAMILIES[kind].items()}
+    return {**sizes, **own, "model_type": kind}
 
 
-def base(kind: str) -> Any:
+def base(kind: str, num_layers: int = NUM_LAYERS) -> Any:
     """The model with random weights, all of which matter."""
-    model = build.empty_model(build.transformers_config(config_of(kind)), "float32", "cpu")
+    model = build.empty_model(build.transformers_config(config_of(kind, num_layers)), "float32", "cpu")
     maker = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=maker).mul_(0.15)
@@ -53,11 +54,18 @@ def cut() -> Configuration:
     return replace(tiny.configuration(num_layers=NUM_LAYERS), num_gpus=3, stages=STAGES, gradient_accumulation_steps=3)
 
 
-def of_stage(model: Any, number: int) -> Trainee:
+def interleaved() -> Configuration:
+    """Three stages, each of two parts of a layer."""
+    whole = tiny.configuration(num_layers=6)
+    return replace(whole, num_gpus=3, stages=(0, 1, 2), parts_per_stage=2, gradient_accumulation_steps=3)
+
+
+def of_stage(model: Any, number: int, configuration: Configuration | None = None) -> Trainee:
     """A stage's trainee, whose adapter is that of the whole."""
-    share = stages.share_of(cut(), number)
+    chosen = configuration or cut()
+    share = stages.share_of(chosen, number)
     torch.manual_seed(0)
-    made = make_trainee(model, cut(), "float32", tiny.CPU, share=share)
+    made = make_trainee(model, chosen, "float32", tiny.CPU, share=share)
     _fill(made)
     return pipeline.connected(made, share, Ranks(rank=number, size=3, num_stages=3), torch.float32)
 
@@ -77,12 +85,13 @@ def batch_of(packed: bool) -> MicroBatch:
     return replace(made, position_ids=positions)
 
 
-def through(made: list[Trainee], batch: MicroBatch) -> torch.Tensor:
+def through(made: list[Trainee], batch: MicroBatch, num_parts: int = 1) -> torch.Tensor:
     """The loss of the last stage, after all others."""
     hidden = None
-    for trainee in made:
-        assert isinstance(trainee.pipe, pipeline.Line)
-        hidden = trainee.pipe.computed(trainee, batch, *([] if hidden is None else [hidden]))
+    for part in range(num_parts):
+        for trainee in made:
+            assert isinstance(trainee.pipe, pipeline.Line)
+            hidden = trainee.pipe.computed(trainee, batch, part, hidden)
     assert hidden is not None
     return hidden
 
@@ -91,19 +100,33 @@ def through(made: list[Trainee], batch: MicroBatch) -> torch.Tensor:
 def test_stages_compute_what_the_whole_does(kind: str) -> None:
     """The loss to the last bit, and every gradient, whatever differs from layer to layer."""
     assert model_facts.why_not_cut(config_of(kind)) is None
-    torch.manual_seed(0)
-    whole = make_trainee(base(kind), replace(cut(), num_gpus=1, stages=(0,)), "float32", tiny.CPU)
-    _fill(whole)
-    made = [of_stage(base(kind), number) for number in range(3)]
+    check_computes(kind, cut())
 
-    expected, found = whole.loss(batch_of(False)), through(made, batch_of(False))
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_parts_of_interleaved_stages_compute_what_the_whole_does(kind: str) -> None:
+    """Nor does it matter that a stage has other layers, and the last one the norm, while one part is passed."""
+    check_computes(kind, interleaved())
+
+
+def check_computes(kind: str, configuration: Configuration) -> None:
+    """Assert that stages make the loss of the whole model, and its gradients."""
+    layers, parts = configuration.num_layers, configuration.parts_per_stage
+    torch.manual_seed(0)
+    alone = replace(configuration, num_gpus=1, stages=(0,), parts_per_stage=1)
+    whole = make_trainee(base(kind, layers), alone, "float32", tiny.CPU)
+    _fill(whole)
+    made = [of_stage(base(kind, layers), number, configuration) for number in range(3)]
+
+    expected, found = whole.loss(batch_of(False)), through(made, batch_of(False), parts)
     expected.backward()
     found.backward()
 
     assert torch.equal(found, expected)
     wanted = {name: p.grad for name, p in whole.model.named_parameters() if p.requires_grad}
     gradients = {n: p.grad for one in made for n, p in one.model.named_parameters() if p.requires_grad}
-    assert list(gradients) == list(wanted) == list(whole.names) == list(made[0].names)
+    assert list(wanted) == list(whole.names) == list(made[0].names)
+    assert sorted(gradients) == sorted(wanted)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in wanted.items())  # type: ignore[arg-type]
 
 
