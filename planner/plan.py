@@ -336,8 +336,8 @@ class Plan:
     @property
     def num_steps(self) -> int:
         """Optimizer updates for the whole work."""
-        configuration = self.configuration
-        return -(-self.workload.sequences(packing=configuration.packing) // configuration.global_batch_size)
+        chosen = self.configuration
+        return -(-self.workload.sequences(packing=chosen.packing) // chosen.global_batch_size)
 
     @property
     def mean_step_seconds(self) -> float:
