@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-import click
 import msgspec
 
+from shallowflow import printing
 from shallowflow.session import RequestError
 
 
@@ -34,4 +34,4 @@ def masked(value: Any) -> Any:
 
 def echo_json(told: Any) -> None:
     """Print *told* as JSON, masked."""
-    click.echo(msgspec.json.format(msgspec.json.encode(masked(msgspec.to_builtins(told))), indent=2).decode())
+    printing.echo_json(masked(msgspec.to_builtins(told)))

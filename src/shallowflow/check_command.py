@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from shallowflow import completing
+from shallowflow.printing import echo_json
 from shallowflow.profiles import load_gpu
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
@@ -65,7 +65,9 @@ def check_command(file: Path, gpu: str, tool: Any, model: str | None, output: Pa
     if output is not None:
         _write(output, file, verdict)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(_as_dict(verdict)), indent=2).decode())
+        from shallowflow.told_runtime import checked
+
+        echo_json(checked(verdict))
     else:
         from shallowflow.runtime.trainers.view import shown
 
@@ -82,8 +84,3 @@ def _write(output: Path, file: Path, verdict: Verdict) -> None:
             f"{file} needs no correction" if verdict.will_run else f"no correction of {file} fits; nothing is written"
         )
     write_text(output, files.corrected(file, verdict.settings, verdict.corrected))
-
-
-def _as_dict(verdict: Verdict) -> dict[str, Any]:
-    """*verdict* with what it comes to."""
-    return {**msgspec.to_builtins(verdict), "fits": verdict.fits, "will_run": verdict.will_run}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
-import msgspec
 from click.shell_completion import CompletionItem
 
 from shallowflow import __version__, completing
@@ -28,6 +27,7 @@ from shallowflow.inspection import (
     simulate_command,
 )
 from shallowflow.launch_command import launch_command
+from shallowflow.merge_command import merge_command
 from shallowflow.options import DEFAULT_MODEL, request, workload_options
 from shallowflow.outputs import check_apart
 from shallowflow.planner.memory_record import OutOfDeviceMemory
@@ -36,15 +36,16 @@ from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import PlanError, to_json
 from shallowflow.planning import beside_one, make_plan
 from shallowflow.prices_command import prices_command
-from shallowflow.profiles import FactsError, load_gpu
-from shallowflow.profiles.load import load_instances
+from shallowflow.printing import echo_json
+from shallowflow.profiles import FactsError
 from shallowflow.reporting import check_report, write_report
 from shallowflow.runs_command import runs_command, stop_command
 from shallowflow.runtime.files import write_text
 from shallowflow.schema_command import schema_command
 from shallowflow.session import RequestError
-from shallowflow.training import merge_command, read_plan, train_command
+from shallowflow.training import train_command
 from shallowflow.ui_command import ui_command
+from shallowflow.verify_command import verify_command
 from shallowflow.weigh_command import weigh_command
 from shallowflow.whatif_command import whatif_command
 
@@ -107,7 +108,7 @@ def cli() -> None:
     sfplan prices                       what instances cost, from when and where; --update asks AWS
     sfplan weigh MODEL                  what int8 and nf4 do to its own weights
     sfplan profile MODEL --gpu t4       what one layer takes under every strategy
-    sfplan schema                       what the JSON of plans, runs and records holds
+    sfplan schema                       what the JSON of every command holds
     sfplan simulate FILE.py:FUNCTION    what any training step of yours takes of a GPU's memory
     """
 
@@ -142,7 +143,7 @@ def plan_command(model: str, as_json: bool, output: Path | None, report: Path | 
             made = beside_one(made, spec, device, progress=tell)
     except Infeasible as refusal:
         if as_json:
-            click.echo(msgspec.json.format(msgspec.json.encode(refusal.as_dict()), indent=2).decode())
+            echo_json(refusal.as_dict())
         raise
     if output:
         try:
@@ -165,36 +166,6 @@ def _show(made: Plan, as_json: bool) -> None:
     show(render.plan(made))
 
 
-@cli.command("verify")
-@click.argument("plan", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
-def verify_command(plan: Path, as_json: bool) -> None:
-    """Check the proof that PLAN carries, without the search that made it.
-
-    Ends with 1 where the proof does not hold.
-
-    \b
-    sfplan verify plan.json
-    """
-    from shallowflow.planner.verify import doubts
-
-    loaded = read_plan(plan)
-    found = doubts(loaded, load_gpu(loaded.gpu), load_instances(loaded.gpu))
-    if as_json:
-        verdict = {"holds": not found, "status": loaded.proof.status, "gap": loaded.proof.gap, "doubts": found}
-        click.echo(msgspec.json.format(msgspec.json.encode(verdict), indent=2).decode())
-    elif not found:
-        nodes = sum(len(cell.nodes) for cell in loaded.proof.cells)
-        click.echo(
-            f"The proof holds: {loaded.proof.status}, gap {loaded.proof.gap:.1e}, "
-            f"{len(loaded.proof.cells)} cells, {nodes} nodes."
-        )
-    else:
-        click.echo("\n".join(["The proof does not hold:", *(f"  {doubt}" for doubt in found)]), err=True)
-    if found:
-        sys.exit(1)
-
-
 for _command in (
     frontier_command,
     whatif_command,
@@ -207,6 +178,7 @@ for _command in (
     runs_command,
     stop_command,
     cost_command,
+    verify_command,
     export_command,
     check_command,
     data_command,

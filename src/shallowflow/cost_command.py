@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from shallowflow.planner import words
+from shallowflow.printing import echo_json
 from shallowflow.session import RequestError
 
 if TYPE_CHECKING:
@@ -25,6 +26,39 @@ class _Run(msgspec.Struct):
     seconds: float
     usd: float | None
     interruptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BilledDay:
+    """What was billed for one day.
+
+    Attributes:
+        date: in UTC.
+        estimated: whether AWS may still change it.
+    """
+
+    date: str
+    usd: float
+    estimated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What AWS billed for a run, and what the run reckoned.
+
+    Attributes:
+        tag: that what is billed carries: its key, and its value.
+        reckoned_usd: what the run's own meter came to; None where no price was given.
+        billed_usd: the sum of *days*.
+        days: from the run's first to today.
+        interruptions: times that the run was ended before its end.
+    """
+
+    tag: dict[str, str]
+    reckoned_usd: float | None
+    billed_usd: float
+    days: tuple[BilledDay, ...]
+    interruptions: int
 
 
 @click.command("cost")
@@ -45,9 +79,14 @@ def cost_command(run: Path, tag: str | None, as_json: bool) -> None:
     bill = _bill(key, value, record.started)
     billed = sum(day.usd for day in bill)
     if as_json:
-        told: dict[str, Any] = {"tag": {key: value}, "reckoned_usd": record.usd, "billed_usd": billed}
-        told |= {"days": [asdict(day) for day in bill], "interruptions": record.interruptions}
-        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+        cost = Cost(
+            tag={key: value},
+            reckoned_usd=record.usd,
+            billed_usd=billed,
+            days=tuple(BilledDay(**asdict(day)) for day in bill),
+            interruptions=record.interruptions,
+        )
+        echo_json(cost)
         return
     interrupted = f", {words.counted(record.interruptions, 'interruption')}" if record.interruptions else ""
     reckoned = "no price was given" if record.usd is None else f"${record.usd:.4f}"

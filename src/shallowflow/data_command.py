@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
+
+from shallowflow.printing import echo_json
 
 if TYPE_CHECKING:
     from shallowflow.runtime.documents import Data, Format
@@ -18,6 +20,33 @@ WIDTH = 80
 BAR = "█"
 MOST_COLUMNS = 5
 FORMAT_NAMES = ("messages", "sharegpt", "alpaca", "text", "prompt-completion")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """What a data file holds.
+
+    Attributes:
+        kind: of file, such as ``JSONL``.
+        formats: of its rows; two only where text and prompts mix.
+        num_rows: with those that have nothing to learn.
+        num_documents: those with something to learn.
+        ignored_columns: that the rows have and their format does not.
+        exact: whether tokens were counted by the model's tokenizer, or estimated from characters.
+        num_tokens: of all documents.
+        num_learned_tokens: those that are targets.
+        document_tokens: each document's, in order.
+    """
+
+    kind: str
+    formats: tuple[str, ...]
+    num_rows: int
+    num_documents: int
+    ignored_columns: tuple[str, ...]
+    exact: bool
+    num_tokens: int
+    num_learned_tokens: int
+    document_tokens: tuple[int, ...]
 
 
 def data_format_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,23 +86,23 @@ def data_command(data: Path, model: str | None, data_format: Format | None, as_j
         tokenizer = local_tokenizer(model, find_model(model).name)
     lengths = document_lengths(read.documents, tokenizer)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(_facts(read, lengths)), indent=2).decode())
+        echo_json(_facts(read, lengths))
         return
     click.echo("\n".join(_shown(data, read, lengths)))
 
 
-def _facts(read: Data, lengths: Lengths) -> dict[str, Any]:
-    return {
-        "kind": read.kind,
-        "formats": read.formats,
-        "num_rows": read.num_rows,
-        "num_documents": len(read.documents),
-        "ignored_columns": [name.encode(errors="backslashreplace").decode() for name in read.ignored],
-        "exact": lengths.exact,
-        "num_tokens": lengths.num_tokens,
-        "num_learned_tokens": lengths.num_learned,
-        "document_tokens": [document.num_tokens for document in lengths.documents],
-    }
+def _facts(read: Data, lengths: Lengths) -> DataFacts:
+    return DataFacts(
+        kind=read.kind,
+        formats=read.formats,
+        num_rows=read.num_rows,
+        num_documents=len(read.documents),
+        ignored_columns=tuple(name.encode(errors="backslashreplace").decode() for name in read.ignored),
+        exact=lengths.exact,
+        num_tokens=lengths.num_tokens,
+        num_learned_tokens=lengths.num_learned,
+        document_tokens=tuple(document.num_tokens for document in lengths.documents),
+    )
 
 
 def _shown(path: Path, read: Data, lengths: Lengths) -> Iterator[str]:

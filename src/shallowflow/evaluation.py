@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import msgspec
+
+from shallowflow.merge_command import check_run
+from shallowflow.printing import echo_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,17 +35,19 @@ def evaluate_command(
     sfplan evaluate run --tasks arc_easy,hellaswag --limit 100
     sfplan evaluate run --tasks mine.yaml --base
     """
-    from shallowflow.runtime.harness import Examination, examine
     from shallowflow.terminal import console, status
 
     names = tuple(name for name in (part.strip() for part in tasks.split(",")) if name)
     if not names:
         raise click.UsageError("--tasks names no task; give names with commas between, such as arc_easy,hellaswag")
+    check_run(run)
+    from shallowflow.runtime.harness import Examination, examine
+
     asked = Examination(run=run, tasks=names, weights=weights, limit=limit, batch_size=batch_size, with_base=with_base)
     with status("evaluating") as tell:
         scores = examine(asked, tell)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(scores), indent=2).decode())
+        echo_json(scores)
     else:
         console().print(_table(scores))
 

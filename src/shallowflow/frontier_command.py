@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-import msgspec
 
 from shallowflow import completing
 from shallowflow.options import DEFAULT_MODEL, request, workload_options
 from shallowflow.planner import frontier_view
 from shallowflow.planner.frontier_view import View
+from shallowflow.printing import echo_json
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 from shallowflow.tradeoffs import Over, find_over_gpus, find_over_lengths, find_trade_offs, lengths
@@ -61,7 +61,7 @@ def frontier_command(model: str, over: Over, chart: Path | None, as_json: bool, 
     if chart is not None:
         _write_chart(chart, view)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(points), indent=2).decode())
+        echo_json(points)
         return
     show(frontier_view.shown(view))
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import msgspec
 
 from shallowflow import completing
 from shallowflow.numbers import FiniteRange
 from shallowflow.options import DEFAULT_MODEL, DEFAULTS, adapter_options
 from shallowflow.planner.memory_record import MemoryRecord
 from shallowflow.planner.strategies import MOST_RANK, MOST_TOKENS, Method, TargetModules
+from shallowflow.printing import echo_json
 from shallowflow.profiles import gpu_names, load_gpu, load_model, model_names
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
@@ -60,7 +60,7 @@ def profile_command(
         session = Session(spec, device, tell, adapter, target_modules)
         made = model_profile(session, sequence_length, micro_batch_size, rank)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
+        echo_json(made)
         return
     from shallowflow.planner import render
     from shallowflow.terminal import show
@@ -158,7 +158,9 @@ def calibrate_command(device: str, as_json: bool) -> None:
         found = calibrate(device, tell)  # type: ignore[arg-type]  # click has checked it
         path = found.save()
     if as_json:
-        click.echo(json.dumps({**found.as_dict(), "profile": str(path)}, indent=2))
+        from shallowflow.told_runtime import kept
+
+        echo_json(kept(found, path))
         return
     show(render.calibration(found.device, found.rates(), found.step_rows()))
     click.echo(
@@ -174,12 +176,25 @@ def _short(path: Path) -> str:
 
 def _show_memory(record: MemoryRecord, as_json: bool) -> None:
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(record), indent=2).decode())
+        echo_json(record)
         return
     from shallowflow.planner import render
     from shallowflow.terminal import show
 
     show(render.memory_record(record))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownModel:
+    """A model that can be planned offline.
+
+    Attributes:
+        name: ``organisation/name`` as on the Hub.
+        num_parameters: the published count of distinct parameters; None where none is.
+    """
+
+    name: str
+    num_parameters: int | None
 
 
 @click.command("models")
@@ -188,7 +203,7 @@ def models_command(as_json: bool) -> None:
     """List the models that can be planned offline."""
     specs = [load_model(name) for name in model_names()]
     if as_json:
-        click.echo(json.dumps([{"name": s.name, "num_parameters": s.num_parameters} for s in specs], indent=2))
+        echo_json([KnownModel(name=spec.name, num_parameters=spec.num_parameters) for spec in specs])
         return
     for spec in specs:
         count = "" if spec.num_parameters is None else f"{spec.num_parameters:>16,}"
@@ -201,7 +216,7 @@ def gpus_command(as_json: bool) -> None:
     """List the GPUs that can be planned for."""
     specs = [load_gpu(name) for name in gpu_names()]
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(specs), indent=2).decode())
+        echo_json(specs)
         return
     for spec in specs:
         click.echo(f"{spec.name:<12}{spec.memory_bytes / 2**30:>8.2f} GiB  {spec.compute_dtype:<10}{spec.title}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from shallowflow import completing, launching, starting
 from shallowflow.amazon import echo_json, masked, needs_boto3
@@ -15,13 +17,66 @@ from shallowflow.data_command import data_format_option
 from shallowflow.launching import Launch
 from shallowflow.options import POSITIVE
 from shallowflow.planner import words
+from shallowflow.planner.outlook import Market, Outlook
 from shallowflow.session import RequestError
 from shallowflow.starting import Standing
 
 if TYPE_CHECKING:
-    from shallowflow.planner.outlook import Market
     from shallowflow.runtime.aws.clients import Call
     from shallowflow.runtime.documents import Format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One request to AWS.
+
+    Attributes:
+        service, operation: as boto3 calls them.
+        purpose: in words.
+        parameters: of the operation.
+    """
+
+    service: str
+    operation: str
+    region: str
+    purpose: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched:
+    """What is to be run, where, what it will cost, and whether it was started.
+
+    Attributes:
+        run: its name, which its instances carry as a tag.
+        store: where the run keeps everything.
+        instance: the instance type.
+        usd_per_hour: of one machine, without its disk.
+        price_date, price_source: of that price.
+        expected: what the whole run comes to; None where nobody knows how often such an instance is interrupted.
+        max_hours: until the machine is made to end.
+        most_usd: what one machine can cost at most, but for its disk.
+        started: whether an instance was started.
+        instance_id: of what was started, or of what the run has already; not there with ``--dry-run``.
+        why: the reason that nothing was started; there only where that is so, and without ``--dry-run``.
+        calls: that would be made, in order; there only with ``--dry-run``.
+    """
+
+    run: str
+    store: str
+    instance: str
+    region: str
+    market: Market
+    usd_per_hour: float
+    price_date: str
+    price_source: str
+    expected: Outlook | None
+    max_hours: float
+    most_usd: float
+    started: bool
+    instance_id: str | UnsetType | None = UNSET
+    why: str | UnsetType = UNSET
+    calls: tuple[Asked, ...] | UnsetType = UNSET
 
 
 @click.command("launch")
@@ -204,10 +259,10 @@ def _started(launch: Launch) -> str | Standing:
 
 def _show_started(launch: Launch, found: str | Standing, as_json: bool) -> None:
     if as_json:
-        ends: dict[str, Any] = {"started": True, "instance_id": found}
         if isinstance(found, Standing):
-            ends = {"started": False, "instance_id": found.instance_id, "why": found.why}
-        echo_json({**_facts(launch), **ends})
+            echo_json(_told(launch, started=False, instance_id=found.instance_id, why=found.why))
+        else:
+            echo_json(_told(launch, started=True, instance_id=found))
     elif isinstance(found, Standing):
         click.echo(masked(f"{found.why}; nothing was started"))
     else:
@@ -218,7 +273,7 @@ def _show_started(launch: Launch, found: str | Standing, as_json: bool) -> None:
 
 def _show_calls(launch: Launch, calls: list[Call], as_json: bool) -> None:
     if as_json:
-        echo_json({**_facts(launch), "started": False, "calls": [asdict(call) for call in calls]})
+        echo_json(_told(launch, started=False, calls=tuple(Asked(**asdict(call)) for call in calls)))
         return
     from rich.table import Table
 
@@ -242,18 +297,19 @@ def _show_calls(launch: Launch, calls: list[Call], as_json: bool) -> None:
     click.echo("\nnothing was started, and AWS was asked nothing")
 
 
-def _facts(launch: Launch) -> dict[str, Any]:
-    """What is to be run, where, and what it will cost."""
-    return {
-        "run": launch.run,
-        "store": launch.store,
-        "instance": launch.instance.name,
-        "region": launch.price.region,
-        "market": launch.market,
-        "usd_per_hour": launch.usd_per_hour,
-        "price_date": launch.price.date,
-        "price_source": launch.price.source,
-        "expected": None if launch.expected is None else asdict(launch.expected),
-        "max_hours": launch.max_hours,
-        "most_usd": launch.most_usd,
-    }
+def _told(launch: Launch, **ends: Any) -> Launched:
+    """What is printed of *launch*, with how it ends."""
+    return Launched(
+        run=launch.run,
+        store=launch.store,
+        instance=launch.instance.name,
+        region=launch.price.region,
+        market=launch.market,
+        usd_per_hour=launch.usd_per_hour,
+        price_date=launch.price.date,
+        price_source=launch.price.source,
+        expected=launch.expected,
+        max_hours=launch.max_hours,
+        most_usd=launch.most_usd,
+        **ends,
+    )

@@ -3,18 +3,90 @@
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import click
-import msgspec
 
 from shallowflow.amazon import needs_boto3
 from shallowflow.planner import words
+from shallowflow.printing import echo_json
 from shallowflow.profiles import snapshot
 from shallowflow.profiles.load import load_instances, load_storage, shipped_instances
 from shallowflow.profiles.snapshot import Snapshot
+from shallowflow.profiles.specs import StoragePrices
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
+
+Stored = Literal["volume", "bucket"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceRow:
+    """What an instance costs in a region.
+
+    Attributes:
+        spot_usd_per_hour: the median over the region's zones; None where none is offered.
+        interruption_bucket: the Spot Advisor's monthly frequency, such as ``5-10%``.
+        date, source: of the price.
+        shipped: whether it came with this program; if not, AWS was asked.
+    """
+
+    instance: str
+    gpu: str
+    num_gpus: int
+    region: str
+    on_demand_usd_per_hour: float
+    spot_usd_per_hour: float | None
+    interruption_bucket: str | None
+    date: str
+    source: str
+    shipped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageRow:
+    """What storage costs in a region.
+
+    Attributes:
+        kind: an instance's own disk, or the bucket that keeps what outlives it.
+        date, source: of the price.
+    """
+
+    kind: Stored
+    name: str
+    region: str
+    usd_per_gb_month: float
+    date: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceList:
+    """All prices that are in use.
+
+    Attributes:
+        file: that keeps what AWS said; there may be none yet.
+        prices: of instances.
+        storage: of disks and buckets.
+    """
+
+    file: str
+    prices: tuple[PriceRow, ...]
+    storage: tuple[StorageRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PricesReset:
+    """That the shipped prices hold again.
+
+    Attributes:
+        file: that kept what AWS had said.
+        removed: whether there was one.
+    """
+
+    file: str
+    removed: bool
 
 
 @click.command("prices")
@@ -41,15 +113,14 @@ def prices_command(update: bool, reset: bool, regions: tuple[str, ...], as_json:
     wanted = regions or tuple(sorted({p.region for i in load_instances() for p in i.prices}))
     if update:
         _update(wanted)
-    rows = [row for row in _rows() if row["region"] in wanted]
+    rows = [row for row in _rows() if row.region in wanted]
     if not rows:
         raise RequestError(
             f"no price in {', '.join(regions)} is known; ask AWS with --update, or see sfplan prices for the regions"
         )
-    stored = [row for row in _stored() if row["region"] in wanted]
+    stored = [row for row in _stored() if row.region in wanted]
     if as_json:
-        told = {"file": str(snapshot.path()), "prices": rows, "storage": stored}
-        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+        echo_json(PriceList(file=str(snapshot.path()), prices=tuple(rows), storage=tuple(stored)))
         return
     _show(rows, stored)
 
@@ -62,9 +133,7 @@ def _reset(as_json: bool) -> None:
     except OSError as error:
         raise RequestError(f"{file} cannot be removed: {error.strerror}") from None
     if as_json:
-        click.echo(
-            msgspec.json.format(msgspec.json.encode({"file": str(file), "removed": was_there}), indent=2).decode()
-        )
+        echo_json(PricesReset(file=str(file), removed=was_there))
         return
     click.echo("the shipped prices hold again" if was_there else "the shipped prices hold, as before")
 
@@ -94,45 +163,41 @@ def _keep(taken: Snapshot) -> None:
         raise RequestError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def _rows() -> list[dict[str, Any]]:
+def _rows() -> list[PriceRow]:
     """Every price that is in use."""
     own = {(row.instance, row.region) for row in snapshot.read().prices}
     return [
-        {
-            "instance": instance.name,
-            "gpu": instance.gpu,
-            "num_gpus": instance.num_gpus,
-            "region": price.region,
-            "on_demand_usd_per_hour": price.on_demand_usd_per_hour,
-            "spot_usd_per_hour": price.spot_usd_per_hour,
-            "interruption_bucket": price.interruption_bucket,
-            "date": price.date,
-            "source": price.source,
-            "shipped": (instance.name, price.region) not in own,
-        }
+        PriceRow(
+            instance=instance.name,
+            gpu=instance.gpu,
+            num_gpus=instance.num_gpus,
+            region=price.region,
+            on_demand_usd_per_hour=price.on_demand_usd_per_hour,
+            spot_usd_per_hour=price.spot_usd_per_hour,
+            interruption_bucket=price.interruption_bucket,
+            date=price.date,
+            source=price.source,
+            shipped=(instance.name, price.region) not in own,
+        )
         for instance in load_instances()
         for price in instance.prices
     ]
 
 
-def _stored() -> list[dict[str, Any]]:
+def _stored() -> list[StorageRow]:
     """Every price of storage that is in use."""
     storage = load_storage()
+    kinds: dict[Stored, StoragePrices] = {"volume": storage.volume, "bucket": storage.bucket}
     return [
-        {
-            "kind": kind,
-            "name": prices.name,
-            "region": region,
-            "usd_per_gb_month": usd,
-            "date": prices.date,
-            "source": prices.source,
-        }
-        for kind, prices in (("volume", storage.volume), ("bucket", storage.bucket))
+        StorageRow(
+            kind=kind, name=prices.name, region=region, usd_per_gb_month=usd, date=prices.date, source=prices.source
+        )
+        for kind, prices in kinds.items()
         for region, usd in prices.usd_per_gb_month.items()
     ]
 
 
-def _show(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> None:
+def _show(rows: list[PriceRow], stored: list[StorageRow]) -> None:
     from rich.table import Table
 
     from shallowflow.terminal import show
@@ -144,23 +209,23 @@ def _show(rows: list[dict[str, Any]], stored: list[dict[str, Any]]) -> None:
     for head in ("on demand", "spot", "interrupted", "from"):
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        mark = marks.setdefault((row["date"], row["source"]), len(marks) + 1)
-        spot = row["spot_usd_per_hour"]
+        mark = marks.setdefault((row.date, row.source), len(marks) + 1)
+        spot = row.spot_usd_per_hour
         table.add_row(
-            row["instance"],
-            row["region"],
-            f"${row['on_demand_usd_per_hour']:.4f}",
+            row.instance,
+            row.region,
+            f"${row.on_demand_usd_per_hour:.4f}",
             "-" if spot is None else f"${spot:.4f}",
-            row["interruption_bucket"] or "-",
+            row.interruption_bucket or "-",
             f"[{mark}]",
         )
     show(table)
     click.echo("dollars an hour; interrupted: the share of spot instances in a month")
     for (date, source), mark in marks.items():
         click.echo(f"[{mark}] {date}; {source}")
-    for name in dict.fromkeys(row["name"] for row in stored):
-        same = [row for row in stored if row["name"] == name]
-        told = ", ".join(f"{row['region']} {row['usd_per_gb_month']:g}" for row in same)
+    for name in dict.fromkeys(row.name for row in stored):
+        same = [row for row in stored if row.name == name]
+        told = ", ".join(f"{row.region} {row.usd_per_gb_month:g}" for row in same)
         click.echo(f"{name}, dollars per GB and month: {told}")
-        click.echo(f"  {same[0]['date']}; {same[0]['source']}")
+        click.echo(f"  {same[0].date}; {same[0].source}")
     click.echo(f"today's prices: sfplan prices --update; {words.counted(len(rows), 'price')} shown")

@@ -12,6 +12,7 @@ import click
 
 from shallowflow.amazon import echo_json, masked, needs_boto3
 from shallowflow.planner import words
+from shallowflow.planner.outlook import Market
 from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import Price
 from shallowflow.session import RequestError
@@ -30,39 +31,67 @@ class Told:
     """An instance, what it has cost so far, and what is in its run's store.
 
     Attributes:
+        run: whose it is.
+        instance: its type.
+        state: EC2's word, or ``interrupted`` where AWS took it.
+        hours: since it was launched, until now or until it ended; None where nobody says when that was.
+        store: where the run keeps everything.
         usd: by a price of *price_date*, without its disk; None where no price is known.
         num_steps: in the newest checkpoint; None where there is none, or nobody says.
         has_results: whether results are stored.
         trouble: why the store says nothing.
     """
 
-    rented: Rented
+    run: str
+    instance_id: str
+    instance: str
+    region: str
+    market: Market
+    state: str
+    launched: datetime.datetime
+    hours: float | None
+    store: str | None
     usd: float | None
     price_date: str | None
     num_steps: int | None
     has_results: bool
     trouble: str | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self.rented), **{name: getattr(self, name) for name in self.__slots__ if name != "rented"}}
-
     def cells(self) -> tuple[str, ...]:
         """What stands under HEADS."""
-        one = self.rented
         stored = "nothing yet" if self.num_steps is None else f"step {self.num_steps:,}"
         return (
-            one.run,
-            one.state,
-            "-" if one.hours is None else words.duration(one.hours * 3600),
+            self.run,
+            self.state,
+            "-" if self.hours is None else words.duration(self.hours * 3600),
             words.usd(self.usd),
             self.trouble or stored + (", results" if self.has_results else ""),
         )
 
     def where(self) -> str:
         """Which instance it is."""
-        one = self.rented
-        return f"  {one.instance_id}, {one.instance} in {one.region}, {one.market}"
+        return f"  {self.instance_id}, {self.instance} in {self.region}, {self.market}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """An instance that was ended."""
+
+    instance_id: str
+    region: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stopped:
+    """A run whose instances were ended.
+
+    Attributes:
+        run: its name.
+        stopped: the instances.
+    """
+
+    run: str
+    stopped: tuple[Ended, ...]
 
 
 _region_option: Callable[..., Any] = click.option(
@@ -86,7 +115,7 @@ def runs_command(regions: tuple[str, ...], as_json: bool) -> None:
     now = datetime.datetime.now(datetime.UTC)
     found = _told(_rented(regions, now))
     if as_json:
-        echo_json([one.as_dict() for one in found])
+        echo_json(found)
         return
     if not found:
         click.echo(f"no instance was launched in {words.counted(len(_regions(regions)), 'region')}")
@@ -132,7 +161,8 @@ def stop_command(run: str, regions: tuple[str, ...], yes: bool, as_json: bool) -
         for region in dict.fromkeys(one.region for one in found):
             terminate(Live(region), [one.instance_id for one in found if one.region == region])
     if as_json:
-        echo_json({"run": run, "stopped": [{"instance_id": one.instance_id, "region": one.region} for one in found]})
+        ended = tuple(Ended(instance_id=one.instance_id, region=one.region) for one in found)
+        echo_json(Stopped(run=run, stopped=ended))
         return
     click.echo(f"{run}: {names} saves, stores and ends, within about two minutes")
 
@@ -168,7 +198,7 @@ def _told(found: list[Rented]) -> list[Told]:
         steps = latest.checkpoints[0].num_steps if latest is not None and latest.checkpoints else None
         told.append(
             Told(
-                rented=one,
+                **asdict(one),
                 usd=_usd(one, price),
                 price_date=None if price is None else price.date,
                 num_steps=steps,

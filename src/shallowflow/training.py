@@ -1,9 +1,10 @@
-"""Commands that run a plan and use what came of it."""
+"""``sfplan train``: the command that runs a plan, and how all commands read one."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,9 @@ import msgspec
 from shallowflow import processes
 from shallowflow.data_command import data_format_option
 from shallowflow.numbers import FiniteRange
-from shallowflow.planner import words
 from shallowflow.planner.plan import Plan
 from shallowflow.planner.serialize import PlanError, from_json
+from shallowflow.printing import echo_json
 from shallowflow.profiles import load_gpu, validate_config
 
 if TYPE_CHECKING:
@@ -25,6 +26,38 @@ if TYPE_CHECKING:
 
 _ENDS = {"interrupted": 130, "out of budget": 1}
 """Exit codes of runs that are to be gone on with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machines:
+    """How to run a plan on several machines.
+
+    Attributes:
+        nodes: how many machines.
+        run_on_each: the command line, as a shell takes it.
+    """
+
+    nodes: int
+    run_on_each: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """What a run would do.
+
+    Attributes:
+        would: in lines, as people read them.
+    """
+
+    would: list[str]
+
+
+class _Record(msgspec.Struct):
+    """What a run's record has and a plan does not."""
+
+    outcome: str
+    started: str
+    comparisons: msgspec.Raw
 
 
 @click.command("train")
@@ -161,8 +194,7 @@ def train_command(
 
 def _tell_machines(line: str, nodes: int, output: Path, as_json: bool) -> None:
     if as_json:
-        told = {"nodes": nodes, "run_on_each": line}
-        click.echo(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+        echo_json(Machines(nodes=nodes, run_on_each=line))
     else:
         click.echo(processes.instructions(line, nodes, output))
 
@@ -174,38 +206,9 @@ def _rehearse(plan: Plan, request: RunRequest, as_json: bool) -> None:
     with status("checking") as tell:
         lines = rehearse(plan, request, tell)
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode({"would": lines}), indent=2).decode())
+        echo_json(Rehearsal(would=lines))
     else:
         click.echo("\n".join(lines))
-
-
-@click.command("merge")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder for the model.")
-@click.option("--weights", type=click.Path(path_type=Path), help="The base: a folder with weights, or a .gguf file.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was merged as JSON.")
-def merge_command(run: Path, output: Path, weights: Path | None, as_json: bool) -> None:
-    """Put the adapter in the folder RUN into its base, as a model of its own in 16-bit safetensors.
-
-    Layers that were quantized become what their rounded weights stand for: the model that was trained and evaluated.
-
-    \b
-    sfplan merge run --output merged
-    """
-    from shallowflow.runtime.merge import merge, record_of
-    from shallowflow.terminal import status
-
-    with status("merging") as tell:
-        merge(run, output, weights, tell)
-    record = record_of(run)
-    outcome, steps = ("unknown", None) if record is None else (record.outcome, len(record.steps))
-    if as_json:
-        merged = {"output": str(output), "outcome": outcome, "steps": steps}
-        click.echo(msgspec.json.format(msgspec.json.encode(merged), indent=2).decode())
-        return
-    click.echo(f"{output}: the merged model and its tokenizer")
-    if outcome in ("interrupted", "failed"):
-        click.echo(f"{run} is of a run that was {outcome} after {words.counted(steps or 0, 'step')}")
 
 
 def read_plan(path: Path) -> Plan:
@@ -215,7 +218,9 @@ def read_plan(path: Path) -> Plan:
         PlanError: it is none, or contradicts itself.
     """
     try:
-        loaded = from_json(path.read_bytes(), str(path))
+        content = path.read_bytes()
+        _check_no_record(path, content)
+        loaded = from_json(content, str(path))
         computes = load_gpu(loaded.gpu).compute_dtype
         if loaded.compute_dtype != computes:
             raise PlanError(f"{path}: compute_dtype is {loaded.compute_dtype}, a {loaded.gpu} computes in {computes}")
@@ -225,3 +230,18 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"plan file {path} does not exist; make one with: sfplan MODEL --output {path}") from None
     except OSError as error:
         raise PlanError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_no_record(path: Path, content: bytes) -> None:
+    """Refuse a run's record, which lies beside its plan.
+
+    Raises:
+        PlanError: it is one; with where the plan is.
+    """
+    try:
+        msgspec.json.decode(content, type=_Record)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        return
+    plan = path.parent / "plan.json"
+    found = f"its plan is {plan}" if plan.is_file() else "give the plan that it was made from"
+    raise PlanError(f"{path} is a run's record, not a plan; {found}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from shallowflow.options import DEFAULT_MODEL
 from shallowflow.planner import quality
 from shallowflow.planner.strategies import Strategy
 from shallowflow.planner.weighed import Weighed
+from shallowflow.printing import echo_json
 
 QUANTIZED = (
     Strategy(weight_format="int8", activations="save"),
@@ -56,7 +56,7 @@ def weigh_command(model: str, weights: Path | None, as_json: bool) -> None:
         click.echo(f"{done} kept; the same command goes on", err=True)
         raise
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        echo_json(found)
         return
     show(_shown(spec.name, found))
 

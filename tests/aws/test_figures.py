@@ -23,6 +23,7 @@ from shallowflow.runtime.request import RunError, check_request
 from shallowflow.runtime.run import RunRequest
 from shallowflow.runtime.trackers import Trackers, missing_package
 from tests.aws import planted
+from tests.front.schemas import held
 from tests.front.shell import sfplan
 from tests.front.tree import ROOT
 
@@ -162,7 +163,7 @@ def test_the_bill_as_json(endpoint: str, tmp_path: Path) -> None:
 
     done = sfplan("cost", run_folder(tmp_path / "second", usd=None), "--tag", "team=a=b", "--json")
 
-    told = json.loads(done.output)
+    told = held("cost", done.output)
     assert told["tag"] == {"team": "a=b"} and told["reckoned_usd"] is None and told["billed_usd"] == 0.4
     assert told["days"] == [{"date": "2026-01-02", "usd": 0.4, "estimated": False}]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import msgspec
 import pytest
 
 from shallowflow.runtime.aws.instances import GROUP, STORE_TAG
@@ -18,13 +17,14 @@ from shallowflow.runtime.aws.s3 import S3Objects, place
 from shallowflow.runtime.storage import Vault
 from tests.aws import calls, rented
 from tests.aws.rented import PROFILE
+from tests.front.schemas import held
 from tests.front.shell import Done, sfplan
 
 
 def started(done: Done, region: str = "us-east-1") -> Any:
     """What EC2 says of the instance that was started."""
     assert done.code == 0, done.errors
-    return rented.instance(json.loads(done.output)["instance_id"], region)
+    return rented.instance(held("launch", done.output)["instance_id"], region)
 
 
 def test_nothing_is_started_without_yes(launch: Callable[..., Done], run: str) -> None:
@@ -177,7 +177,8 @@ def test_a_run_has_one_machine(launch: Callable[..., Done], run: str) -> None:
 
     assert refused.code == 2 and f"run {run} has an instance already, {first}, which is running" in refused.error()
     assert again.code == 0 and again.output.endswith(f"{first}, which is running; nothing was started\n")
-    assert (json.loads(told.output)["started"], json.loads(told.output)["instance_id"]) == (False, first)
+    told_of = held("launch", told.output)
+    assert (told_of["started"], told_of["instance_id"]) == (False, first)
     assert sfplan("stop", run, *rented.ON, "--yes").code == 0
     assert started(launch("--yes", "--json"))["InstanceId"] != first
 
@@ -204,7 +205,7 @@ def test_a_store_that_holds_a_run(
     refused, resumed = launch("--yes"), launch("--yes", "--resume", "--json")
 
     assert refused.code == 2 and "the store holds a run; go on with it by --resume" in refused.error()
-    told = json.loads(resumed.output)
+    told = held("launch", resumed.output)
     assert told["started"] is not is_over
     assert told.get("why") == (f"run {run} is over: completed after 1,234 steps" if is_over else None)
 
@@ -220,7 +221,7 @@ def test_runs_are_listed(launch: Callable[..., Done], run: str, bucket: str, tmp
     other = started(launch("--yes", "--json", "--name", "z-other", "--region", "eu-west-1", "--on-demand"), "eu-west-1")
     write(f"s3://{bucket}/runs/{run}", run, "completed", tmp_path)
 
-    told, shown = json.loads(sfplan("runs", "--json").output), sfplan("runs").output.splitlines()
+    told, shown = held("runs", sfplan("runs", "--json").output), sfplan("runs").output.splitlines()
 
     assert [(one["run"], one["region"], one["market"], one["instance_id"]) for one in told] == [
         ("z-other", "eu-west-1", "on demand", other["InstanceId"]),
@@ -257,9 +258,8 @@ def test_a_run_is_stopped(launch: Callable[..., Done], run: str) -> None:
     )
     ended = next(one for one in json.loads(sfplan("runs", *rented.ON, "--json").output) if one["run"] == run)
     assert ended["state"] == "terminated" and ended["hours"] is not None
-    assert json.loads(sfplan("stop", f"{run}-2", *rented.ON, "--yes", "--json").output)["stopped"] == [
-        {"instance_id": other, "region": "us-east-1"}
-    ]
+    stopped = held("stop", sfplan("stop", f"{run}-2", *rented.ON, "--yes", "--json").output)
+    assert stopped == {"run": f"{run}-2", "stopped": [{"instance_id": other, "region": "us-east-1"}]}
 
 
 def test_every_command_of_the_help_runs(launch: Callable[..., Done], image: str) -> None:
@@ -279,7 +279,7 @@ def test_every_command_of_the_help_runs(launch: Callable[..., Done], image: str)
 
 def test_json_is_whole(launch: Callable[..., Done]) -> None:
     """What a program needs is there."""
-    told = msgspec.json.decode(launch("--dry-run", "--json", "--max-hours", 3).output)
+    told = held("launch", launch("--dry-run", "--json", "--max-hours", 3).output)
 
     assert told["max_hours"] == 3 and told["most_usd"] == pytest.approx(3 * told["usd_per_hour"])
     assert told["expected"]["usd"] > 0 and told["price_date"] and told["price_source"]

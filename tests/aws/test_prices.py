@@ -26,6 +26,7 @@ from shallowflow.profiles.load import (
 )
 from tests.aws import planted, pricing
 from tests.aws.pricing import Market, Spot
+from tests.front.schemas import held
 from tests.front.shell import sfplan
 from tests.front.tree import ROOT
 
@@ -64,7 +65,7 @@ def update(*regions: str) -> dict[str, Any]:
     """What is in use afterwards."""
     done = sfplan("prices", "--update", *(word for region in regions for word in ("--region", region)), "--json")
     assert done.code == 0, done.errors
-    found: dict[str, Any] = json.loads(done.output)
+    found: dict[str, Any] = held("prices", done.output)
     return found
 
 
@@ -195,7 +196,7 @@ def test_a_broken_file_is_one_line(market: Market, content: str, told: str) -> N
         done = sfplan(*words)
         assert done.code == 2 and told in done.error() and "sfplan prices --reset removes it" in done.error()
     assert file.read_text() == content
-    assert sfplan("prices", "--reset", "--json").code == 0
+    assert held("prices", sfplan("prices", "--reset", "--json").output) == {"file": str(file), "removed": True}
     assert sfplan("prices").code == 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shallowflow.planner.serialize import from_json
+from tests.front.schemas import held
 from tests.front.shell import Done, sfplan
 
 T4 = ("--gpu", "t4", "--sequence-length", 32, "--global-batch-size", 4, "--rank", 8, "--tokens", 5000)
@@ -151,6 +152,24 @@ def test_a_limit_that_nothing_meets_comes_with_one_that_something_does(
 
     assert done.code == 1
     assert done.errors.startswith(f"Error: {reason}")
-    remedy = json.loads(done.output)["remedies"][0]["option"].split()
+    remedy = held("refusal", done.output)["remedies"][0]["option"].split()
     changed = sfplan(tiny_folder, *T4, *words, *remedy, "--json")
     assert changed.code == 0, changed.errors
+
+
+@pytest.mark.parametrize("has_plan", [True, False])
+def test_a_runs_record_is_told_from_a_plan(tmp_path: Path, has_plan: bool) -> None:
+    """By every command that reads a plan, with exit code 2, and where the plan lies if it is beside the record."""
+    record, plan = tmp_path / "run.json", tmp_path / "plan.json"
+    record.write_text('{"outcome": "completed", "started": "2026-01-02", "comparisons": [], "steps": []}', "utf-8")
+    if has_plan:
+        plan.write_text("{}", "utf-8")
+
+    told = {
+        sfplan("verify", record).error(),
+        sfplan("train", record, "--data", "data.jsonl", "--output", tmp_path / "again").error(),
+    }
+
+    its = f"its plan is {plan}" if has_plan else "give the plan that it was made from"
+    assert told == {f"{record} is a run's record, not a plan; {its}"}
+    assert sfplan("verify", record).code == 2

@@ -16,6 +16,8 @@ from shallowflow.profiles import BadFacts, load_gpu
 from shallowflow.runtime import calibrate, cells
 from shallowflow.runtime.calibrate import Calibration, CalibrationError
 from shallowflow.runtime.cells import Cell
+from tests.front.schemas import held
+from tests.front.shell import sfplan
 
 FEW = (
     Cell(model="SmolLM2-135M", weight_format="fp32", num_layers=1, sequence_length=8),
@@ -122,6 +124,18 @@ def test_the_record_is_json(found: Calibration) -> None:
     assert (record["kind"], record["format_version"]) == ("calibration", calibrate.RECORD_VERSION)
     assert {row["operator"] for row in record["operators"]} > {"mm", "attention"}
     assert len(record["steps"]) == len(found.step_rows()) == len(FEW)
+
+
+def test_it_is_printed_as_its_schema_says(found: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record, and the profile that was written."""
+    monkeypatch.setenv("SHALLOWFLOW_CONFIG", str(tmp_path))
+    monkeypatch.setattr(calibrate, "calibrate", lambda _device, _progress: found)
+
+    told = held("calibrate", sfplan("calibrate", "--json").output)
+
+    profile = tmp_path / "gpus" / "cpu.toml"
+    assert told == {**json.loads(json.dumps(found.as_dict())), "profile": str(profile)}
+    assert profile.is_file()
 
 
 def test_an_unknown_gpu_starts_from_a_t4_with_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import shallowflow
 from shallowflow.planner.plan import Plan
 from shallowflow.runtime.run import RunRequest, train
+from tests.front.schemas import held
 from tests.front.shell import sfplan
 from tests.runtime import tiny
 
@@ -71,7 +72,7 @@ def test_the_harness_measures_what_plain_peft_computes(
     done = sfplan("evaluate", run, "--tasks", task, "--weights", tiny_folder, "--base", "--json")
 
     assert done.code == 0, done.errors
-    (score,) = json.loads(done.output)
+    (score,) = held("evaluate", done.output)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     assert (score["task"], score["metric"]) == ("topics", "bits_per_byte")
