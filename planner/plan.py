@@ -35,8 +35,7 @@ class Workload:
 
     Attributes:
         total_tokens: size of the whole work, padding not counted.
-        num_sequences: of *sequence_length* tokens, the last ones padded, where the data is known; None derives it
-            from *total_tokens*.
+        num_sequences: of *sequence_length* tokens, the last padded, where the data is known; None derives it.
         num_packed_sequences: as many as documents of these lengths were packed into, where the data is known.
         window_counts: how many sequences that are not packed have up to 64, 128, ... tokens, where the data is known.
         packing: several documents to a sequence, or one; None lets the planner choose.

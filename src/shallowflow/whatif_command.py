@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-import msgspec
 
 from shallowflow import completing
 from shallowflow.comparing import Asked, changed_in, circumstances_of, combinations, compare
 from shallowflow.numbers import FiniteRange
 from shallowflow.options import DEFAULT_MODEL, request, work_options
 from shallowflow.planner import comparison_view, outlook
-from shallowflow.planner.comparison import By, Comparison, OutOfReach
+from shallowflow.planner.comparison import By, Comparison
 from shallowflow.planner.outlook import Circumstances
 from shallowflow.planner.plan import Workload
+from shallowflow.planner.remedies import Infeasible
+from shallowflow.printing import echo_json
 from shallowflow.runtime.files import write_text
 from shallowflow.session import RequestError
 
@@ -96,9 +97,9 @@ def whatif_command(
     try:
         with status(f"comparing {spec.name}") as tell:
             found = compare(spec, asked, progress=tell)
-    except OutOfReach as refusal:
+    except Infeasible as refusal:
         if as_json:
-            click.echo(msgspec.json.format(msgspec.json.encode(refusal.as_dict()), indent=2).decode())
+            echo_json(refusal.as_dict())
         raise
     if csv_file is not None:
         _write(csv_file, _table(found))
@@ -107,7 +108,7 @@ def whatif_command(
 
         _write(page, html(found))
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(found.as_dict()), indent=2).decode())
+        echo_json(found.as_dict())
         return
     show(comparison_view.shown(found, everything=everything))
 

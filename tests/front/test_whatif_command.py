@@ -15,6 +15,7 @@ import pytest
 
 import shallowflow
 from shallowflow.profiles import load_instances
+from tests.front.schemas import held
 from tests.front.shell import sfplan
 
 WORK = ("--sequence-length", 32, "--global-batch-size", 4, "--rank", 8, "--tokens", 5000, "--quantization", "fp16")
@@ -177,11 +178,12 @@ def test_gpus_without_a_plan_are_listed_with_the_reason(tiny_folder: Path) -> No
 def test_a_model_that_fits_nowhere_is_refused_with_every_reason(tiny_folder: Path) -> None:
     """Exit code 1, and a reason for each kind and number of GPUs."""
     words = ("whatif", tiny_folder, *SAVED, "--max-process-gib", 0.15, "--region", "us-east-1")
-    one = sfplan(*words, "--instance", "g4dn.xlarge")
+    one = sfplan(*words, "--instance", "g4dn.xlarge", "--json")
     several = sfplan(*words, "--instance", "g4dn.12xlarge")
 
     assert one.code == several.code == 1
     assert re.search(r"no plan fits in 0.15 GiB: the smallest needs 0.\d\d GiB", one.errors)
+    assert held("refusal", one.output)["error"] == "infeasible"
     assert "1 x t4: no plan fits" in several.errors and "4 x t4: no plan fits" in several.errors
 
 
