@@ -197,16 +197,17 @@ class Configuration:
 
 TRACED_MICRO_BATCHES = 2
 """Of a whole model's step: the second is like all later ones."""
+TRACED_ROUNDS = 3
+"""Of as many micro-batches as interleaved stages: by the third, each part has had as many in flight as it ever has."""
 
 
 def traced_micro_batches(configuration: Configuration, stage: int = 0) -> int:
     """Micro-batches of a step that show all that a step of *stage* takes, but for ``untraced_messages``.
 
-    Those in flight at once, and one more: by then gradients are there. Of interleaved stages they come in rounds of as
-    many as stages, and the second is like all later ones.
+    Those in flight at once, and one more: by then gradients are there. Of interleaved stages they come in rounds.
     """
     if configuration.parts_per_stage > 1:
-        return min(configuration.gradient_accumulation_steps, TRACED_MICRO_BATCHES * configuration.num_stages)
+        return min(configuration.gradient_accumulation_steps, TRACED_ROUNDS * configuration.num_stages)
     in_flight = configuration.num_stages - stage
     return min(configuration.gradient_accumulation_steps, max(TRACED_MICRO_BATCHES, in_flight + 1))
 

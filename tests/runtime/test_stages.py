@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shallowflow.planner.strategies import Configuration
-from shallowflow.profiles import model_facts
+from shallowflow.planner.profiler.kernels import Target
+from shallowflow.planner.profiler.simulate import traced_peak
+from shallowflow.planner.strategies import Configuration, Strategy, StrategyRun, traced_micro_batches
+from shallowflow.profiles import load_gpu, model_facts
 from shallowflow.runtime import build, checkpoint, folder, pipeline, stages
 from shallowflow.runtime.ranks import Ranks
+from shallowflow.runtime.simulated import make_meta_step
 from shallowflow.runtime.sources import WeightsError, WeightsSource
 from shallowflow.runtime.step import MicroBatch, Trainee, make_trainee
 from shallowflow.runtime.weights import load_share, load_weights
@@ -203,3 +206,33 @@ def test_the_adapter_of_all_stages_is_one_for_peft(adapter: Any, tmp_path: Path)
 
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_later_rounds_add_nothing_but_their_tokens(parts: int, stage: int) -> None:
+    """What is traced of interleaved stages shows all that a step of more micro-batches takes."""
+    runs = (StrategyRun(first=0, last=7, strategy=Strategy(weight_format="fp32", activations="recompute")),)
+    each = 4 // parts
+    chosen = replace(
+        tiny.configuration(),
+        layers=runs,
+        num_gpus=2,
+        stages=(0, each),
+        parts_per_stage=parts,
+        gradient_accumulation_steps=16,
+    )
+    traced = traced_micro_batches(chosen, stage)
+    peaks = {number: peak_of(chosen, number, stage) for number in (traced - 2, traced, traced + 2, 16)}
+
+    tokens = (peaks[16] - peaks[traced]) // (16 - traced)
+    assert traced == 6 and 0 < tokens <= 16 * chosen.sequence_length * chosen.micro_batch_size
+    assert peaks[traced + 2] - peaks[traced] == 2 * tokens
+    assert peaks[traced] - peaks[traced - 2] > 2 * tokens
+
+
+def peak_of(configuration: Configuration, num_micro_batches: int, stage: int) -> int:
+    """The peak of a stage's step with so many micro-batches."""
+    config = {**tiny.CONFIG, "num_hidden_layers": 8}
+    step = make_meta_step(config, configuration, "float32", num_micro_batches, stage=stage)
+    return traced_peak(step, Target.of(load_gpu("cpu"))).peak_allocated_bytes
