@@ -30,10 +30,11 @@ def why(value: Plan) -> Text:
 
 def _of_stages(value: Plan) -> list[str]:
     """What is proven of a plan whose model is cut, which is of that number of stages alone."""
-    search, stages = value.search, value.configuration.num_stages
+    search, stages, parts = value.search, value.configuration.num_stages, value.configuration.parts_per_stage
+    cuts = f"all cuts into {stages} stages" if parts == 1 else f"{stages} stages of {parts} equal parts each"
     return [
-        f"{_standing(value)} That is of all cuts into {stages} stages, any strategies of their layers and any step, "
-        f"none of which is fragmented. Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each "
+        f"{_standing(value)} That is of {cuts}, any strategies of their layers and any step, none of which is "
+        f"fragmented. Searched: {counted(search.num_strategies, 'strategy', 'strategies')} for each "
         f"layer in {counted(search.num_cells, 'combination')} of micro-batch, loss and optimizer; memory "
         f"{gib(value.budget_bytes)}. `sfplan verify` checks it.",
         f"The stages shown were traced whole{_rejected(search.num_rejected)}.",

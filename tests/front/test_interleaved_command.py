@@ -51,7 +51,7 @@ def test_a_plan_shows_the_parts_of_its_stages(eight: Path, interleaved: str) -> 
     assert "1: layers 0-1, 4-5 after the embedding, " in shown
     assert "2: layers 2-3, 6-7, norm and head, " in shown
     assert "accumulated x 1 replica in 2 stages of 2 parts, interleaved = 8 sequences" in shown
-    assert "interleaved 1F1B" in shown
+    assert "interleaved 1F1B" in shown and "That is of 2 stages of 2 equal parts each, any strategies" in shown
 
 
 def test_parts_are_weighed_where_nothing_is_said(eight: Path, interleaved: str) -> None:
