@@ -12,6 +12,7 @@ orders that were tried, and what they span is shown beside it.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import warnings
@@ -44,6 +45,12 @@ class Quantity:
     low: float
     high: float
     measured: float
+
+    @classmethod
+    def of(cls, predicted: Iterable[float], measured: float) -> Quantity:
+        """The quantity that was *measured*, and was *predicted* once for each load order."""
+        values = sorted(predicted)
+        return cls(predicted=statistics.median_low(values), low=values[0], high=values[-1], measured=measured)
 
     @property
     def error(self) -> float:
@@ -79,30 +86,33 @@ class Row:
         return self.quantities[quantity].error
 
 
+def measured(run: dict[str, Any]) -> dict[str, float]:
+    """What was recorded of *run*: bytes, but for ``seconds``; what was not recorded is left out."""
+    found: dict[str, float | None] = {
+        "allocated": run["mem_peak_alloc_gib"] * 2**30,
+        "reserved": run["mem_peak_reserved_gib"] * 2**30,
+        "process": run["mem_process_gib"] * 2**30,
+        "seconds": run["step_s_steady"],
+    }
+    phases = run["phases"]
+    if phases:
+        resident, peak = phases["resident_before_step_mib"] * MIB, phases["peak_allocated_mib"] * MIB
+        found |= {"resident": resident, "step": peak - resident}
+        found |= {name: phases[f"peak_{name}_mib"] * MIB for name in ("forward", "backward", "optimizer")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def predict(run: dict[str, Any], gpu: GpuSpec) -> Row:
     """Rebuild the step of *run*, trace it and set the prediction beside the measurement."""
     step = recorded.trace(run, Target.of(gpu))
     found = recorded.spread(step)
-    quantities: dict[str, Quantity] = {}
-
-    def compare(name: str, predicted: Iterable[float], measured: float | None) -> None:
-        if measured is not None:
-            values = sorted(predicted)
-            quantities[name] = Quantity(
-                predicted=statistics.median_low(values), low=values[0], high=values[-1], measured=measured
-            )
-
-    compare("allocated", (f.allocated for f in found), run["mem_peak_alloc_gib"] * 2**30)
-    compare("reserved", (f.reserved for f in found), run["mem_peak_reserved_gib"] * 2**30)
-    compare("process", (f.reserved + gpu.context_bytes for f in found), run["mem_process_gib"] * 2**30)
-    compare("seconds", [recorded.operators(step).seconds(gpu)], run["step_s_steady"])
-    phases = run["phases"]
-    if phases:
-        resident, peak = phases["resident_before_step_mib"] * MIB, phases["peak_allocated_mib"] * MIB
-        compare("resident", (f.resident for f in found), resident)
-        compare("step", (f.allocated - f.resident for f in found), peak - resident)
-        for name in ("forward", "backward", "optimizer"):
-            compare(name, (getattr(f, name) for f in found), phases[f"peak_{name}_mib"] * MIB)
+    predicted: dict[str, list[float]] = {
+        "process": [f.reserved + gpu.context_bytes for f in found],
+        "seconds": [recorded.operators(step).seconds(gpu)],
+        "step": [f.allocated - f.resident for f in found],
+        **{name: [getattr(f, name) for f in found] for name in recorded.Levels.__dataclass_fields__},
+    }
+    quantities = {name: Quantity.of(predicted[name], value) for name, value in measured(run).items()}
     return Row(
         name=run["id"],
         model=run["model_id"].split("/")[-1],
@@ -196,9 +206,16 @@ def _summary(found: list[Row]) -> Table:
 
 
 def summary(errors: Iterable[float]) -> str:
-    """Median and worst absolute error in percent."""
-    sizes = [abs(e) for e in errors]
-    return f"{statistics.median(sizes):.3%}, {max(sizes):.2%}" if sizes else ""
+    """Median and worst absolute error in percent, both with as many decimals as show two digits of the median.
+
+    Three at most. So no worst error is shown below its median.
+    """
+    sizes = [100 * abs(e) for e in errors]
+    if not sizes:
+        return ""
+    median = statistics.median(sizes)
+    decimals = 3 if median == 0 else min(max(1 - math.floor(math.log10(median)), 0), 3)
+    return f"{median:.{decimals}f} %, {max(sizes):.{decimals}f} %"
 
 
 if __name__ == "__main__":

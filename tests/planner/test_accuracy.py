@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from benchmarks import accuracy, recorded, rivals
+from benchmarks import accuracy, comparison, recorded, rivals
 from shallowflow.planner.allowed import HEADROOM
 from shallowflow.profiles import load_gpu
 
@@ -43,6 +43,16 @@ def test_steps_that_nothing_was_fitted_to_are_met() -> None:
         assert abs(row.error("allocated")) < 0.005, row.name
         assert abs(row.error("seconds")) < stated, row.name
         assert row.quantities["reserved"].spanned, row.name
+
+
+def test_what_is_published_is_still_predicted() -> None:
+    """The record that the documentation's tables are made of is what tracing gives; its ``command`` makes it anew."""
+    kept = comparison.load()
+
+    for path, traced in ((recorded.RECORDS, rows()), (recorded.HELD_OUT, held_out())):
+        assert {row.name: comparison.predictions(row) for row in traced} == {
+            row.name: kept[path.stem][row.name] for row in traced
+        }
 
 
 def test_the_sample_is_spread() -> None:
