@@ -158,8 +158,9 @@ def over_gpus(model: str, gpu: str, points: Sequence[FrontierPoint], million_tok
 
 def _gpus(point: FrontierPoint) -> str:
     """How many, and into how many stages the model is cut."""
-    number, stages = point.configuration.num_gpus, point.configuration.num_stages
-    return f"{number}" if stages == 1 else f"{number} in {stages} stages"
+    chosen = point.configuration
+    parts = f" of {chosen.parts_per_stage} parts" if chosen.parts_per_stage > 1 else ""
+    return f"{chosen.num_gpus}" if chosen.num_stages == 1 else f"{chosen.num_gpus} in {chosen.num_stages} stages{parts}"
 
 
 def _over(across: Axis, places: Sequence[int], up: Mapping[Axis, Sequence[float]]) -> tuple[Chart, ...]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from . import allowed
+from . import allowed, schedule
 from .chain import taken_in_order
 from .communication import Link
 from .cuts import FAR, Cut
@@ -247,7 +247,8 @@ def _within_host(staging: Staging, host_bytes: int | None) -> Staging:
     """*staging* without choices that take more of the host than there is, should all layers of a stage make them."""
     if host_bytes is None:
         return staging
-    most = host_bytes // (max(staging.in_flight(0)) * -(-staging.num_layers // staging.num_stages))
+    at_once = schedule.most_in_flight(staging.num_stages, staging.num_parts, staging.num_micro_batches, 0)
+    most = host_bytes // (max(at_once) * -(-staging.num_layers // staging.num_stages))
     groups = [
         replace(group, choices=tuple(c for c in group.choices if c.host_bytes <= most)) for group in staging.groups
     ]

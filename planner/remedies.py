@@ -101,7 +101,13 @@ def changes(
     if workload.sharding == "none" and workload.num_gpus > 1:
         yield (Change("--sharding weights", replace(workload, sharding="weights"), gpu),)
     free = replace(
-        workload, micro_batch_size=None, loss_chunks=None, activations=None, double_quantization=None, packing=None
+        workload,
+        micro_batch_size=None,
+        loss_chunks=None,
+        activations=None,
+        double_quantization=None,
+        packing=None,
+        parts_per_stage=None,
     )
     if free != workload:
         yield (Change("the same without --fix", free, gpu),)

@@ -9,6 +9,7 @@ A place is where a layer stands when stages come one after the other, each with 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 MOST_PARTS = 16
@@ -45,25 +46,50 @@ def parts(num_layers: int, num_stages: int, num_parts: int) -> list[int]:
 def in_flight(num_stages: int, num_parts: int, num_micro_batches: int, stage: int) -> tuple[int, ...]:
     """Of each part of a *stage*, the micro-batches whose activations it holds when the first backward pass begins.
 
-    In the order of PyTorch's Schedule1F1B and ScheduleInterleaved1F1B. A *stage* never holds more of them together.
+    In the order of PyTorch's Schedule1F1B and ScheduleInterleaved1F1B. A *stage* never holds more of them together, and
+    never fewer of a part and of those before it when the first backward pass of that part begins.
     """
     if num_parts == 1:
         return (min(num_stages - stage, num_micro_batches),)
+    return _held(num_stages, num_parts, num_micro_batches, stage)[0]
+
+
+def most_in_flight(num_stages: int, num_parts: int, num_micro_batches: int, stage: int) -> tuple[int, ...]:
+    """The most of each part at any time; see ``in_flight``."""
+    if num_parts == 1:
+        return in_flight(num_stages, num_parts, num_micro_batches, stage)
+    return _held(num_stages, num_parts, num_micro_batches, stage)[1]
+
+
+@functools.cache
+def _held(
+    num_stages: int, num_parts: int, num_micro_batches: int, stage: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What is in flight of each part when the first backward pass begins, and the most of each."""
     every = num_parts * num_micro_batches
-    ahead = (num_parts - 1) * num_stages + 2 * (num_stages - 1 - stage)
-    forward = [place // num_stages % num_parts for place in range(min(ahead + 1, every))]
-    return tuple(forward.count(part) for part in range(num_parts))
+    ahead = min((num_parts - 1) * num_stages + 2 * (num_stages - 1 - stage) + 1, every)
+    held, most, first = [0] * num_parts, [0] * num_parts, tuple[int, ...]()
+    for number in range(every):
+        held[number // num_stages % num_parts] += 1
+        most = [max(pair) for pair in zip(most, held, strict=True)]
+        if number + 1 >= ahead:
+            first = first or tuple(held)
+            held[num_parts - 1 - (number + 1 - ahead) // num_stages % num_parts] -= 1
+    return first, tuple(most)
 
 
 def messages(num_stages: int, num_parts: int, num_micro_batches: int, stage: int) -> int:
     """That a *stage* holds at once: what each forward pass in flight received, and those on their way.
 
     Those are the next that is received and the gradient that was sent last; and where stages come after, the gradient
-    that was received last, and what was sent last before the first backward pass.
+    that was received last, and what was sent last before the first backward pass. Of interleaved stages those that are
+    held for certain when the first backward pass begins: what was sent last, and the gradient that it begins with.
     """
     held = in_flight(num_stages, num_parts, num_micro_batches, stage)
     received = sum(held) - (held[0] if stage == 0 else 0)
-    is_first, is_last = stage == 0 and num_parts == 1, stage == num_stages - 1 and num_parts == 1
+    is_first, is_last = stage == 0, stage == num_stages - 1
+    if num_parts > 1:
+        return received + (1 if is_last else 2)
     return received + (0 if is_first else 1) + (0 if is_last else 2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 from . import communication, costs, latency, quality, schedule
 from . import problem as posing
@@ -80,16 +81,36 @@ class Staging:
 
     def leanest_layer_bytes(self, stage: int) -> int:
         """What a layer of a *stage* holds at least, whatever its strategy."""
-        choices = (choice for group in self.groups for choice in at_once(group.choices, min(self.in_flight(stage))))
+        choices = (choice for group in self.groups for choice in self.at_once(group.choices, stage, -1))
         return min(choice.resident_bytes for choice in choices)
+
+    def at_once(self, choices: Sequence[Choice], stage: int, part: int) -> tuple[Choice, ...]:
+        """*choices* where activations of as many micro-batches are held at once as a *part* of a *stage* has in flight.
+
+        Those of the others stay all along, or, of interleaved stages, go with one's own: when an earlier part begins
+        its backward passes, all of a later one may be through.
+        """
+        facts = (self.num_stages, self.num_parts, self.num_micro_batches, stage)
+        others, most = schedule.in_flight(*facts)[part] - 1, schedule.most_in_flight(*facts)[part]
+        found: list[Choice] = []
+        for choice in choices:
+            held: dict[str, Any] = {"host_bytes": choice.host_bytes * most}
+            saved = others * (choice.forward_change_bytes + choice.release_bytes)
+            if self.num_parts == 1:
+                held["resident_bytes"] = choice.resident_bytes + saved
+            else:
+                held["forward_change_bytes"] = choice.forward_change_bytes + saved
+                held["backward_change_bytes"] = choice.backward_change_bytes - saved
+            found.append(replace(choice, **held))
+        return tuple(found)
 
     def chain(self, stage: int, places: range, weight: int) -> Chain:
         """A *stage* of the layers at these *places* as a chain whose micro-batch counts *weight* times."""
         is_last = stage == self.num_stages - 1
-        kinds, order, in_flight = self.kinds(), self.order(), self.in_flight(stage)
+        kinds, order = self.kinds(), self.order()
         part_of = schedule.parts(self.num_layers, self.num_stages, self.num_parts)
         groups = tuple(
-            Group(num_layers=len(list(alike)), choices=at_once(self.groups[kind].choices, in_flight[part]))
+            Group(num_layers=len(list(alike)), choices=self.at_once(self.groups[kind].choices, stage, part))
             for (kind, part), alike in groupby((kinds[order[place]], part_of[place]) for place in places)
         )
         waiting = EXCHANGES * self.num_parts * self.message_picoseconds
@@ -104,19 +125,6 @@ class Staging:
             host_picoseconds=waiting + (self.host_picoseconds if is_last else 0),
             update_picoseconds=0,
         )
-
-
-def at_once(choices: Sequence[Choice], in_flight: int) -> tuple[Choice, ...]:
-    """*choices* where the activations of so many micro-batches are held at once."""
-    return tuple(
-        replace(
-            choice,
-            resident_bytes=choice.resident_bytes
-            + (in_flight - 1) * (choice.forward_change_bytes + choice.release_bytes),
-            host_bytes=choice.host_bytes * in_flight,
-        )
-        for choice in choices
-    )
 
 
 def stagings(

@@ -245,7 +245,8 @@ class Bounds:
         )
         through = max(staged.head_high_bytes, change + back) if is_last else back
         later = [a + b for a, b in zip(held, freed, strict=True)]
-        return [_Moment(held, room - through), _Moment(later, room - change - low)]
+        # Where stages are interleaved, later parts may be through with all of theirs when another begins.
+        return [_Moment(held, room - through), _Moment(later, room - change - low)][: 1 if staged.num_parts > 1 else 2]
 
     def _fits(self, moment: _Moment, sent: Sequence[Ints]) -> npt.NDArray[np.bool_]:
         """Whether the leanest choices may fit, as many of them on the host as it has room for."""

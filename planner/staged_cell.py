@@ -38,6 +38,10 @@ class StagedCell:
         """Micro-batches of which each part of a *stage* holds activations at once."""
         return schedule.in_flight(self.num_stages, self.num_parts, self.num_micro_batches, stage)
 
+    def most_in_flight(self, stage: int) -> tuple[int, ...]:
+        """The most of each part at any time."""
+        return schedule.most_in_flight(self.num_stages, self.num_parts, self.num_micro_batches, stage)
+
     def outside_bytes(self, stage: int) -> int:
         """What a *stage* holds beside its layers: what stays, and messages."""
         held = schedule.messages(self.num_stages, self.num_parts, self.num_micro_batches, stage)

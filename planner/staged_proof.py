@@ -42,6 +42,7 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
         raise Unproven(f"the proof speaks of another number of stages than the plan's {configuration.num_stages}")
     if any(staged.num_parts != configuration.parts_per_stage for staged in proof.staged):
         raise Unproven(f"the proof speaks of other parts of stages than the plan's {configuration.parts_per_stage}")
+    found += _counts(proof, configuration)
     taken = reckoned(proof, configuration)
     if taken.score_picoseconds < 1 or taken.score_picoseconds != proof.score_picoseconds:
         found.append(f"the plan scores {taken.score_picoseconds}, its proof says {proof.score_picoseconds}")
@@ -57,6 +58,16 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:
         found.append(f"a plan that might be beaten by {proof.gap:.2g} is said to be optimal")
     return found
+
+
+def _counts(proof: Proof, configuration: Configuration) -> list[str]:
+    """Cells whose tables or stages are of another model or cut."""
+    return [
+        f"a cell of {staged.cell.micro_batch_size} sequences speaks of another number of layers or stages"
+        for staged in proof.staged
+        if len(layers_of(proof, staged)) != configuration.num_layers
+        or len(staged.fixed_bytes) != configuration.num_stages
+    ]
 
 
 # What the plan takes
@@ -88,7 +99,10 @@ def reckoned(proof: Proof, configuration: Configuration) -> Reckoned:
         if not made:
             raise Unproven(f"stage {stage} has no layers")
         peaks.append(_peak(staged, stage, made))
-        sent.append(sum(at_once * choice.host_bytes for choice, at_once in made))
+        most = zip(configuration.parts_of(stage), staged.most_in_flight(stage), strict=True)
+        sent.append(
+            sum(n * _chosen(layers[number], strategies[number]).host_bytes for part, n in most for number in part)
+        )
         busy.append(
             max(staged.outside_picoseconds(stage, side) + sum(getattr(c, side) for c, _ in made) for side in SIDES)
         )
@@ -114,18 +128,22 @@ def _peak(staged: StagedCell, stage: int, made: Sequence[tuple[Choice, int]]) ->
     """The most that is allocated in a micro-batch, while all others in flight hold what they have saved."""
     is_last = stage == staged.num_stages - 1
     level = staged.outside_bytes(stage)
-    level += sum(choice.resident_bytes + (at_once - 1) * _saved(choice) for choice, at_once in made)
     layers = [choice for choice, _ in made]
+    others = [(at_once - 1) * _saved(choice) for choice, at_once in made]
+    level += sum(choice.resident_bytes for choice in layers)
+    if staged.num_parts == 1:  # those of the others stay all along; of interleaved stages they go with one's own
+        level += sum(others)
+        others = [0] * len(layers)
     levels = [level]
-    for choice in layers:
+    for choice, more in zip(layers, others, strict=True):
         levels.append(level + choice.forward_high_bytes)
-        level += choice.forward_change_bytes
+        level += choice.forward_change_bytes + more
     level += sum(choice.release_bytes for choice in layers)
     if is_last:
         levels.append(level + staged.head_high_bytes)
         level += staged.head_change_bytes
-    for choice in reversed(layers):
+    for choice, more in zip(reversed(layers), reversed(others), strict=True):
         levels.append(level + choice.backward_high_bytes)
-        level += choice.backward_change_bytes
+        level += choice.backward_change_bytes - more
     levels.append(level + staged.update_high_bytes * len(layers))
     return max(levels)

@@ -6,6 +6,7 @@ The schedule is PyTorch's, plain or interleaved.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -141,14 +142,14 @@ class Line:
         Raises:
             Lost: a neighbour has ended.
         """
+        if len(batches) > self.share.of:
+            raise ValueError(f"{len(batches)} micro-batches go through {self.share.of} stages at once")
         found: list[torch.Tensor] = []
         sent = _Sent(self)
         for part in range(len(self.share.parts)):
-            for batch in batches:
-                hidden = None
-                if part or not self.share.is_first:
-                    hidden = self.buffer(batch)
-                    self._receive(hidden)
+            arriving = [] if part == 0 and self.share.is_first else _arriving(self, batches)
+            for number, batch in enumerate(batches):
+                hidden = arriving[number]() if arriving else None
                 with alone(self._others(trainee)[part]):
                     if last is not None and self.is_last(part) and hidden is not None:
                         made = last(hidden)
@@ -161,10 +162,38 @@ class Line:
         sent.wait()
         return found or [torch.zeros((), device=self.device) for _ in batches]
 
-    def _receive(self, hidden: torch.Tensor) -> None:
-        if self.ranks.talks:
+
+def _arriving(line: Line, batches: Sequence[MicroBatch]) -> list[Callable[[], torch.Tensor]]:
+    """What waits for each message of an evaluation.
+
+    Where those go round they are all asked for before anything is sent on: of two stages each is before and after the
+    other, and NCCL's messages between two processes must be in one order on both sides.
+    """
+    share, ranks = line.share, line.ranks
+    source = (share.number - 1) % share.of
+
+    def now(batch: MicroBatch) -> torch.Tensor:
+        hidden = line.buffer(batch)
+        if ranks.talks:
             with noticing():
-                dist.recv(hidden, group=self.ranks.line, group_src=(self.share.number - 1) % self.share.of)
+                dist.recv(hidden, group=ranks.line, group_src=source)
+        return hidden
+
+    def later(hidden: torch.Tensor, work: Any) -> torch.Tensor:
+        if work is not None:
+            with noticing():
+                work.wait()
+        return hidden
+
+    if len(share.parts) == 1:
+        return [functools.partial(now, batch) for batch in batches]
+    found: list[Callable[[], torch.Tensor]] = []
+    for batch in batches:
+        hidden = line.buffer(batch)
+        with noticing():
+            work = dist.irecv(hidden, group=ranks.line, group_src=source) if ranks.talks else None
+        found.append(functools.partial(later, hidden, work))
+    return found
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""One stage of a model: consecutive decoder layers, with the embedding before the first or the head after the last."""
+"""One stage of a model: some of its decoder layers, with the embedding before the first or the head after the last."""
 
 from __future__ import annotations
 

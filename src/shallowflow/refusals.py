@@ -15,7 +15,7 @@ from shallowflow.profiles.load import gpu_names, load_gpu, load_instances
 from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import RequestError, Session
 from shallowflow.staging import Staged
-from shallowflow.workloads import check, space, stage_counts
+from shallowflow.workloads import check, part_counts, space, stage_counts
 
 PlanOf = Callable[[Session, problem.Problem, Workload, Solution, tuple[str, ...]], Plan]
 """Makes a solution of a problem a plan, with notes."""
@@ -174,7 +174,8 @@ def smallest_process_bytes(session: Session, workload: Workload) -> int:
     found = [_smallest_whole(session, workload)] if 1 in counts else []
     fits = found and found[0] <= allowed.budget_bytes(session.gpu, workload) + session.gpu.context_bytes
     if max(counts) > 1 and not fits:
-        found.append(Staged(session, workload, max(counts)).smallest_process_bytes())
+        parts = min(part_counts(workload, session.model, max(counts)))
+        found.append(Staged(session, workload, max(counts), parts).smallest_process_bytes())
     return min(found)
 
 

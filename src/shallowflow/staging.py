@@ -49,9 +49,9 @@ class Staged:
         lean = [s for s in open_to_it if s.activations in ("recompute", "offload")] or list(open_to_it)
         bits = min(allowed.BYTES_PER_WEIGHT[s.weight_format] for s in lean)
         lean = [s for s in lean if allowed.BYTES_PER_WEIGHT[s.weight_format] == bits]
-        cells, _ = space(self.session, workload, self.num_stages)
+        cells, _ = space(self.session, workload, self.num_stages, self.num_parts)
         least = min(cell.micro_batch_size for cell in cells), max(cell.loss_chunks for cell in cells)
-        search = replace(self, workload=workload, num_parts=1).search(
+        search = replace(self, workload=workload).search(
             lambda strategy: strategy in lean, lambda cell: (cell.micro_batch_size, cell.loss_chunks) == least
         )
         return max(peak.peak_reserved_bytes for peak in smallest(search).peaks) + gpu.context_bytes

@@ -202,20 +202,25 @@ def check_stages(workload: Workload, model: ModelSpec) -> None:
     layers = model_facts.num_layers(model.config)
     if wanted > layers:
         raise RequestError(f"{model.name} has {layers} layers, too few for {wanted} stages; try --stages {layers}")
-    reason = model_facts.why_not_cut(model.config)
-    if reason is not None:
-        raise RequestError(f"{model.name} cannot be cut into stages: {reason}; try --stages 1")
-    if workload.adapter == "full" or workload.sharding == "weights":
-        other = "--adapter full" if workload.adapter == "full" else "--sharding weights"
-        raise RequestError(f"{other} is not planned for models in stages; leave it out, or try --stages 1")
+    _check_cut(workload, model, "--stages 1")
     if allowed.most_micro_batches(workload, wanted) < wanted:
         raise RequestError(
             f"{workload.global_batch_size} sequences over {words.counted(gpus // wanted, 'replica')} make fewer "
             f"micro-batches than {wanted} stages; try --global-batch-size {gpus * (workload.micro_batch_size or 1)}"
         )
+
+
+def _check_cut(workload: Workload, model: ModelSpec, instead: str) -> None:
+    """RequestError where *model* cannot be cut, or not with what *workload* asks for besides."""
+    reason = model_facts.why_not_cut(model.config)
+    if reason is not None:
+        raise RequestError(f"{model.name} cannot be cut into stages: {reason}; try {instead}")
+    if workload.adapter == "full" or workload.sharding == "weights":
+        other = "--adapter full" if workload.adapter == "full" else "--sharding weights"
+        raise RequestError(f"{other} is not planned for models in stages; leave it out, or try {instead}")
     for name, option in _UNPLANNED.items():
         if getattr(workload, name) is not None:
-            raise RequestError(f"{option} is not planned for models in stages yet; leave it out, or try --stages 1")
+            raise RequestError(f"{option} is not planned for models in stages yet; leave it out, or try {instead}")
 
 
 def _check_parts(workload: Workload, model: ModelSpec) -> None:
@@ -223,6 +228,7 @@ def _check_parts(workload: Workload, model: ModelSpec) -> None:
     parts, layers = workload.parts_per_stage, model_facts.num_layers(model.config)
     if parts in (None, 1):
         return
+    _check_cut(workload, model, "--fix parts_per_stage=1")
     free = replace(workload, parts_per_stage=None)
     able = {n: allowed.part_counts(free, layers, n) for n in allowed.stage_counts(free, layers)}
     if any(parts in counts for counts in able.values()):

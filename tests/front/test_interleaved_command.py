@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,33 @@ def test_parts_that_are_none_are_told(changes: dict[str, Any], told: str, interl
 
     assert done.code == 2
     assert told in done.error()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--adapter", "full"), "--adapter full is not planned for models in stages"),
+        (("--sharding", "weights"), "--sharding weights is not planned for models in stages"),
+        (("--max-weight-error", 0.05), "--max-weight-error is not planned for models in stages yet"),
+        (("--deadline-hours", 5), "--deadline-hours is not planned for models in stages yet"),
+    ],
+)
+def test_parts_of_what_is_not_cut_are_refused(words: tuple[Any, ...], told: str, eight: Path) -> None:
+    """As stages are."""
+    done = sfplan(eight, *TWO, "--gpus", 2, "--no-packing", "--fix", "parts_per_stage=2", *words)
+
+    assert done.code == 2
+    assert told in done.error() and "try --fix parts_per_stage=1" in done.error()
+
+
+def test_what_fits_in_no_parts_is_told_with_what_parts_need(eight: Path) -> None:
+    """The least is that of the parts that were asked for, with which a plan is then found."""
+    asked = ("--fix", "parts_per_stage=2")
+    done = sfplan(eight, *STAGED, *asked, "--max-process-gib", 0.15)
+    found = re.search(r"--max-process-gib (0\.\d+)", done.errors)
+
+    assert done.code == 1 and found is not None
+    assert sfplan(eight, *STAGED, *asked, "--max-process-gib", found[1]).code == 0
 
 
 @pytest.mark.parametrize("words", [(3,), (17,), (8,)])

@@ -39,18 +39,23 @@ def is_forward(action: Any) -> bool:
 
 @pytest.mark.parametrize(("p", "v", "m"), SHAPES)
 def test_what_is_in_flight_is_what_pytorchs_order_holds(p: int, v: int, m: int) -> None:
-    """When the first backward pass begins; and there are never more at once."""
+    """When the first backward pass begins, the most of each part, and never more together."""
     for stage, actions in enumerate(orders(p, v, m)):
-        held = [0] * v
-        most, at_first_backward = 0, None
+        held, highest, most = [0] * v, [0] * v, 0
+        begun: dict[int, list[int]] = {}
         for action in actions:
-            if at_first_backward is None and not is_forward(action):
-                at_first_backward = tuple(held)
-            held[action.stage_index // p] += 1 if is_forward(action) else -1
-            most = max(most, sum(held))
+            part = action.stage_index // p
+            if not is_forward(action):
+                begun.setdefault(part, list(held))
+            held[part] += 1 if is_forward(action) else -1
+            most, highest = max(most, sum(held)), [max(pair) for pair in zip(highest, held, strict=True)]
 
-        assert schedule.in_flight(p, v, m, stage) == at_first_backward
-        assert sum(schedule.in_flight(p, v, m, stage)) == most
+        reckoned = schedule.in_flight(p, v, m, stage)
+        assert reckoned == tuple(begun[v - 1])
+        assert sum(reckoned) == most
+        assert schedule.most_in_flight(p, v, m, stage) == tuple(highest)
+        for part, there in begun.items():  # which is why a bound may count on them
+            assert all(a >= b for a, b in zip(there[: part + 1], reckoned, strict=False))
 
 
 def makespan(p: int, v: int, m: int, busy: list[int], forward_share: float) -> float:

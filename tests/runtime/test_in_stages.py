@@ -67,7 +67,7 @@ def test_formats_policies_and_packing_are_no_exception(quantization: str, asked:
     [
         ("fp16", [[2, 2, 2], [4, 4, 2], [4, 2, 4]], {}),
         ("nf4", [[2, 2, 4]], {"activations": "recompute", "packing": True, "tied": False}),
-        ("int8", [[2, 2, 2]], {"loss_chunks": 4, "activations": "offload"}),
+        ("int8", [[2, 2, 2]], {"loss_chunks": 4, "activations": "recompute mlp"}),
     ],
 )
 def test_interleaved_stages_make_the_run_of_one_process(

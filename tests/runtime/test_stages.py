@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,3 +237,39 @@ def peak_of(configuration: Configuration, num_micro_batches: int, stage: int) ->
     config = {**tiny.CONFIG, "num_hidden_layers": 8}
     step = make_meta_step(config, configuration, "float32", num_micro_batches, stage=stage)
     return traced_peak(step, Target.of(load_gpu("cpu"))).peak_allocated_bytes
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_both_sides_of_a_pair_have_messages_in_one_order(num_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation through two interleaved stages: what one sends next, the other asks for next; NCCL wants that."""
+    told: list[list[str]] = []
+    for number in range(2):
+        words: list[str] = []
+        told.append(words)
+        chosen = replace(interleaved(), num_gpus=2, stages=(0, 1), parts_per_stage=3, gradient_accumulation_steps=2)
+        share = stages.share_of(chosen, number)
+        trainee = make_trainee(base("llama", 6), chosen, "float32", tiny.CPU, share=share)
+        ranks: Any = SimpleNamespace(talks=True, line=None, num_stages=2, rank=number)
+        pipeline.connected(trainee, share, ranks, torch.float32)
+        monkeypatch.setattr(pipeline, "dist", spoken(words, first=number == 0))
+        assert trainee.pipe is not None
+        with torch.no_grad():
+            trainee.pipe.forward(trainee, [batch_of(False)] * num_batches)
+
+    assert told[0] == told[1] and len(told[0]) == 5 * num_batches
+
+
+def spoken(words: list[str], *, first: bool) -> Any:
+    """Messages that are only written down: ``to`` the second stage, or ``back``."""
+    done = SimpleNamespace(wait=lambda: None)
+
+    def sent(_tensor: torch.Tensor, **_named: Any) -> Any:
+        words.append("to" if first else "back")
+        return done
+
+    def received(tensor: torch.Tensor, **_named: Any) -> Any:
+        words.append("back" if first else "to")
+        tensor.zero_()
+        return done
+
+    return SimpleNamespace(isend=sent, send=sent, irecv=received, recv=received)
