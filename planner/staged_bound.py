@@ -10,7 +10,8 @@ least over all cuts is a shortest path.
 
 Memory is looked at when all layers are through their forward pass, and when the one whose backward pass needs the most
 begins it: those behind it may have let go of what they saved for this micro-batch, and of nothing else. How much that
-one needs is gone through in a few cases. All is whole numbers; prices are rounded to shares of a picosecond, and any
+one needs is gone through in a few cases. Of interleaved stages only the first moment is: later parts may be through with
+all of theirs when another begins. All is whole numbers; prices are rounded to shares of a picosecond, and any
 price gives a bound.
 """
 
@@ -27,6 +28,7 @@ import numpy.typing as npt
 from . import schedule
 from .chain import Choice
 from .cuts import FAR, Cut, Ints, best_cut
+from .hull import hull_prices
 from .needs import Unproven
 from .proof import Proof
 from .staged_cell import SIDES, StagedCell
@@ -244,9 +246,9 @@ class Bounds:
             if is_open
         )
         through = max(staged.head_high_bytes, change + back) if is_last else back
-        later = [a + b for a, b in zip(held, freed, strict=True)]
-        # Where stages are interleaved, later parts may be through with all of theirs when another begins.
-        return [_Moment(held, room - through), _Moment(later, room - change - low)][: 1 if staged.num_parts > 1 else 2]
+        if staged.num_parts > 1:
+            return [_Moment(held, room - through)]
+        return [_Moment(held, room - through), _Moment(_sums(held, freed), room - change - low)]
 
     def _fits(self, moment: _Moment, sent: Sequence[Ints]) -> npt.NDArray[np.bool_]:
         """Whether the leanest choices may fit, as many of them on the host as it has room for."""
@@ -326,25 +328,8 @@ def _saved_bytes(choice: Choice) -> int:
     return choice.forward_change_bytes + choice.release_bytes
 
 
-def hull_prices(needs: Ints, costs: Ints) -> list[float]:
-    """What a byte costs along the lower hull of *costs* over *needs*: between each two choices next to each other."""
-    order = np.lexsort((costs, needs))
-    hull: list[tuple[int, int]] = []
-    for need, cost in zip(needs[order].tolist(), costs[order].tolist(), strict=True):
-        if hull and cost >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], (need, cost)) >= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        if hull and need == hull[-1][0]:
-            hull.pop()
-        hull.append((need, cost))
-    return [_slope(lean, fast) for lean, fast in itertools.pairwise(hull)]
-
-
-def _slope(lean: tuple[int, int], fast: tuple[int, int]) -> float:
-    """What a byte saves from a lean choice to a fast one."""
-    more = fast[0] - lean[0]
-    return (lean[1] - fast[1]) / more if more > 0 else float("inf")
+def _sums(some: Sequence[Ints], others: Sequence[Ints]) -> list[Ints]:
+    return [a + b for a, b in zip(some, others, strict=True)]
 
 
 def _of(choices: Sequence[Choice], value: Callable[[Choice], int]) -> Ints:
