@@ -10,9 +10,8 @@ least over all cuts is a shortest path.
 
 Memory is looked at when all layers are through their forward pass, and when the one whose backward pass needs the most
 begins it: those behind it may have let go of what they saved for this micro-batch, and of nothing else. How much that
-one needs is gone through in a few cases. Of interleaved stages only the first moment is: later parts may be through with
-all of theirs when another begins. All is whole numbers; prices are rounded to shares of a picosecond, and any
-price gives a bound.
+one needs is gone through in a few cases. Of interleaved stages the second is left out: later parts may be through with
+all of theirs by then. All is whole numbers; prices are rounded to shares of a picosecond, and any price gives a bound.
 """
 
 from __future__ import annotations
