@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 
 from . import allowed, schedule
 from .chain import taken_in_order
-from .communication import Link
 from .cuts import FAR, Cut
 from .cutting import Cutting, StageChoice, StagedChoice, bounds_of, worthwhile
 from .memory_record import TracedPeak
 from .problem import Problem
-from .staged import Staging, stagings
+from .staged import Staging
 from .staged_bound import Bounds, after_forward, at_a_glance
-from .strategies import Cell, Configuration
+from .strategies import Configuration
 
 MOST_CELLS = 3
 """That are searched, those of the least bounds first; the gap that is told is to the least of all."""
@@ -76,21 +75,6 @@ class StagedSearch:
     num_rejected: int = 0
     _bounds: dict[int, Bounds] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        problem: Problem,
-        cells: Sequence[Cell],
-        num_stages: int,
-        width: int,
-        link: Link,
-        trace: Trace,
-        memory: Memory,
-        num_parts: int = 1,
-    ) -> StagedSearch:
-        """The search in *cells*, cut into stages of so many parts, between which vectors of *width* go over *link*."""
-        return cls(problem, trace, stagings(problem, cells, num_stages, width, link, num_parts), memory)
-
     def best(self, memory_bytes: int | None = None, better_than: int = FAR) -> Traced | None:
         """The best found that scores less than *better_than*; with *memory_bytes* one that composes to no more."""
         budget = self.problem.budget_bytes if memory_bytes is None else memory_bytes
@@ -142,9 +126,14 @@ class StagedSearch:
         return found
 
     @property
-    def least(self) -> int:
-        """What any cut of any cell scores at least; FAR where none fits."""
-        return next((bound for number, bound in self._in_order(self.problem.budget_bytes) if number is not None), FAR)
+    def may_fit(self) -> bool:
+        """Whether a bound allows any cut of any cell."""
+        return any(number is not None and bound < FAR for number, bound in self._in_order(self.problem.budget_bytes))
+
+    @property
+    def glance(self) -> int:
+        """What any cut of any cell scores at least, whatever memory there is; FAR where there is none."""
+        return next((bound for _, bound in self._in_order(self.problem.budget_bytes)), FAR)
 
     def _in_order(self, budget: int) -> Iterator[tuple[int | None, int]]:
         """Cells with their bounds, the least first; without a number what all that are left take at least."""

@@ -127,24 +127,28 @@ class Staging:
         )
 
 
-def stagings(
-    problem: Problem, cells: Sequence[Cell], num_stages: int, width: int, link: Link, num_parts: int = 1
-) -> list[Staging]:
-    """*cells* with the model cut into *num_stages* of *num_parts*, between which vectors of *width* go over *link*."""
+def stagings(problem: Problem, cells: Sequence[Cell], num_stages: int, width: int, link: Link) -> list[Staging]:
+    """*cells* with the model cut into *num_stages*, between which vectors of *width* go over *link*; see ``priced``."""
     alike = replace(problem, weighed=())
     groups: dict[int, tuple[Group, ...]] = {}
     for cell in cells:
         if cell.micro_batch_size not in groups:
             groups[cell.micro_batch_size] = posing.groups_of(alike, cell)
-    made = [
-        replace(_staging(alike, cell, num_stages, width, link, groups[cell.micro_batch_size]), num_parts=num_parts)
-        for cell in cells
-    ]
+    return [_staging(alike, cell, num_stages, width, link, groups[cell.micro_batch_size]) for cell in cells]
+
+
+def priced(problem: Problem, stagings: Sequence[Staging], num_parts: int) -> list[Staging]:
+    """*stagings* of a *problem* with stages of so many parts, and what coarser weights are held to be worth."""
+    made = [replace(one, num_parts=num_parts) for one in stagings]
     if not made:
         return made
     worth = quality.WORTH[problem.workload.objective] * min(map(_fastest_picoseconds, made))
     price = int(worth / (problem.num_layers * quality.harm(posing.COARSEST)))
-    return [replace(one, groups=posing.priced(one.groups, price)) for one in made]
+    known: dict[int, tuple[Group, ...]] = {}  # many have the same groups
+    for one in made:
+        if id(one.groups) not in known:
+            known[id(one.groups)] = posing.priced(one.groups, price)
+    return [replace(one, groups=known[id(one.groups)]) for one in made]
 
 
 def _fastest_picoseconds(staging: Staging) -> int:

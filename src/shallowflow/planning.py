@@ -26,6 +26,7 @@ from shallowflow.planner import (
 from shallowflow.planner.costs import LayerRuns
 from shallowflow.planner.cuts import FAR
 from shallowflow.planner.packing import trimmed_seconds
+from shallowflow.planner.pipelined import StagedSearch
 from shallowflow.planner.plan import FORMAT_VERSION, Candidate, Plan, SearchRecord, StepTime, WallTime, Workload
 from shallowflow.planner.profiler import cache
 from shallowflow.planner.remedies import Infeasible
@@ -160,17 +161,18 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
                     with_remedies=wanted.with_remedies,
                 ) from None
             tried[1, 1] = None
-    searches = {
-        (number, parts): Staged(session, workload, number, parts).search()
-        for number in numbers
-        if number > 1
-        for parts in part_counts(workload, session.model, number)
-    }
-    for number in sorted(searches, key=lambda number: searches[number].least):  # a good one soon, the rest by its bound
+    searches: dict[tuple[int, int], StagedSearch] = {}
+    late: dict[int, bool] = {}
+    for number in (number for number in numbers if number > 1):
+        parts = part_counts(workload, session.model, number)
+        searches |= Staged(session, workload, number, parts).searches()
+        late[number] = not searches[number, min(parts)].may_fit  # which holds the least
+    in_order = sorted(searches, key=lambda cut: (late[cut[0]], searches[cut].glance))
+    for cut in in_order:  # a good one soon, the rest by its bound
         better_than = FAR if best is None else best.proof.score_picoseconds
-        solution = staged_plan.solution(searches[number], wanted.num_alternatives, better_than)
-        made = None if solution is None else _plan(session, searches[number].problem, workload, solution, notes)
-        tried[number], best = made, made or best
+        solution = staged_plan.solution(searches[cut], wanted.num_alternatives, better_than)
+        made = None if solution is None else _plan(session, searches[cut].problem, workload, solution, notes)
+        tried[cut], best = made, made or best
     if best is None:
         raise refusals.infeasible_in_stages(session, workload, with_remedies=wanted.with_remedies)
     if len(tried) == 1:

@@ -174,7 +174,7 @@ def smallest_process_bytes(session: Session, workload: Workload) -> int:
     found = [_smallest_whole(session, workload)] if 1 in counts else []
     fits = found and found[0] <= allowed.budget_bytes(session.gpu, workload) + session.gpu.context_bytes
     if max(counts) > 1 and not fits:
-        parts = min(part_counts(workload, session.model, max(counts)))
+        parts = part_counts(workload, session.model, max(counts))
         found.append(Staged(session, workload, max(counts), parts).smallest_process_bytes())
     return min(found)
 
