@@ -90,12 +90,12 @@ def test_equal_stages_take_what_is_reckoned(p: int, v: int, m: int) -> None:
 
 @given(st.sampled_from(SHAPES), st.data())
 def test_unequal_stages_take_no_longer_than_is_reckoned(shape: tuple[int, int, int], data: st.DataObject) -> None:
-    """Stages that differ by up to a fifth take no more, and no less than nine tenths of it."""
+    """Stages that differ by up to a fifth take no more, and no less than if all were as fast as the fastest may be."""
     p, v, m = shape
     busy = [v * data.draw(st.integers(100_000, 120_000)) for _ in range(p)]
     reckoned = schedule.step_picoseconds(busy, m, v)
 
-    assert 0.9 * reckoned <= makespan(p, v, m, busy, 0.3) <= reckoned * (1 + 1e-9)
+    assert reckoned / 1.2 * (1 - 1e-9) <= makespan(p, v, m, busy, 0.3) <= reckoned * (1 + 1e-9)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
