@@ -175,13 +175,16 @@ def test_the_command_serves_until_interrupted() -> None:
         [*AS_PROGRAM, "ui", "--port", "0", "--no-browser"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as served:
         assert served.stdout is not None and served.stderr is not None
-        address = served.stdout.readline().split()[0]
-        asked = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-        with asked.open(address, timeout=60) as answer:
-            assert b"<h1>Plan a fine-tuning</h1>" in answer.read()
-        served.send_signal(signal.SIGINT)
-        assert served.wait(60) == 0
-        assert served.stderr.read() == ""
+        try:
+            address = served.stdout.readline().split()[0]
+            asked = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+            with asked.open(address, timeout=60) as answer:
+                assert b"<h1>Plan a fine-tuning</h1>" in answer.read()
+            served.send_signal(signal.SIGINT)
+            assert served.wait(60) == 0
+            assert served.stderr.read() == ""
+        finally:
+            served.kill()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]+", address)
 
 
