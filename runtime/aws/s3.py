@@ -47,7 +47,8 @@ _ON_THE_WAY = (
     urllib3.exceptions.HTTPError,
     OSError,
 )
-_ACCOUNT = re.compile(r"(?<!\d)\d{12}(?!\d)")
+_ACCOUNT = re.compile(r"(?P<resource>\b(?:i|ami|sg|vol|subnet|vpc|eni|sir|snap|lt)-[0-9a-f]{17}\b)|(?<!\d)\d{12}(?!\d)")
+"""An account's number; a resource's identifier is none, though it may have as many digits in a row."""
 _PASSWORD = re.compile(r"//[^/]*@")
 _URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>.*))?")
 
@@ -79,7 +80,7 @@ def place(url: str) -> Place:
 
 def shown(url: str) -> str:
     """*url* for people, without what may be an account's number, which names of buckets like to hold, or a password."""
-    return _ACCOUNT.sub("*" * 12, _PASSWORD.sub("//***@", url))
+    return _ACCOUNT.sub(lambda found: found["resource"] or "*" * 12, _PASSWORD.sub("//***@", url))
 
 
 class S3Objects:

@@ -257,6 +257,8 @@ def test_places() -> None:
     assert s3.place("s3://bucket") == s3.place("s3://bucket/") == Place("bucket", "")
     assert s3.place("s3://bucket/a/b/") == Place("bucket", "a/b/")
     assert s3.shown("s3://files-123456789012-x/run") == "s3://files-************-x/run"
+    assert s3.shown("arn:aws:iam::123456789012:role/i-123456789012") == "arn:aws:iam::************:role/i-************"
+    assert s3.shown("i-d507e123456789012 runs") == "i-d507e123456789012 runs"  # an instance, by its own name
     assert s3.shown("s3://KEY:SECRET@bucket/run") == "s3://***@bucket/run"
 
 

@@ -144,7 +144,7 @@ def test_every_option_reaches_the_plan(tiny_folder: Path) -> None:
     assert done.code == 0, done.errors
     workload = json.loads(done.output)["workload"]
     unsaid: dict[str, object] = {"num_sequences": None, "num_packed_sequences": None, "window_counts": []}
-    unsaid |= {"num_eval_sequences": 0, "num_stages": None, "max_process_bytes": 10 * 2**30}
+    unsaid |= {"num_eval_sequences": 0, "num_stages": None, "parts_per_stage": None, "max_process_bytes": 10 * 2**30}
     assert workload == {**unsaid, **fixed, **dict(given.values())}
 
 
