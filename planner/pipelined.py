@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from . import allowed, schedule
+from . import allowed
 from .chain import taken_in_order
 from .cuts import FAR, Cut
 from .cutting import Cutting, StageChoice, StagedChoice, bounds_of, worthwhile
@@ -236,8 +236,7 @@ def _within_host(staging: Staging, host_bytes: int | None) -> Staging:
     """*staging* without choices that take more of the host than there is, should all layers of a stage make them."""
     if host_bytes is None:
         return staging
-    at_once = schedule.most_in_flight(staging.num_stages, staging.num_parts, staging.num_micro_batches, 0)
-    most = host_bytes // (max(at_once) * -(-staging.num_layers // staging.num_stages))
+    most = host_bytes // (max(staging.told(0).most_in_flight(0)) * -(-staging.num_layers // staging.num_stages))
     groups = [
         replace(group, choices=tuple(c for c in group.choices if c.host_bytes <= most)) for group in staging.groups
     ]

@@ -62,10 +62,6 @@ class Staging:
         """Of a step of one replica."""
         return self.cell.gradient_accumulation_steps
 
-    def in_flight(self, stage: int) -> tuple[int, ...]:
-        """Micro-batches of which each part of a *stage* holds activations at once."""
-        return schedule.in_flight(self.num_stages, self.num_parts, self.num_micro_batches, stage)
-
     def order(self) -> list[int]:
         """The layer at each place."""
         return schedule.order(self.num_layers, self.num_stages, self.num_parts)
@@ -76,13 +72,7 @@ class Staging:
 
     def outside_bytes(self, stage: int) -> int:
         """What a *stage* holds beside its layers: what stays, and messages."""
-        held = schedule.messages(self.num_stages, self.num_parts, self.num_micro_batches, stage)
-        return self.fixed_bytes[stage] + held * self.message_bytes
-
-    def leanest_layer_bytes(self, stage: int) -> int:
-        """What a layer of a *stage* holds at least, whatever its strategy."""
-        choices = (choice for group in self.groups for choice in self.at_once(group.choices, stage, -1))
-        return min(choice.resident_bytes for choice in choices)
+        return self.told(0).outside_bytes(stage)
 
     def at_once(self, choices: Sequence[Choice], stage: int, part: int) -> tuple[Choice, ...]:
         """*choices* where activations of as many micro-batches are held at once as a *part* of a *stage* has in flight.
@@ -90,8 +80,8 @@ class Staging:
         Those of the others stay all along, or, of interleaved stages, go with one's own: when an earlier part begins
         its backward passes, all of a later one may be through.
         """
-        facts = (self.num_stages, self.num_parts, self.num_micro_batches, stage)
-        others, most = schedule.in_flight(*facts)[part] - 1, schedule.most_in_flight(*facts)[part]
+        told = self.told(0)
+        others, most = told.in_flight(stage)[part] - 1, told.most_in_flight(stage)[part]
         found: list[Choice] = []
         for choice in choices:
             held: dict[str, Any] = {"host_bytes": choice.host_bytes * most}
