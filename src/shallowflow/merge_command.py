@@ -66,6 +66,7 @@ def check_run(run: Path) -> None:
         RequestError: it is not there, or none.
     """
     if not run.is_dir():
-        raise RequestError(f"folder {run} does not exist; give the folder that sfplan train wrote")
+        what = f"{run} is a file" if run.exists() else f"folder {run} does not exist"
+        raise RequestError(f"{what}; give the folder that sfplan train wrote")
     if not ((run / "plan.json").is_file() and any((run / path).is_file() for path in _LEARNED)):
         raise RequestError(f"{run} holds no adapter and plan; give the folder that sfplan train wrote")

@@ -59,5 +59,5 @@ def verify_command(plan: Path, as_json: bool) -> None:
 
 def _held(plan: Plan) -> str:
     proof = plan.proof
-    nodes = sum(len(cell.nodes) for cell in proof.cells)
-    return f"The proof holds: {proof.status}, gap {proof.gap:.1e}, {len(proof.cells)} cells, {nodes} nodes."
+    cells, nodes = len(proof.cells) or len(proof.staged), sum(len(cell.nodes) for cell in proof.cells)
+    return f"The proof holds: {proof.status}, gap {proof.gap:.1e}, {cells} cells, {nodes} nodes."

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from shallowflow import packing
-from shallowflow.planner import allowed, machines, money, quality, words
+from shallowflow.planner import allowed, machines, money, quality, schedule, words
 from shallowflow.planner.plan import Workload
 from shallowflow.planner.strategies import Cell
 from shallowflow.profiles import model_facts
@@ -191,8 +191,8 @@ _UNPLANNED = {
 def check_stages(workload: Workload, model: ModelSpec) -> None:
     """RequestError where *workload* asks for stages that the GPUs, the batch or *model* do not allow."""
     wanted, gpus = workload.num_stages, workload.num_gpus
-    _check_parts(workload, model)
     if wanted is None or wanted == 1:
+        _check_parts(workload, model)
         return
     if gpus % wanted:
         raise RequestError(
@@ -208,6 +208,7 @@ def check_stages(workload: Workload, model: ModelSpec) -> None:
             f"{workload.global_batch_size} sequences over {words.counted(gpus // wanted, 'replica')} make fewer "
             f"micro-batches than {wanted} stages; try --global-batch-size {gpus * (workload.micro_batch_size or 1)}"
         )
+    _check_parts(workload, model)
 
 
 def _check_cut(workload: Workload, model: ModelSpec, instead: str) -> None:
@@ -224,19 +225,25 @@ def _check_cut(workload: Workload, model: ModelSpec, instead: str) -> None:
 
 
 def _check_parts(workload: Workload, model: ModelSpec) -> None:
-    """RequestError where *workload* asks for parts that no number of stages of *model* can have."""
+    """RequestError where *workload* asks for parts that no number of stages that it allows of *model* can have."""
     parts, layers = workload.parts_per_stage, model_facts.num_layers(model.config)
     if parts in (None, 1):
         return
+    if workload.num_gpus == 1:
+        raise RequestError(
+            f"parts_per_stage is {parts}, and one GPU holds the whole model; try --gpus 2, or leave it out"
+        )
     _check_cut(workload, model, "--fix parts_per_stage=1")
     free = replace(workload, parts_per_stage=None)
     able = {n: allowed.part_counts(free, layers, n) for n in allowed.stage_counts(free, layers)}
     if any(parts in counts for counts in able.values()):
         return
     others = sorted({count for counts in able.values() for count in counts})
+    pinned = "no number of stages" if workload.num_stages is None else words.counted(workload.num_stages, "stage")
     raise RequestError(
-        f"parts_per_stage is {parts}, and no number of stages of {model.name}, of {layers} layers, has as many equal "
-        f"parts and full rounds of micro-batches; try one of {', '.join(map(str, others or [1]))}"
+        f"parts_per_stage is {parts}, and {pinned} of {model.name}, of {layers} layers, can be planned with as many: "
+        f"they are equal, at most {schedule.MOST_PARTS}, and {workload.global_batch_size} sequences make full rounds of "
+        f"micro-batches; try one of {', '.join(map(str, others or [1]))}"
     )
 
 

@@ -73,6 +73,7 @@ def test_the_proof_of_interleaved_stages_holds(interleaved: str, tmp_path: Path)
     done = verdict(tmp_path, interleaved)
 
     assert done.code == 0, done.errors
+    assert f"{len(from_json(interleaved).proof.staged)} cells" in done.output
 
 
 def edits() -> list[Callable[[Any], None]]:
@@ -148,6 +149,22 @@ def test_what_fits_in_no_parts_is_told_with_what_parts_need(eight: Path) -> None
 
     assert done.code == 1 and found is not None
     assert sfplan(eight, *STAGED, *asked, "--max-process-gib", found[1]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--stages", 2, "--sharding", "weights"), "leave it out, or try --stages 1"),
+        (("--stages", 2, "--global-batch-size", 6, "--gpus", 4), "2 stages of"),
+        (("--gpus", 1), "one GPU holds the whole model; try --gpus 2"),
+    ],
+)
+def test_what_stands_in_the_way_of_parts_is_named(words: tuple[Any, ...], told: str, eight: Path) -> None:
+    """What is proposed instead is no other thing that is refused."""
+    done = sfplan(eight, *TWO, "--gpus", 2, "--no-packing", "--fix", "parts_per_stage=4", *words)
+
+    assert done.code == 2
+    assert told in done.error()
 
 
 @pytest.mark.parametrize("words", [(3,), (17,), (8,)])

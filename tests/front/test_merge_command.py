@@ -41,4 +41,4 @@ def test_what_is_no_run_is_told_before_the_runtime_is_loaded(tmp_path: Path, mon
     assert [done.code for done in told.values()] == [2, 2, 2]
     for folder in (tmp_path, planned):
         assert told[folder].error() == f"{folder} holds no adapter and plan; give the folder that sfplan train wrote"
-    assert told[file].error().startswith(f"folder {file} does not exist")
+    assert told[file].error().startswith(f"{file} is a file; give the folder")
