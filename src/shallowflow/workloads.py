@@ -242,8 +242,8 @@ def _check_parts(workload: Workload, model: ModelSpec) -> None:
     pinned = "no number of stages" if workload.num_stages is None else words.counted(workload.num_stages, "stage")
     raise RequestError(
         f"parts_per_stage is {parts}, and {pinned} of {model.name}, of {layers} layers, can be planned with as many: "
-        f"they are equal, at most {schedule.MOST_PARTS}, and {workload.global_batch_size} sequences make full rounds of "
-        f"micro-batches; try one of {', '.join(map(str, others or [1]))}"
+        f"they are equal, at most {schedule.MOST_PARTS}, and {workload.global_batch_size} sequences make full rounds "
+        f"of micro-batches; try one of {', '.join(map(str, others or [1]))}"
     )
 
 
