@@ -82,6 +82,11 @@ class StagedChoice:
         return self.step_picoseconds + sum(stage.penalty_picoseconds for stage in self.stages)
 
     @property
+    def harm(self) -> int:
+        """What all layers lose."""
+        return sum(stage.taken.harm for stage in self.stages)
+
+    @property
     def strategies(self) -> tuple[Strategy, ...]:
         """Of all layers."""
         placed = (strategy for stage in self.stages for strategy in stage.strategies)

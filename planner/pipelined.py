@@ -17,7 +17,7 @@ from .cuts import FAR, Cut
 from .cutting import Cutting, StageChoice, StagedChoice, bounds_of, worthwhile
 from .memory_record import TracedPeak
 from .problem import Problem
-from .staged import Staging
+from .staged import Staging, repriced
 from .staged_bound import Bounds, after_forward, at_a_glance
 from .strategies import Configuration
 
@@ -88,6 +88,10 @@ class StagedSearch:
             found = None if lean.short_of(budget) else lean
         self.memory.keep(asked, self._told(found))
         return found
+
+    def at_price(self, price: int) -> StagedSearch:
+        """The same with *price* for a unit of harm; what was traced counts on."""
+        return replace(self, made=repriced(self.made, price), _bounds={})
 
     def _searched(self, budget: int, better_than: int) -> Traced | None:
         found: Traced | None = None

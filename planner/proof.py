@@ -73,7 +73,8 @@ class Proof:
         unfragmented: of cells whose memory was cut, a bound on what they held before.
         harms: for each layer its own harm under each of the strategies, where that was measured; the tables' harms are
             prices then, and the same for all layers of a group.
-        harm_price: what a unit of harm is held to be worth, in picoseconds.
+        harm_price: what a unit of harm is held to be worth, in picoseconds; of a plan in stages only where the tables
+            have another price, see ``staged_limits``.
         staged: the cells of a plan whose model is cut, of which the bounds are computed and no others are spoken of.
     """
 

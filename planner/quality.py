@@ -66,6 +66,11 @@ def most_harm(max_weight_error: float | None, num_layers: int) -> int | None:
     return None if max_weight_error is None else int(num_layers * harm_of(max_weight_error))
 
 
+def is_within(error: float, max_weight_error: float | None) -> bool:
+    """Whether a model's relative *error* is no more than it may be, as exactly as harm is counted."""
+    return max_weight_error is None or error**2 <= max_weight_error**2 + 1 / HARM
+
+
 def mean_error(strategies: Sequence[Strategy], own: Sequence[LayerErrors] = ()) -> float:
     """The relative error over all layers, as a root mean square; *own* are those measured, if any were."""
     errors: Sequence[LayerErrors | None] = own or [None] * len(strategies)

@@ -133,12 +133,22 @@ def priced(problem: Problem, stagings: Sequence[Staging], num_parts: int) -> lis
     if not made:
         return made
     worth = quality.WORTH[problem.workload.objective] * min(map(_fastest_picoseconds, made))
-    price = int(worth / (problem.num_layers * quality.harm(posing.COARSEST)))
+    return repriced(made, int(worth / (problem.num_layers * quality.harm(posing.COARSEST))))
+
+
+def repriced(stagings: Sequence[Staging], price: int) -> list[Staging]:
+    """*stagings* with *price* for a unit of harm."""
     known: dict[int, tuple[Group, ...]] = {}  # many have the same groups
-    for one in made:
+    for one in stagings:
         if id(one.groups) not in known:
             known[id(one.groups)] = posing.priced(one.groups, price)
-    return [replace(one, groups=known[id(one.groups)]) for one in made]
+    return [replace(one, groups=known[id(one.groups)]) for one in stagings]
+
+
+def harm_price(stagings: Sequence[Staging]) -> int:
+    """What a unit of harm costs in *stagings*; 0 where nothing harms."""
+    choices = (c for one in stagings for group in one.groups for c in group.choices if c.harm)
+    return next((choice.penalty_picoseconds // choice.harm for choice in choices), 0)
 
 
 def _fastest_picoseconds(staging: Staging) -> int:

@@ -5,33 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from . import quality, staged_bound
+from . import limited, quality, staged_limits
 from .cuts import FAR
 from .cutting import seconds
+from .limited import Kept
 from .pipelined import StagedSearch, Traced
 from .plan import Candidate, Prediction, Sensitivity, StageMemory
 from .problem import Problem
 from .proof import OPTIMAL_GAP, Proof, Status, Tables, gap
 from .solver import LEANER, Solution
-from .staged import Staging
+from .staged import Staging, harm_price
 
 
 def solution(search: StagedSearch, num_alternatives: int, better_than: int = FAR) -> Solution | None:
     """The best of *search* with its proof, and what needs less memory; None where nothing scores less and fits."""
-    found = search.best(better_than=better_than)
-    if found is None:
+    kept = limited.best(search, better_than)
+    if kept is None:
         return None
-    others = _alternatives(search, found) if num_alternatives else ()
+    found, at = kept.found, kept.searches[kept.at]
+    others = _alternatives(at, found) if num_alternatives else ()
     return Solution(
         best=_candidate(search.problem, found),
         peak=max(found.peaks, key=lambda peak: peak.peak_reserved_bytes),
-        proof=_proof(search.problem, search.made, found),
+        proof=min((_proof(one.made, kept) for one in kept.searches), key=lambda proof: proof.gap),
         sensitivity=Sensitivity(binding="nothing", seconds_per_100_mib=0.0, next_rank=None, next_rank_seconds=None),
         alternatives=tuple(_candidate(search.problem, one) for one in others[:num_alternatives]),
         num_cells=len(search.made),
         num_nodes=0,
-        num_traced=search.num_traced,
-        num_rejected=search.num_rejected,
+        num_traced=kept.searches[-1].num_traced,
+        num_rejected=kept.searches[-1].num_rejected,
         best_uniform_seconds=None,
     )
 
@@ -40,7 +42,9 @@ def _alternatives(search: StagedSearch, found: Traced) -> tuple[Traced, ...]:
     """What a run goes on with where memory is short after all."""
     most = max(stage.taken.peak_bytes for stage in found.chosen.stages)
     leaner = search.best(int(LEANER * most))
-    return () if leaner is None or leaner.configuration == found.configuration else (leaner,)
+    if leaner is None or leaner.configuration == found.configuration or not limited.keeps(search, leaner):
+        return ()
+    return (leaner,)
 
 
 def _candidate(problem: Problem, found: Traced) -> Candidate:
@@ -71,27 +75,29 @@ def _candidate(problem: Problem, found: Traced) -> Candidate:
     return Candidate(configuration=configuration, prediction=prediction, weight_error=error)
 
 
-def _proof(problem: Problem, made: Sequence[Staging], found: Traced) -> Proof:
-    """The tables of all cells, and the gap that follows from them."""
-    tables = Tables()
+def _proof(made: Sequence[Staging], kept: Kept) -> Proof:
+    """The tables of all cells as they were *made* at some price of harm, and the gap that follows from them."""
+    problem, usual = kept.searches[0].problem, harm_price(kept.searches[0].made)
+    limits, tables = problem.limits, Tables()
     staged = tuple(staging.told(tables.table(staging.groups)) for staging in made)
     proof = Proof(
         status="feasible",
         gap=0.0,
         unfragmented_gap=0.0,
-        score_picoseconds=found.chosen.score_picoseconds,
+        score_picoseconds=kept.score_picoseconds,
         bound_picoseconds=0,
         budget_bytes=problem.budget_bytes,
-        harm=None,
+        harm=limits.harm,
         host_bytes=problem.host_bytes,
-        step_picoseconds=None,
+        step_picoseconds=limits.step_picoseconds,
         strategies=tuple(tables.strategies),
         tables=tuple(tables.tables),
         cells=(),
         unfragmented=(),
+        harm_price=0 if harm_price(made) == usual else usual,
         staged=staged,
     )
-    least = staged_bound.least_of(proof, staged)
+    least = staged_limits.least_score(proof)
     shown = gap(proof.score_picoseconds, [least])
     status: Status = "optimal" if shown <= OPTIMAL_GAP else "within"
     return replace(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import schedule
+from . import schedule, staged_limits
 from .chain import Choice
 from .needs import Unproven
 from .proof import OPTIMAL_GAP, Proof, gap
-from .staged_bound import least_of
 from .staged_cell import SIDES, StagedCell
 from .staged_tables import layers_of
 from .strategies import Cell, Configuration, Strategy
@@ -23,6 +22,7 @@ class Reckoned:
     host_bytes: tuple[int, ...]
     step_picoseconds: int
     score_picoseconds: int
+    harm: int
 
 
 def doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
@@ -46,17 +46,30 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     taken = reckoned(proof, configuration)
     if taken.score_picoseconds < 1 or taken.score_picoseconds != proof.score_picoseconds:
         found.append(f"the plan scores {taken.score_picoseconds}, its proof says {proof.score_picoseconds}")
+    found += _beyond_limits(proof, taken)
+    shown = gap(max(1, taken.score_picoseconds), [staged_limits.least_score(proof)])
+    if shown > proof.gap + OPTIMAL_GAP / 1000:
+        found.append(f"gap is said to be {proof.gap:.2g} and shown to be {shown:.2g}")
+    if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:
+        found.append(f"a plan that might be beaten by {proof.gap:.2g} is said to be optimal")
+    return found
+
+
+def _beyond_limits(proof: Proof, taken: Reckoned) -> list[str]:
+    """What is *taken* beyond the limits of *proof*."""
+    found: list[str] = []
     for stage, peak in enumerate(taken.peak_bytes):
         if peak > proof.budget_bytes:
             found.append(f"stage {stage} takes {peak} bytes of {proof.budget_bytes}")
     for stage, sent in enumerate(taken.host_bytes):
         if proof.host_bytes is not None and sent > proof.host_bytes:
             found.append(f"stage {stage} takes {sent} bytes of the host's {proof.host_bytes}")
-    shown = gap(max(1, taken.score_picoseconds), [least_of(proof, proof.staged)])
-    if shown > proof.gap + OPTIMAL_GAP / 1000:
-        found.append(f"gap is said to be {proof.gap:.2g} and shown to be {shown:.2g}")
-    if proof.status == "optimal" and proof.gap > OPTIMAL_GAP:
-        found.append(f"a plan that might be beaten by {proof.gap:.2g} is said to be optimal")
+    for name, value, limit in (
+        ("harm", taken.harm, proof.harm),
+        ("step", taken.step_picoseconds, proof.step_picoseconds),
+    ):
+        if limit is not None and value > limit:
+            found.append(f"the plan's {name} is {value}, more than its limit of {limit}")
     return found
 
 
@@ -92,7 +105,7 @@ def reckoned(proof: Proof, configuration: Configuration) -> Reckoned:
     peaks: list[int] = []
     sent: list[int] = []
     busy: list[int] = []
-    penalties = 0
+    penalties = harm = 0
     for stage in range(configuration.num_stages):
         held = zip(configuration.parts_of(stage), staged.in_flight(stage), strict=True)
         made = [(_chosen(layers[number], strategies[number]), at_once) for part, at_once in held for number in part]
@@ -107,10 +120,12 @@ def reckoned(proof: Proof, configuration: Configuration) -> Reckoned:
             max(staged.outside_picoseconds(stage, side) + sum(getattr(c, side) for c, _ in made) for side in SIDES)
         )
         penalties += sum(choice.penalty_picoseconds for choice, _ in made)
+        harm += sum(choice.harm for choice, _ in made)
     longest = max(len(configuration.layers_of(stage)) for stage in range(configuration.num_stages))
     passes = schedule.step_picoseconds(busy, staged.num_micro_batches, staged.num_parts)
     step = passes + staged.update_picoseconds * longest
-    return Reckoned(tuple(peaks), tuple(sent), step, step + penalties)
+    score = step + (proof.harm_price * harm if proof.harm_price else penalties)
+    return Reckoned(tuple(peaks), tuple(sent), step, score, harm)
 
 
 def _chosen(choices: Sequence[Choice], strategy: Strategy) -> Choice:

@@ -78,6 +78,8 @@ def _limits(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list
         for name, wanted, said in (("harm", harm, plan.proof.harm), ("host memory", host, plan.proof.host_bytes))
         if said != wanted
     ]
+    if not quality.is_within(plan.weight_error, plan.workload.max_weight_error):
+        found.append(f"the weight error is {plan.weight_error:g}, and may be {plan.workload.max_weight_error:g}")
     return found + _time_limit(plan, gpu, instances)
 
 

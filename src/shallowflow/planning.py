@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,11 +146,12 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
         Infeasible: nothing fits in any number of stages.
     """
     numbers = stage_counts(workload, session.model)
+    timed = replace(workload, deadline_hours=deadline_hours(workload, session.gpu))
     best: Plan | None = None
     tried: dict[tuple[int, int], Plan | None] = {}
     if 1 in numbers:
         try:
-            best = tried[1, 1] = _whole(session, workload, notes, wanted.num_alternatives)
+            best = tried[1, 1] = _whole(session, workload, timed, notes, wanted.num_alternatives)
         except _Unsolved as nothing:
             if len(numbers) == 1:
                 raise refusals.infeasible(
@@ -165,16 +167,18 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
     late: dict[int, bool] = {}
     for number in (number for number in numbers if number > 1):
         parts = part_counts(workload, session.model, number)
-        searches |= Staged(session, workload, number, parts).searches()
+        searches |= Staged(session, timed, number, parts).searches()
         late[number] = not searches[number, min(parts)].may_fit  # which holds the least
     in_order = sorted(searches, key=lambda cut: (late[cut[0]], searches[cut].glance))
     for cut in in_order:  # a good one soon, the rest by its bound
         better_than = FAR if best is None else best.proof.score_picoseconds
-        solution = staged_plan.solution(searches[cut], wanted.num_alternatives, better_than)
-        made = None if solution is None else _plan(session, searches[cut].problem, workload, solution, notes)
+        made = _in_stages(session, searches[cut], workload, notes, wanted.num_alternatives, better_than)
         tried[cut], best = made, made or best
     if best is None:
-        raise refusals.infeasible_in_stages(session, workload, with_remedies=wanted.with_remedies)
+        briefly = _Wanted(0, with_remedies=False)
+        raise refusals.infeasible_in_stages(
+            session, workload, lambda work: _best(session, work, notes, briefly), with_remedies=wanted.with_remedies
+        )
     if len(tried) == 1:
         return best
     outcomes = "; ".join(_outcome(*cut, made) for cut, made in sorted(tried.items()) if made is not None or cut[1] == 1)
@@ -197,29 +201,56 @@ def _outcome(num_stages: int, num_parts: int, made: Plan | None) -> str:
     return f"{name}, {told}"
 
 
-def _whole(session: Session, workload: Workload, notes: tuple[str, ...], num_alternatives: int) -> Plan:
-    """The best plan for *workload* with the whole model on every GPU.
+def _whole(
+    session: Session, workload: Workload, timed: Workload, notes: tuple[str, ...], num_alternatives: int
+) -> Plan:
+    """The best plan for *workload*, *timed* by its deadline and budget, with the whole model on every GPU.
 
     Raises:
         _Unsolved: nothing fits.
     """
-    timed = replace(workload, deadline_hours=deadline_hours(workload, session.gpu))
     considered, rank = space(session, workload)
     posed = session.problem(timed, considered, rank)
-    made: Plan | None = None
+
+    def solve(at: problem.Problem) -> Plan | None:
+        solution = session.solve(at, considered, num_alternatives)
+        return None if solution is None else _plan(session, at, workload, solution, notes)
+
+    made = _in_time(session, posed, solve)
+    if made is None:
+        raise _Unsolved(posed, considered)
+    return made
+
+
+def _in_stages(
+    session: Session,
+    search: StagedSearch,
+    workload: Workload,
+    notes: tuple[str, ...],
+    num_alternatives: int,
+    better_than: int,
+) -> Plan | None:
+    """The best plan of a *search* for *workload* that scores less than *better_than*; None where there is none."""
+
+    def solve(at: problem.Problem) -> Plan | None:
+        solution = staged_plan.solution(replace(search, problem=at), num_alternatives, better_than)
+        return None if solution is None else _plan(session, at, workload, solution, notes)
+
+    return _in_time(session, search.problem, solve)
+
+
+def _in_time(session: Session, posed: problem.Problem, solve: Callable[[problem.Problem], Plan | None]) -> Plan | None:
+    """What *solve* makes of *posed*, solved again where its run takes longer beside its steps than was allowed for."""
+    timed = posed.workload
     beside = wall_time.least_beside_seconds(
-        session.num_parameters(), workload.total_tokens, session.gpu.pcie_bytes_per_second
+        session.num_parameters(), timed.total_tokens, session.gpu.pcie_bytes_per_second
     )
     for _ in range(MOST_DEADLINE_ROUNDS):
-        posed = replace(posed, beside_seconds=beside)
-        solution = session.solve(posed, considered, num_alternatives)
-        if solution is None:
-            raise _Unsolved(posed, considered)
-        made = _plan(session, posed, workload, solution, notes)
-        if timed.deadline_hours is None or made.wall.total_seconds <= timed.deadline_hours * 3600:
+        made = solve(replace(posed, beside_seconds=beside))
+        if made is None or timed.deadline_hours is None or made.wall.total_seconds <= timed.deadline_hours * 3600:
             return made
         beside = made.wall.total_seconds - made.wall.training_seconds
-    raise _Unsolved(posed, considered)
+    return None
 
 
 def _plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from shallowflow.profiles.load import gpu_names, load_gpu, load_instances
 from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import RequestError, Session
 from shallowflow.staging import Staged
-from shallowflow.workloads import check, part_counts, space, stage_counts
+from shallowflow.workloads import check, deadline_hours, part_counts, space, stage_counts
 
 PlanOf = Callable[[Session, problem.Problem, Workload, Solution, tuple[str, ...]], Plan]
 """Makes a solution of a problem a plan, with notes."""
@@ -36,16 +37,26 @@ def infeasible(
         solution = session.solve(without, considered, 0)
         if solution is not None:
             return _too_much_sent(session, workload, posed.host_bytes, solution)
-    for loosened, refusal in _beyond_memory(posed, workload):
-        solution = session.solve(loosened, considered, 0)
+    for loosened, refusal in _beyond_memory(workload, posed.workload):
+        without = replace(posed, workload=loosened)
+        solution = session.solve(without, considered, 0)
         if solution is not None:
-            return refusal(plan_of(session, loosened, workload, solution, ()))
+            return refusal(plan_of(session, without, workload, solution, ()))
     peak = smallest_process_bytes(session, workload)
     return _too_large(session, workload, peak, _remedies(session, workload, peak) if with_remedies else [])
 
 
-def infeasible_in_stages(session: Session, workload: Workload, *, with_remedies: bool = True) -> Infeasible:
-    """The refusal of *workload* where the model may be cut, with remedies that each fit when traced whole."""
+def infeasible_in_stages(
+    session: Session, workload: Workload, best_of: Callable[[Workload], Plan], *, with_remedies: bool = True
+) -> Infeasible:
+    """The refusal of *workload* where the model may be cut, with remedies that each fit when traced whole.
+
+    *best_of* plans a workload, or raises Infeasible.
+    """
+    timed = replace(workload, deadline_hours=deadline_hours(workload, session.gpu))
+    for loosened, refusal in _beyond_memory(workload, timed):
+        with contextlib.suppress(Infeasible):
+            return refusal(best_of(loosened))
     peak = smallest_process_bytes(session, workload)
     return _too_large(session, workload, peak, _remedies(session, workload, peak) if with_remedies else [])
 
@@ -111,11 +122,8 @@ def _too_much_sent(session: Session, workload: Workload, host_bytes: int, soluti
     return Infeasible(peak, session.gpu.memory_bytes, _first_that_fits(session, (free,)), reason)
 
 
-def _beyond_memory(
-    posed: problem.Problem, workload: Workload
-) -> Iterator[tuple[problem.Problem, Callable[[Plan], Infeasible]]]:
-    """The problem without one of its other limits, and what to say if that can be solved."""
-    timed = posed.workload
+def _beyond_memory(workload: Workload, timed: Workload) -> Iterator[tuple[Workload, Callable[[Plan], Infeasible]]]:
+    """A *workload*, *timed* by its deadline and budget, without one of its limits, and what to say if that fits."""
     if timed.deadline_hours is not None:
         limit = words.duration(timed.deadline_hours * 3600)
 
@@ -128,7 +136,7 @@ def _beyond_memory(
             reason = f"no plan ends within {limit}: the best without that limit takes {words.duration(hours * 3600)}."
             return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
 
-        yield replace(posed, workload=replace(timed, deadline_hours=None)), too_slow
+        yield replace(timed, deadline_hours=None, budget_usd=None), too_slow
     if timed.max_weight_error is not None:
 
         def too_coarse(plan: Plan) -> Infeasible:
@@ -141,7 +149,7 @@ def _beyond_memory(
             return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
 
         finest = replace(timed, max_weight_error=None, objective="quality")
-        yield replace(posed, workload=finest), too_coarse
+        yield finest, too_coarse
 
 
 def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy]:

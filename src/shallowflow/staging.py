@@ -46,7 +46,7 @@ class Staged:
 
     def smallest_process_bytes(self) -> int:
         """The lowest peak of the stage that takes the most, with every layer's leanest strategy."""
-        gpu, workload = self.session.gpu, replace(self.workload, deadline_hours=None)
+        gpu, workload = self.session.gpu, replace(self.workload, deadline_hours=None, max_weight_error=None)
         open_to_it = allowed.strategies(workload, gpu)
         lean = [s for s in open_to_it if s.activations in ("recompute", "offload")] or list(open_to_it)
         bits = min(allowed.BYTES_PER_WEIGHT[s.weight_format] for s in lean)

@@ -180,14 +180,6 @@ def space(
     return made, rank
 
 
-_UNPLANNED = {
-    "max_weight_error": "--max-weight-error",
-    "deadline_hours": "--deadline-hours",
-    "budget_usd": "--budget-usd",
-}
-"""Limits that no search over stages keeps yet."""
-
-
 def check_stages(workload: Workload, model: ModelSpec) -> None:
     """RequestError where *workload* asks for stages that the GPUs, the batch or *model* do not allow."""
     wanted, gpus = workload.num_stages, workload.num_gpus
@@ -219,9 +211,6 @@ def _check_cut(workload: Workload, model: ModelSpec, instead: str) -> None:
     if workload.adapter == "full" or workload.sharding == "weights":
         other = "--adapter full" if workload.adapter == "full" else "--sharding weights"
         raise RequestError(f"{other} is not planned for models in stages; leave it out, or try {instead}")
-    for name, option in _UNPLANNED.items():
-        if getattr(workload, name) is not None:
-            raise RequestError(f"{option} is not planned for models in stages yet; leave it out, or try {instead}")
 
 
 def _check_parts(workload: Workload, model: ModelSpec) -> None:
@@ -257,9 +246,8 @@ def stage_counts(workload: Workload, model: ModelSpec) -> tuple[int, ...]:
     found = allowed.stage_counts(workload, model_facts.num_layers(model.config))
     if workload.parts_per_stage is not None:
         found = tuple(n for n in found if part_counts(workload, model, n))
-    limited = any(getattr(workload, name) is not None for name in _UNPLANNED)
-    limited = limited or workload.adapter == "full" or workload.sharding == "weights"
-    if limited or model_facts.why_not_cut(model.config) is not None:
+    whole = workload.adapter == "full" or workload.sharding == "weights"
+    if whole or model_facts.why_not_cut(model.config) is not None:
         return tuple(n for n in found if n == 1)
     return found
 

@@ -67,7 +67,8 @@ class Case:
     Attributes:
         seconds: that really passed in them, which is what is paid.
         stored: updates in the newest checkpoint whose saving was reported done.
-        damaged: whether the newest stored one was changed since.
+        damaged: whether one that was changed may be met, which is there until another is saved.
+        lost: whether that was the newest, which nobody has passed over yet.
         found: what happened, for people.
     """
 
@@ -86,6 +87,7 @@ class Case:
     longest_step: float = 0.0
     stored: int = 0
     damaged: bool = False
+    lost: bool = False
     zombies: list[tuple[Vault, int, bytes]] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     number: int = 0
@@ -104,7 +106,14 @@ class Case:
             self.seconds += machine.now
 
     def damage_newest(self) -> None:
-        """Change what is stored, behind everybody's back."""
+        """Change what is stored, behind everybody's back, and by a way of one's own, to which nothing happens."""
+        share, self.way.share = self.way.share, 0.0
+        try:
+            self._damage_newest()
+        finally:
+            self.way.share = share
+
+    def _damage_newest(self) -> None:
         vault = Vault.look(S3Objects(Place(self.bucket, self.prefix)))
         if self.damaged or vault.latest is None or len(vault.latest.checkpoints) < 2:
             return
@@ -113,7 +122,7 @@ class Case:
         body = bytearray(client.get_object(Bucket=self.bucket, Key=key)["Body"].read())
         body[self.chance.randrange(len(body))] ^= 1 << self.chance.randrange(8)
         client.put_object(Bucket=self.bucket, Key=key, Body=bytes(body))
-        self.damaged = True
+        self.damaged = self.lost = True
 
     def wake_zombies(self) -> None:
         """Let who was thought dead go on: none of them may get anything into the store."""
@@ -174,10 +183,10 @@ class _Machine:
         doubts = vault.fetch(self.disk, 0, lambda _path: None)
         num_steps, state = read(self.disk)
         assert state == state_after(num_steps), "a checkpoint was believed that nobody saved"
-        lowest = case.stored if not case.damaged else max(0, case.stored - case.interval)
+        lowest = case.stored if not case.lost else max(0, case.stored - case.interval)
         assert num_steps >= lowest, f"{case.stored} steps were stored, {num_steps} came back"
         assert bool(doubts) <= case.damaged, doubts
-        case.damaged, case.stored = False, num_steps
+        case.lost, case.stored = False, num_steps
         if case.budget_usd is not None:
             self.guard.spend = Spend(case.usd_per_hour, case.budget_usd)
             self.guard.ledger = Ledger(
@@ -245,7 +254,7 @@ class _Machine:
                 raise
             except StoreError as error:
                 self.case.found.append(str(error))
-        self.case.stored, self.case.damaged = num_steps, False
+        self.case.stored, self.case.damaged, self.case.lost = num_steps, False, False
 
 
 def write(folder: Path, num_steps: int, state: bytes) -> None:

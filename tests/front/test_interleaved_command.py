@@ -129,8 +129,6 @@ def test_parts_that_are_none_are_told(changes: dict[str, Any], told: str, interl
     [
         (("--adapter", "full"), "--adapter full is not planned for models in stages"),
         (("--sharding", "weights"), "--sharding weights is not planned for models in stages"),
-        (("--max-weight-error", 0.05), "--max-weight-error is not planned for models in stages yet"),
-        (("--deadline-hours", 5), "--deadline-hours is not planned for models in stages yet"),
     ],
 )
 def test_parts_of_what_is_not_cut_are_refused(words: tuple[Any, ...], told: str, eight: Path) -> None:

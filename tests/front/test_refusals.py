@@ -31,10 +31,6 @@ from tests.front.shell import SMALL, sfplan
         ),
         (["gpt2", "--gpus", "2", "--stages", "2"], ["gpt2", "cannot be cut into stages", "--stages 1"]),
         (
-            ["SmolLM2-135M", "--gpus", "2", "--stages", "2", "--deadline-hours", "3"],
-            ["--deadline-hours is not planned for models in stages yet", "--stages 1"],
-        ),
-        (
             ["SmolLM2-135M", "--gpus", "2", "--stages", "2", "--adapter", "full"],
             ["--adapter full is not planned for models in stages", "--stages 1"],
         ),

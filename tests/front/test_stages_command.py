@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,47 @@ def test_stages_that_are_none_are_told(stages: list[int], told: str, staged: str
 
     assert done.code == 2
     assert told in done.error()
+
+
+def test_a_deadline_is_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    """Where the best ends in time it is the plan, whose proof speaks of the limit and is doubted with another."""
+    file = tmp_path / "plan.json"
+
+    done = sfplan(tiny_folder, *STAGED, "--deadline-hours", 1, "--max-weight-error", 0.05, "--output", file)
+
+    assert done.code == 0, done.errors
+    plan = json.loads(file.read_text(encoding="utf-8"))
+    assert plan["proof"]["step_picoseconds"] > 0 and plan["proof"]["harm"] > 0
+    assert sfplan("verify", file).code == 0
+    plan["proof"]["step_picoseconds"] = 1
+    file.write_text(json.dumps(plan), encoding="utf-8")
+    assert "the plan's step is" in sfplan("verify", file).errors
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason", "option"),
+    [
+        (
+            ("--deadline-hours", 0.001),
+            "no plan ends within 3.6 s: the best without that limit takes",
+            "--deadline-hours",
+        ),
+        (("--budget-usd", 0.0001), "no plan ends within", "--budget-usd"),
+        (
+            ("--max-weight-error", 0.05, "--quantization", "nf4"),
+            "no plan keeps the weight error within 0.05: the finest that fits has 0.0910",
+            "--max-weight-error",
+        ),
+    ],
+)
+def test_a_limit_that_no_stages_keep_comes_with_one_that_some_do(
+    limit: tuple[Any, ...], reason: str, option: str, tiny_folder: Path
+) -> None:
+    """Exit code 1, and a limit with which a plan is then found."""
+    done = sfplan(tiny_folder, *STAGED, *limit)
+
+    assert done.code == 1
+    assert reason in done.errors
+    (found,) = re.findall(rf"{option} ([0-9.]+)", done.errors)
+    others = limit[2:]
+    assert sfplan(tiny_folder, *STAGED, *others, option, found).code == 0

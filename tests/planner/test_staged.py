@@ -6,16 +6,18 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hypothesis import event, given
+import pytest
+from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from shallowflow.planner import schedule, staged_bound, staged_proof
+from shallowflow.planner import schedule, staged_bound, staged_limits, staged_proof
 from shallowflow.planner.chain import Choice, Group
 from shallowflow.planner.cuts import FAR
 from shallowflow.planner.cutting import Cutting, StagedChoice, bounds_of
-from shallowflow.planner.proof import Proof, Tables
+from shallowflow.planner.needs import Unproven
+from shallowflow.planner.proof import NUMBERS, Proof, Tables
 from shallowflow.planner.reckoning import reckoned
-from shallowflow.planner.staged import Staging
+from shallowflow.planner.staged import Staging, repriced
 from shallowflow.planner.strategies import Cell, Configuration, StrategyRun
 from tests.planner.chains import MIB, choices, sizes, times
 
@@ -153,6 +155,50 @@ def configuration_of(found: StagedChoice) -> Configuration:
         stages=tuple(found.staging.order()[place] for place in found.starts),
         parts_per_stage=found.staging.num_parts,
     )
+
+
+@given(stagings(), st.data())
+def test_no_plan_within_limits_scores_less_than_is_shown(staging: Staging, data: st.DataObject) -> None:
+    """Whatever price of harm the tables have: by the score's, of all that keep both limits."""
+    usual, price = data.draw(st.sampled_from([100, 10**4, 10**5])), data.draw(st.sampled_from([0, 1000, 10**5, 10**6]))
+    own = at_price(staging, price)
+    every = [
+        (max(peaks), sum(choice.harm for choice in way), score - sum(choice.penalty_picoseconds for choice in way))
+        for (_, way), peaks, score in ways(own)
+    ]
+    memory, harm, step = (data.draw(st.sampled_from(sorted({row[n] for row in every}))) for n in range(3))
+    bounded = data.draw(st.booleans())
+    within = [row for row in every if row[0] <= memory and row[1] <= harm and (row[2] <= step or not bounded)]
+    assume(within)
+
+    proof = replace(proof_of(own, memory), harm_price=usual, harm=harm, step_picoseconds=step if bounded else None)
+    shown = staged_limits.least_score(proof)
+
+    least = min(seconds + usual * lost for _, lost, seconds in within)
+    event("exact" if shown == least else "below")
+    assert shown is not None and shown <= least
+
+
+def at_price(staging: Staging, price: int) -> Staging:
+    """*staging* with *price* for a unit of harm."""
+    (found,) = repriced([staging], price)
+    return found
+
+
+@given(stagings())
+def test_tables_at_no_one_price_show_nothing(staging: Staging) -> None:
+    """A penalty that was changed, and a price above the score's where nothing limits harm."""
+    assume(any(choice.harm for group in staging.groups for choice in group.choices))
+    dear = replace(proof_of(at_price(staging, 2000), FAR), harm_price=1000)
+    ((first, *others),) = dear.tables
+    row = list(first.choices[0])
+    row[1 + NUMBERS.index("penalty_picoseconds")] += 1
+    changed = replace(first, choices=(tuple(row), *first.choices[1:]))
+
+    with pytest.raises(Unproven, match="nothing limits it"):
+        staged_limits.least_score(dear)
+    with pytest.raises(Unproven, match="not its harm at one price"):
+        staged_limits.least_score(replace(dear, tables=((changed, *others),)))
 
 
 @given(stagings())
