@@ -23,7 +23,7 @@ from .strategies import Configuration
 
 MOST_CELLS = 3
 """That are searched, those of the least bounds first; the gap that is told is to the least of all."""
-MOST_TRACED = 12
+MOST_TRACED = 24
 """Times that one cell is cut again because a stage did not fit when it was traced whole."""
 LEAST_CUT_BYTES = 4 * 2**20
 """By how much a stage's memory is cut at least."""
@@ -40,14 +40,33 @@ class Traced:
     configuration: Configuration
     peaks: tuple[TracedPeak, ...]
 
-    def short_of(self, budget: int) -> set[int]:
-        """The stages that reserve more than *budget*."""
-        return {stage for stage, peak in enumerate(self.peaks) if peak.peak_reserved_bytes > budget}
+    def fits(self, budget: int) -> bool:
+        """Whether no stage reserves more than *budget*."""
+        return all(peak.peak_reserved_bytes <= budget for peak in self.peaks)
 
-    def beyond(self) -> dict[int, int]:
-        """What each stage reserves beyond what was composed of its layers."""
-        pairs = zip(self.peaks, self.chosen.stages, strict=True)
-        return {n: peak.peak_reserved_bytes - stage.taken.peak_bytes for n, (peak, stage) in enumerate(pairs)}
+
+@dataclass(slots=True)
+class Fragments:
+    """What was seen of stages of one cell beyond what was composed of their layers.
+
+    Attributes:
+        beyond: bytes, the most of each stage that was traced; as much is taken of others as of the worst of these.
+        num_short: how often a stage did not fit.
+    """
+
+    beyond: dict[int, int] = field(default_factory=dict)
+    num_short: dict[int, int] = field(default_factory=dict)
+
+    def note(self, stage: int, beyond: int, *, is_short: bool) -> None:
+        """A *stage* was traced."""
+        self.beyond[stage] = max(beyond, self.beyond.get(stage, 0))
+        if is_short:
+            self.num_short[stage] = self.num_short.get(stage, 0) + 1
+
+    def room(self, stage: int, budget: int) -> int:
+        """What may be composed to for a *stage*: as much as it was fragmented by, it will be again."""
+        worst = max(self.beyond.values(), default=0)
+        return budget - self.beyond.get(stage, worst) - self.num_short.get(stage, 0) * LEAST_CUT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +104,7 @@ class StagedSearch:
         found = self._searched(budget, better_than)
         if found is None and memory_bytes is None and better_than == FAR and self.made:
             lean = smallest(self)
-            found = None if lean.short_of(budget) else lean
+            found = lean if lean.fits(budget) else None
         self.memory.keep(asked, self._told(found))
         return found
 
@@ -165,28 +184,40 @@ class StagedSearch:
         """The best found in one cell whose stages fit when traced."""
         staging = self.made[number]
         cutting = Cutting(staging, self._bounds_of(number), self.problem.host_bytes, [budget] * staging.num_stages)
-        for cuts in range(MOST_TRACED):
+        fragments = Fragments()
+        for _ in range(MOST_TRACED):
             chosen = cutting.best(better_than)
             if chosen is None:
                 return None
-            traced = self.traced(chosen)
-            short = traced.short_of(self.problem.budget_bytes)
-            if not short:
+            traced = self._if_it_fits(chosen, fragments)
+            if traced is not None:
                 return traced
-            for stage, beyond in traced.beyond().items():  # as much as a stage is fragmented by, it will be again
-                less = LEAST_CUT_BYTES * (1 + cuts) if stage in short else 0
-                most = self.problem.budget_bytes - max(0, beyond) - less
-                cutting.memory_bytes[stage] = min(cutting.memory_bytes[stage], most)
+            for stage in range(staging.num_stages):
+                cutting.memory_bytes[stage] = min(budget, fragments.room(stage, self.problem.budget_bytes))
         return None
+
+    def _if_it_fits(self, chosen: StagedChoice, fragments: Fragments) -> Traced | None:
+        """*chosen* traced, the tightest stage first, and none after one that does not fit."""
+        configuration, budget = configured(self.problem, chosen), self.problem.budget_bytes
+        composed = [stage.taken.peak_bytes for stage in chosen.stages]
+        self.num_traced += 1
+        peaks: dict[int, TracedPeak] = {}
+        for stage in sorted(range(len(composed)), key=lambda n: -composed[n]):
+            peaks[stage] = self.trace(configuration, stage)
+            reserved = peaks[stage].peak_reserved_bytes
+            fragments.note(stage, reserved - composed[stage], is_short=reserved > budget)
+            if reserved > budget:
+                self.num_rejected += 1
+                return None
+        return Traced(chosen, configuration, tuple(peak for _, peak in sorted(peaks.items())))
 
     def traced(self, chosen: StagedChoice) -> Traced:
         """*chosen* with each of its stages traced whole."""
         configuration = configured(self.problem, chosen)
-        found = Traced(
-            chosen, configuration, tuple(self.trace(configuration, n) for n in range(configuration.num_stages))
-        )
+        peaks = tuple(self.trace(configuration, stage) for stage in range(configuration.num_stages))
+        found = Traced(chosen, configuration, peaks)
         self.num_traced += 1
-        self.num_rejected += bool(found.short_of(self.problem.budget_bytes))
+        self.num_rejected += not found.fits(self.problem.budget_bytes)
         return found
 
 
