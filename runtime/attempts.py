@@ -116,7 +116,9 @@ def _attempt(
         learner = Learner.begin(work, progress, kept, path, trackers)
         if work.ranks.leads:
             folder.note_request(work.plan, work.request)
-        with interrupts.deferred(work.ranks, asked, learner.must_stop, learner.is_updating) as check:
+        with interrupts.deferred(
+            work.ranks, asked, learner.must_stop, learner.is_updating, lambda: _tell_heard(work)
+        ) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
     except (RuntimeError, fallback.BeyondBudget) as error:
@@ -135,6 +137,13 @@ def _attempt(
         else:
             work.ranks.vote(WELL if trouble is None else SHORT)
     return learner, _unless_asked(work.ranks, progress, learner, asked, _trouble(work.ranks, trouble))
+
+
+def _tell_heard(work: Work) -> None:
+    """Say that a signal came, which may be obeyed seconds later."""
+    again = "" if work.ranks.talks else "; Ctrl-C again ends at once"
+    with contextlib.suppress(RuntimeError):  # where the signal came while something else was being written
+        work.watcher.note(f"stopping before the next micro-batch, and saving{again}")
 
 
 def _tell_short(work: Work, trouble: str) -> None:

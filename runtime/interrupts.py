@@ -19,18 +19,21 @@ def deferred(
     asked: list[int] | None = None,
     must_stop: Callable[[], bool] = lambda: False,
     waits: Callable[[], bool] = lambda: False,
+    heard: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[], None]]:
     """Within, a first SIGINT or SIGTERM is kept until the function given is called, which raises KeyboardInterrupt.
 
     A second one raises it at once. Of several processes, all raise it at the same call when one of them was asked, and
     a second signal changes nothing: launchers pass on what a terminal may have sent already. *asked* gets every signal,
-    for who leaves before it was obeyed. What *must_stop* answers at such a call counts like a first signal. In any
-    thread but the main one, signals stay as they are.
+    for who leaves before it was obeyed, and *heard* is called at the first. What *must_stop* answers at such a call
+    counts like a first signal. In any thread but the main one, signals stay as they are.
     """
     asked = [] if asked is None else asked
 
     def hear(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
+        if len(asked) == 1:
+            heard()
         if len(asked) > 1 and not ranks.talks and not waits():
             raise KeyboardInterrupt
 

@@ -146,6 +146,11 @@ class Signalling(Silent):
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        """Keep a note."""
+        self.notes.append(message)
 
     def step(self, record: Any, peak: Any) -> None:
         """Hear of a step."""
@@ -161,10 +166,12 @@ def test_an_interrupted_run_goes_on(
     request = request_for(num_steps=6)
     before = [signal.getsignal(each) for each in interrupts.SIGNALS]
 
-    record = train(plans["fp16"], request, Signalling(number))
+    watcher = Signalling(number)
+    record = train(plans["fp16"], request, watcher)
     again = train(plans["fp16"], replace(request, resume=True))
 
     assert (record.outcome, len(record.steps)) == ("interrupted", 3)
+    assert "stopping before the next micro-batch, and saving; Ctrl-C again ends at once" in watcher.notes
     assert again.outcome == "completed"
     assert losses(again) == whole[0]
     assert [signal.getsignal(each) for each in interrupts.SIGNALS] == before
