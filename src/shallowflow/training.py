@@ -228,6 +228,10 @@ def read_plan(path: Path) -> Plan:
         return loaded
     except FileNotFoundError:
         raise PlanError(f"plan file {path} does not exist; make one with: sfplan MODEL --output {path}") from None
+    except IsADirectoryError:
+        inside = path / "plan.json"
+        found = f"its plan is {inside}" if inside.is_file() else "give the file that `sfplan MODEL --output FILE` wrote"
+        raise PlanError(f"{path} is a folder, not a plan; {found}") from None
     except OSError as error:
         raise PlanError(f"cannot read {path}: {error.strerror}") from None
 

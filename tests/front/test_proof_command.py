@@ -173,3 +173,17 @@ def test_a_runs_record_is_told_from_a_plan(tmp_path: Path, has_plan: bool) -> No
     its = f"its plan is {plan}" if has_plan else "give the plan that it was made from"
     assert told == {f"{record} is a run's record, not a plan; {its}"}
     assert sfplan("verify", record).code == 2
+
+
+@pytest.mark.parametrize("has_plan", [True, False])
+def test_a_folder_is_told_from_a_plan(tmp_path: Path, has_plan: bool) -> None:
+    """With the plan that lies in it, if one does."""
+    plan = tmp_path / "plan.json"
+    if has_plan:
+        plan.write_text("{}", "utf-8")
+
+    done = sfplan("verify", tmp_path)
+
+    assert done.code == 2
+    its = f"its plan is {plan}" if has_plan else "give the file that `sfplan MODEL --output FILE` wrote"
+    assert done.error() == f"{tmp_path} is a folder, not a plan; {its}"
