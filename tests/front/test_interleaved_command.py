@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shallowflow.hub import find_model
+from shallowflow.planner.remedies import Infeasible
 from shallowflow.planner.serialize import from_json
+from shallowflow.planning import make_plan
+from shallowflow.profiles import load_gpu
+from shallowflow.workloads import workload_of
 from tests.front.shell import sfplan
 from tests.runtime import tiny
 
@@ -141,12 +147,25 @@ def test_parts_of_what_is_not_cut_are_refused(words: tuple[Any, ...], told: str,
 
 def test_what_fits_in_no_parts_is_told_with_what_parts_need(eight: Path) -> None:
     """The least is that of the parts that were asked for, with which a plan is then found."""
-    asked = ("--fix", "parts_per_stage=2")
-    done = sfplan(eight, *STAGED, *asked, "--max-process-gib", 0.15)
-    found = re.search(r"--max-process-gib (0\.\d+)", done.errors)
+    work = workload_of(
+        {
+            "sequence_length": 32,
+            "global_batch_size": 8,
+            "rank": 8,
+            "total_tokens": 5000,
+            "num_gpus": 2,
+            "num_stages": 2,
+            "parts_per_stage": 2,
+            "packing": False,
+            "quantization": "fp16",
+        }
+    )
 
-    assert done.code == 1 and found is not None
-    assert sfplan(eight, *STAGED, *asked, "--max-process-gib", found[1]).code == 0
+    with pytest.raises(Infeasible) as refused:
+        make_plan(find_model(str(eight)), load_gpu("t4"), replace(work, max_process_bytes=2**27), with_remedies=False)
+
+    least = math.ceil(refused.value.smallest_bytes / 2**30 * 100) / 100
+    assert sfplan(eight, *STAGED, "--fix", "parts_per_stage=2", "--max-process-gib", least).code == 0
 
 
 @pytest.mark.parametrize(
