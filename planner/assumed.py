@@ -21,6 +21,12 @@ def notes(outlooks: Sequence[Outlook], storage: StorageSpec, circumstances: Circ
         f"Each instance starts with {words.duration(circumstances.setup_seconds)} of set-up, which is assumed and not "
         "measured, and downloads the weights at its disk's or its network's lasting rate; both are billed."
     )
+    machines = max((outlook.num_machines for outlook in outlooks), default=1)
+    if machines > 1:
+        yield (
+            f"{machines} instances work together, over the slowest network among those with as many GPUs. Where one is "
+            "interrupted, all are taken to be replaced, and its own first hour alone is free."
+        )
     if any(outlook.market == "spot" for outlook in outlooks):
         yield from _interruptions(outlooks, circumstances)
     yield "Hours and dollars are for the plans' predicted seconds, whose own error is left out of them."

@@ -190,6 +190,7 @@ def _over(amount: float, least: float) -> float:
 
 def _told(outlook: Outlook) -> str:
     gpus = f", {words.counted(outlook.num_gpus, 'GPU')}" if outlook.num_gpus > 1 else ""
+    gpus += f" in {outlook.num_machines} instances" if outlook.num_machines > 1 else ""
     what_if = f", {outlook.what_if}" if outlook.what_if else ""
     money = f"{words.usd(outlook.nine_of_ten_usd)} and {outlook.nine_of_ten_hours:.2f} h in nine of ten runs"
     return f"{outlook.instance} {outlook.market} in {outlook.region}{gpus}{what_if}: {money}"

@@ -74,13 +74,19 @@ def cells(outlook: Outlook) -> tuple[str, ...]:
 
 def details(comparison: Comparison, outlook: Outlook) -> list[str]:
     """What else is told of one way."""
-    found = [gpus(outlook.num_gpus, outlook.gpu), f"{tokens(outlook.tokens_per_usd)} tokens/$"]
+    found = [hardware(outlook), f"{tokens(outlook.tokens_per_usd)} tokens/$"]
     found += [f"{further(share)} {of}" for share, of in distances(comparison, outlook)]
     if outlook.market == "spot":
         every = outlook.interval_seconds
         found.append("no checkpoints" if every is None else f"a checkpoint every {words.duration(every)}")
     found += [] if outlook.disk_is_priced else ["disk unpriced"]
     return [*found, *([outlook.what_if] if outlook.what_if else [])]
+
+
+def hardware(outlook: Outlook) -> str:
+    """``4 x T4``, or ``4 x T4 in 2 instances``."""
+    machines = f" in {outlook.num_machines} instances" if outlook.num_machines > 1 else ""
+    return f"{gpus(outlook.num_gpus, outlook.gpu)}{machines}"
 
 
 def distances(comparison: Comparison, outlook: Outlook) -> tuple[tuple[float, str], ...]:

@@ -58,14 +58,16 @@ class Outlook:
     """One way to run a plan, and what it comes to.
 
     Attributes:
+        num_gpus, num_machines: GPUs in all, in so many instances that work together.
         what_if: what differs from the workload that was asked for, as ``name=value``; empty where nothing does.
         hours, usd: expected.
         nine_of_ten_hours, nine_of_ten_usd: that nine of ten runs do not exceed; of the dollars, storage as expected.
         storage_usd: the disk's and the bucket's part of *usd*, as far as their prices are known.
         disk_is_priced: whether the disk's is, in this region; else the dollars are some percent too few.
         low_usd, high_usd: expected, at the ends of what is known of interruptions.
-        interruptions: expected.
+        interruptions: expected, of any instance.
         interval_steps, interval_seconds: between checkpoints; None where none is worth its time.
+        usd_per_hour: of all instances together.
         hazard_source: of the rate of interruptions; None on demand.
     """
 
@@ -74,6 +76,7 @@ class Outlook:
     market: Market
     gpu: str
     num_gpus: Positive
+    num_machines: Positive
     what_if: str
     hours: Seconds
     nine_of_ten_hours: Seconds
@@ -115,7 +118,8 @@ def outlooks(way: Way, price: Price, storage: StorageSpec, circumstances: Circum
     bucket = price.interruption_bucket
     hazard = circumstances.hazard or (None if bucket is None else of_bucket(bucket, price.source))
     if price.spot_usd_per_hour is not None and hazard is not None:
-        rates = [hazard.per_hour(case) / 3600 for case in (circumstances.case, "low", "high")]
+        number = way.plan.workload.num_machines
+        rates = [number * hazard.per_hour(case) / 3600 for case in (circumstances.case, "low", "high")]
         found.append(_outlook(way, price, storage, alone, (hazard.source, rates)))
     return found
 
@@ -154,6 +158,7 @@ def job(way: Way, circumstances: Circumstances) -> spot.Job:
         waiting_seconds=circumstances.waiting_seconds,
         interruptions_per_second=0.0,
         noticed_share=circumstances.noticed_share,
+        num_machines=plan.workload.num_machines,
     )
 
 
@@ -186,6 +191,7 @@ def _outlook(
     plan = way.plan
     rate = price.on_demand_usd_per_hour if interrupted is None else price.spot_usd_per_hour
     assert rate is not None
+    rate *= plan.workload.num_machines
     source, rates = (None, [0.0]) if interrupted is None else interrupted
     job = replace(alone, interruptions_per_second=rates[0])
     found = _expected(job)
@@ -202,6 +208,7 @@ def _outlook(
         market="on demand" if interrupted is None else "spot",
         gpu=way.gpu.name,
         num_gpus=plan.configuration.num_gpus,
+        num_machines=plan.workload.num_machines,
         what_if=way.what_if,
         hours=found.seconds / 3600,
         nine_of_ten_hours=found.nine_of_ten_seconds / 3600,
@@ -223,8 +230,8 @@ def _outlook(
 
 
 def _storage_usd(way: Way, region: str, storage: StorageSpec, found: spot.Expectation, *, spot: bool) -> float:
-    """The disk while there is an instance, and, on spot, checkpoints in a bucket for as long as the run takes."""
-    volume = storage.volume.usd_per_gb_month.get(region, 0.0) * disk_gb(way.plan)
+    """The disks while there are instances, and, on spot, checkpoints in a bucket for as long as the run takes."""
+    volume = storage.volume.usd_per_gb_month.get(region, 0.0) * disk_gb(way.plan) * way.plan.workload.num_machines
     kept = CHECKPOINTS_KEPT * state_bytes(way.plan) / BILLED_GB if spot else 0.0
     bucket = storage.bucket.usd_per_gb_month.get(region, 0.0) * kept
     return (volume * found.instance_seconds + bucket * found.seconds) / 3600 / HOURS_PER_MONTH

@@ -97,7 +97,7 @@ class Sessions:
         resolution = self.period / 8 if job.saved_by_notice else np.inf
         found = np.zeros((len(self.left), 4))
         for state, ages in self._backwards(resolution):
-            values = np.stack([self._wall(ages), _billed(ages), ages.means, np.ones_like(ages.means)], axis=1)
+            values = np.stack([self._wall(ages), self._billed(ages), ages.means, np.ones_like(ages.means)], axis=1)
             running = np.vstack([np.zeros(4), np.cumsum(ages.chances[:, None] * values, axis=0)])
             cells, end = _within(ages, state)
             lasting = np.exp(-job.interruptions_per_second * end)
@@ -120,7 +120,7 @@ class Sessions:
             return math.inf, math.inf
         mean_wall, mean_billed, _, _ = self.means()
         wall = self._quantile(share, self._wall, mean_wall, mean_wall - alone)
-        billed = self._quantile(share, _billed, mean_billed, mean_wall - alone)
+        billed = self._quantile(share, self._billed, mean_billed, mean_wall - alone)
         return max(wall, alone), billed
 
     def _quantile(self, share: float, value: Callable[[Ages], Floats], mean: float, delay: float) -> float:
@@ -201,6 +201,11 @@ class Sessions:
     def _wall(self, ages: Ages) -> Floats:
         return ages.means + self.job.waiting_seconds
 
+    def _billed(self, ages: Ages) -> Floats:
+        """What an interruption in each cell leaves to pay of its session, on the mean of its machines."""
+        free = 1 / self.job.num_machines
+        return np.where(ages.means < FREE_SECONDS, (1 - free) * ages.means, ages.means)
+
     def _most(self, state: int) -> tuple[int, int]:
         """How many states further an interruption can find the work: by checkpoints, and by a notice."""
         by_checkpoints = int(self.saves[state] * self.interval / self.unit + 1e-9)
@@ -246,11 +251,6 @@ class Sessions:
         places = safe_seconds / self.unit
         whole = np.floor(places + 1e-9)
         return Stream(chances=chances, whole=whole.astype(np.intp), rest=np.maximum(places - whole, 0.0))
-
-
-def _billed(ages: Ages) -> Floats:
-    """What an interruption in each cell leaves to pay of its session."""
-    return np.where(ages.means < FREE_SECONDS, 0.0, ages.means)
 
 
 def _within(ages: Ages, state: int) -> tuple[int, float]:

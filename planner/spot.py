@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A run, in seconds of an instance.
+    """A run, in seconds of an instance, or of all that work together.
 
     Attributes:
         num_steps, step_seconds: of training.
@@ -34,8 +34,10 @@ class Job:
         checkpoint_seconds: for which a checkpoint holds training up.
         upload_seconds: for which it is not safe yet, while training goes on.
         waiting_seconds: from an interruption to the replacement's start, billed to nobody.
-        interruptions_per_second: while an instance runs.
+        interruptions_per_second: while an instance runs, of any of them.
         noticed_share: of the interruptions, those whose notice comes in time for a checkpoint.
+        num_machines: that work together and are all replaced when one is interrupted; only that one's first hour is
+            free.
     """
 
     num_steps: int
@@ -48,6 +50,7 @@ class Job:
     waiting_seconds: float
     interruptions_per_second: float
     noticed_share: float = 0.0
+    num_machines: int = 1
 
     @property
     def saved_by_notice(self) -> float:

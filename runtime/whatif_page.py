@@ -59,7 +59,7 @@ def _row(comparison: Comparison, outlook: Outlook) -> tuple[str, ...]:
     low, high = (f"${usd:,.2f}" for usd in (outlook.low_usd, outlook.high_usd))
     seconds = outlook.interval_seconds
     return (
-        *(instance, region, outlook.market, view.gpus(outlook.num_gpus, outlook.gpu), *numbers, low, high, stops),
+        *(instance, region, outlook.market, view.hardware(outlook), *numbers, low, high, stops),
         view.tokens(outlook.tokens_per_usd),
         *(view.further(share) for share, _ in view.distances(comparison, outlook)),
         "-" if seconds is None else words.duration(seconds),

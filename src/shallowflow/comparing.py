@@ -13,6 +13,7 @@ import msgspec
 
 from shallowflow.planner import assumed, hazard, outlook
 from shallowflow.planner.allowed import HEADROOM, budget_bytes
+from shallowflow.planner.bounds import MOST_GPUS
 from shallowflow.planner.comparison import By, Comparison, OutOfReach, Planned, Unplanned, ordered, planned, within
 from shallowflow.planner.hazard import Case, Hazard
 from shallowflow.planner.outlook import Circumstances, Outlook, Way
@@ -55,6 +56,7 @@ class Asked:
         works: by what differs in them; none of them says where it runs.
         instances, regions: to narrow to; all where empty. An instance may be a family, such as ``g5``.
         gpus: of each instance, how many are used; None for one, and for all.
+        nodes: instances of a kind that work together.
         by: what comes first.
         deadline_hours, budget_usd: what nine of ten runs must keep.
         notes: on the works, which are carried along.
@@ -64,6 +66,7 @@ class Asked:
     instances: Sequence[str] = ()
     regions: Sequence[str] = ()
     gpus: int | None = None
+    nodes: int = 1
     by: By = "money"
     deadline_hours: float | None = None
     budget_usd: float | None = None
@@ -78,6 +81,7 @@ def whatif(
     instances: Sequence[str] = (),
     regions: Sequence[str] = (),
     gpus: int | None = None,
+    nodes: int = 1,
     by: By = "money",
     deadline_hours: float | None = None,
     budget_usd: float | None = None,
@@ -92,7 +96,7 @@ def whatif(
 
     Args:
         what_if: fields of Workload, each with the values to try; every combination gets plans of its own.
-        instances, regions, gpus, by, deadline_hours, budget_usd: see Asked.
+        instances, regions, gpus, nodes, by, deadline_hours, budget_usd: see Asked.
         interruptions: which end of what is known of them, or how many per day, or a file with a region's history.
         noticed_share, setup_seconds, waiting_seconds: see Circumstances.
         workload: fields of Workload, such as ``sequence_length=1024``.
@@ -103,7 +107,9 @@ def whatif(
     """
     for name in ("region", "num_gpus", "num_machines", "deadline_hours", "budget_usd"):
         if name in workload:
-            raise RequestError(f"{name} is no part of what is compared; give regions, gpus or the limits by themselves")
+            raise RequestError(
+                f"{name} is no part of what is compared; give regions, gpus, nodes or the limits by themselves"
+            )
     works = combinations(workload_of(workload), what_if or {})
     case, known = circumstances_of(interruptions)
     asked = Asked(
@@ -111,6 +117,7 @@ def whatif(
         instances=instances,
         regions=regions,
         gpus=gpus,
+        nodes=nodes,
         by=by,
         deadline_hours=deadline_hours,
         budget_usd=budget_usd,
@@ -205,13 +212,14 @@ def compare(model: ModelSpec, asked: Asked, *, progress: Progress = lambda _mess
     kinds = tuple(_kinds(instances, asked))
     for gpu_name, count, what_if in kinds:
         gpu, work = load_gpu(gpu_name), asked.works[what_if]
-        progress(" ".join(filter(None, (f"{count} x {gpu.title}", what_if))))
+        spread = replace(work, num_gpus=count * asked.nodes, num_machines=asked.nodes)
+        progress(" ".join(filter(None, (f"{spread.num_gpus} x {gpu.title}", what_if))))
         try:
-            plan = _plan(model, gpu, replace(work, num_gpus=count), progress, with_remedies=len(kinds) == 1)
+            plan = _plan(model, gpu, spread, progress, with_remedies=len(kinds) == 1)
         except (RequestError, Infeasible) as error:
             refusal = error if refusal is None or isinstance(error, Infeasible) else refusal
             reason = " ".join(str(error).split("\n")[0].split())
-            unplanned.append(Unplanned(gpu=gpu_name, num_gpus=count, what_if=what_if, reason=reason))
+            unplanned.append(Unplanned(gpu=gpu_name, num_gpus=spread.num_gpus, what_if=what_if, reason=reason))
             continue
         plans.append(planned(plan, what_if))
         for instance in instances:
@@ -240,6 +248,8 @@ def _check(asked: Asked) -> None:
         raise RequestError(f"sorted by {asked.by!r}; give one of {', '.join(get_args(By))}")
     if not 0 <= assumed_of.noticed_share <= 1:
         raise RequestError(f"a share of {assumed_of.noticed_share} of notices works; give a number from 0 to 1")
+    if not 1 <= asked.nodes <= MOST_GPUS:
+        raise RequestError(f"{asked.nodes} instances do not work together; give a number from 1 to {MOST_GPUS}")
     for name, seconds in (("set-up", assumed_of.setup_seconds), ("waiting", assumed_of.waiting_seconds)):
         if not 0 <= seconds < math.inf:
             raise RequestError(f"{seconds} seconds of {name} are no time; give a number from 0")

@@ -15,6 +15,7 @@ from shallowflow.comparing import Asked, changed_in, circumstances_of, combinati
 from shallowflow.numbers import FiniteRange
 from shallowflow.options import DEFAULT_MODEL, request, work_options
 from shallowflow.planner import comparison_view, outlook
+from shallowflow.planner.bounds import MOST_GPUS
 from shallowflow.planner.comparison import By, Comparison
 from shallowflow.planner.outlook import Circumstances
 from shallowflow.planner.plan import Workload
@@ -30,6 +31,13 @@ MINUTES = FiniteRange(min=0, max=24 * 60)
 @click.argument("model", default=DEFAULT_MODEL, shell_complete=completing.models)
 @work_options
 @click.option("--gpus", type=click.IntRange(min=1), help="GPUs per instance.  [default: one, and all that it has]")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1, MOST_GPUS),
+    default=1,
+    show_default=True,
+    help="Instances of a kind that work together.",
+)
 @click.option(
     "--instance",
     "instances",
@@ -87,6 +95,7 @@ def whatif_command(
     sfplan whatif Llama-3.1-8B --data train.jsonl --deadline-hours 8 --budget-usd 5
     sfplan whatif Qwen2.5-1.5B --what-if sequence_length=512,1024,2048 --what-if rank=8,64
     sfplan whatif Llama-3.1-8B --instance g5 --region us-east-1 --interruptions 3 --all
+    sfplan whatif Llama-3.1-8B --instance g4dn.xlarge --nodes 4
     """
     from shallowflow.hub import find_model
     from shallowflow.terminal import show, status
@@ -116,6 +125,7 @@ def whatif_command(
 def _asked(
     names: tuple[str, str],
     gpus: int | None,
+    nodes: int,
     instances: tuple[str, ...],
     regions: tuple[str, ...],
     knobs: tuple[str, ...],
@@ -137,6 +147,7 @@ def _asked(
         instances=instances,
         regions=regions,
         gpus=gpus,
+        nodes=nodes,
         by=by,
         deadline_hours=deadline_hours,
         budget_usd=budget_usd,

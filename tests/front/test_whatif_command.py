@@ -58,6 +58,29 @@ def test_every_instance_region_market_and_number_of_gpus_is_there(tiny_folder: P
     assert min(o["over_cheapest"] for o in found) == min(o["over_fastest"] for o in found) == 0
 
 
+def test_several_instances_work_together(tiny_folder: Path) -> None:
+    """With the plan for all their GPUs; all are paid, and interrupted as often as any of them is."""
+    words = (*SAVED, "--instance", "g4dn.xlarge", "--region", "us-east-1", "--nodes", 2, "--interruptions", 3)
+
+    done = sfplan("whatif", tiny_folder, *words, "--json")
+    shown = sfplan("whatif", tiny_folder, *words)
+    plan = shallowflow.plan(str(tiny_folder), num_gpus=2, num_machines=2, **ASKED)
+
+    found = json.loads(done.output)
+    price = next(
+        p for i in load_instances("t4") if i.name == "g4dn.xlarge" for p in i.prices if p.region == "us-east-1"
+    )
+    (planned,) = found["plans"]
+    assert (planned["num_gpus"], planned["step_seconds"]) == (2, plan.prediction.step_seconds)
+    rates = {o["market"]: o["usd_per_hour"] for o in found["outlooks"]}
+    assert rates == {"on demand": 2 * price.on_demand_usd_per_hour, "spot": 2 * (price.spot_usd_per_hour or 0.0)}
+    assert {(o["num_gpus"], o["num_machines"]) for o in found["outlooks"]} == {(2, 2)}
+    spot = next(o for o in found["outlooks"] if o["market"] == "spot")
+    assert spot["interruptions"] == pytest.approx(2 * 3 / 24 * spot["hours"], rel=0.05)
+    assert "2 x T4 in 2 instances" in shown.output
+    assert "2 instances work together, over the slowest network" in " ".join(shown.output.split())
+
+
 def test_it_is_the_same_from_everywhere(tiny_folder: Path, tmp_path: Path) -> None:
     """JSON, the table in a file, the page, words and Python tell of the same dollars."""
     table, page = tmp_path / "ways.csv", tmp_path / "ways.html"

@@ -62,7 +62,7 @@ def lived(job: Job, interval_steps: int, chance: random.Random) -> Lived:
         stops += 1
         wall += end + job.waiting_seconds
         live += end
-        billed += end if end >= 3600 else 0
+        billed += end if end >= 3600 else end * (job.num_machines - 1) / job.num_machines
         done = max([done, *(number for at, number in instance.uploads if at <= end)])
         if has_notice and job.checkpoint_seconds + job.upload_seconds <= 120:
             done = max(done, instance.seen_at_notice)

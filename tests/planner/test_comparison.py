@@ -24,6 +24,7 @@ ways = st.builds(
     market=st.sampled_from(["on demand", "spot"]),
     gpu=st.just("t4"),
     num_gpus=st.sampled_from([1, 4]),
+    num_machines=st.just(1),
     what_if=st.sampled_from(["", "rank=8"]),
     hours=numbers,
     nine_of_ten_hours=numbers,

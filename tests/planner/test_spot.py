@@ -47,6 +47,7 @@ JOBS = {
     "more checkpoints than states": replace(
         EIGHT_B, num_steps=900, step_seconds=20.0, checkpoint_seconds=0.1, upload_seconds=15.0, last_seconds=500.0
     ),
+    "four machines together": replace(EIGHT_B, num_machines=4, interruptions_per_second=1 / (0.9 * HOUR)),
     "sessions within the free hour": replace(EIGHT_B, num_steps=20, interruptions_per_second=1 / 1500),
 }
 
