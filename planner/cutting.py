@@ -111,12 +111,14 @@ class Cutting:
     least; its stages are searched, and so on until one promises most whose stages all were.
 
     Attributes:
+        limits: of the host's memory for each stage, of the step, and of what all layers lose; of the last two every
+            stage keeps its share.
         memory_bytes: of each stage; may be made less between two searches.
     """
 
     staging: Staging
     bounds: Bounds
-    host_bytes: int | None
+    limits: Limits
     memory_bytes: list[int]
     found: dict[Stretch, StageChoice | None] = field(default_factory=dict)
     _refined: set[Stretch] = field(default_factory=set)
@@ -178,9 +180,25 @@ class Cutting:
 
     def _searched(self, stretch: Stretch, most_nodes: int) -> StageChoice | None:
         """The best found of a stretch as if it were the slowest stage."""
-        stage, first, after, memory = stretch
-        limits = Limits(memory_bytes=memory, host_bytes=self.host_bytes)
-        return searched(self.staging, stage, range(first, after), self.staging.num_micro_batches, limits, most_nodes)
+        stage, first, after, _ = stretch
+        weight, most = self.staging.num_micro_batches, self._most_busy()
+        limits = self._share(stretch, None if most is None else most * weight)
+        return searched(self.staging, stage, range(first, after), weight, limits, most_nodes)
+
+    def _share(self, stretch: Stretch, step_picoseconds: int | None) -> Limits:
+        """What a stretch may take, with so long for its own steps."""
+        _, first, after, memory = stretch
+        harm = None if self.limits.harm is None else self.limits.harm * (after - first) // self.staging.num_layers
+        return replace(self.limits, memory_bytes=memory, harm=harm, step_picoseconds=step_picoseconds)
+
+    def _most_busy(self) -> int | None:
+        """How long a micro-batch of a stage may take, if all take as long; None where nothing limits it."""
+        if self.limits.step_picoseconds is None:
+            return None
+        staging = self.staging
+        update = staging.update_picoseconds * -(-staging.num_layers // staging.num_stages)
+        passes, parts = max(0, self.limits.step_picoseconds - update), staging.num_parts
+        return passes * parts // (staging.num_micro_batches * parts + staging.num_stages - 1)
 
     def _finer(self, chosen: StagedChoice) -> StagedChoice:
         """*chosen* with what takes less once in its stages that are not the slowest, and no longer than that one.
@@ -190,9 +208,10 @@ class Cutting:
         found = list(chosen.stages)
         slowest = max(range(len(found)), key=lambda stage: found[stage].taken.step_picoseconds)
         most = found[slowest].taken.step_picoseconds
-        for stage, first, after, memory in self._stretches(chosen.starts):
+        for stretch in self._stretches(chosen.starts):
+            stage, first, after, _ = stretch
             if stage != slowest and found[stage].penalty_picoseconds:
-                limits = Limits(memory_bytes=memory, host_bytes=self.host_bytes, step_picoseconds=most)
+                limits = self._share(stretch, most)
                 made = searched(self.staging, stage, range(first, after), 1, limits, FEW_NODES)
                 if made is not None and self._once(made) < self._once(found[stage]):
                     found[stage] = made

@@ -10,9 +10,10 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from . import allowed
-from .chain import taken_in_order
+from .chain import Choice, Limits, taken_in_order
 from .cuts import FAR, Cut
 from .cutting import Cutting, StageChoice, StagedChoice, bounds_of, worthwhile
 from .memory_record import TracedPeak
@@ -28,6 +29,7 @@ MOST_TRACED = 24
 LEAST_CUT_BYTES = 4 * 2**20
 """By how much a stage's memory is cut at least."""
 
+Shares = Literal["none", "harm", "all"]
 Trace = Callable[[Configuration, int], TracedPeak]
 """A configuration's stage, traced whole."""
 
@@ -83,6 +85,7 @@ class StagedSearch:
 
     Attributes:
         memory: what was found before.
+        shares: of which limits each stage must keep its own: of harm, or of the step's time, too.
         num_traced, num_rejected: configurations whose stages were traced, and those of them that did not fit.
     """
 
@@ -90,6 +93,7 @@ class StagedSearch:
     trace: Trace
     made: list[Staging]
     memory: Memory
+    shares: Shares = "none"
     num_traced: int = 0
     num_rejected: int = 0
     _bounds: dict[int, Bounds] = field(default_factory=dict)
@@ -97,7 +101,8 @@ class StagedSearch:
     def best(self, memory_bytes: int | None = None, better_than: int = FAR) -> Traced | None:
         """The best found that scores less than *better_than*; with *memory_bytes* one that composes to no more."""
         budget = self.problem.budget_bytes if memory_bytes is None else memory_bytes
-        asked = repr((self.made, budget, self.problem.budget_bytes, self.problem.host_bytes, better_than))
+        shared = self._shared()
+        asked = repr((self.made, budget, self.problem.budget_bytes, self.problem.host_bytes, better_than, shared))
         known = self.memory.recall(asked)
         if known is not None:
             return self._again(known)
@@ -109,8 +114,32 @@ class StagedSearch:
         return found
 
     def at_price(self, price: int) -> StagedSearch:
-        """The same with *price* for a unit of harm; what was traced counts on."""
-        return replace(self, made=repriced(self.made, price), _bounds={})
+        """The same with *price* for a unit of harm, from the start."""
+        return self._with(repriced(self.made, price))
+
+    def of_choices(self, may: Callable[[Choice], bool]) -> StagedSearch | None:
+        """The same with those choices alone that it *may* make; None where a layer is left without any."""
+        made = [
+            replace(one, groups=tuple(replace(g, choices=tuple(filter(may, g.choices))) for g in one.groups))
+            for one in self.made
+        ]
+        able = all(group.choices for one in made for group in one.groups)
+        return self._with(made) if able else None
+
+    def in_shares(self, *, of_step: bool = True) -> StagedSearch:
+        """The same with every stage within its share of what layers may lose, and *of_step*, from the start."""
+        shares: Shares = "all" if of_step else "harm"
+        return StagedSearch(self.problem, self.trace, self.made, self.memory, shares=shares)
+
+    def _with(self, made: list[Staging]) -> StagedSearch:
+        return StagedSearch(self.problem, self.trace, made, self.memory)
+
+    def _shared(self) -> Limits:
+        """The problem's limits, of which stages have shares."""
+        limits = self.problem.limits
+        if self.shares != "all":
+            limits = replace(limits, step_picoseconds=None)
+        return replace(limits, harm=None) if self.shares == "none" else limits
 
     def _searched(self, budget: int, better_than: int) -> Traced | None:
         found: Traced | None = None
@@ -183,7 +212,7 @@ class StagedSearch:
     def _in_cell(self, number: int, budget: int, better_than: int) -> Traced | None:
         """The best found in one cell whose stages fit when traced."""
         staging = self.made[number]
-        cutting = Cutting(staging, self._bounds_of(number), self.problem.host_bytes, [budget] * staging.num_stages)
+        cutting = Cutting(staging, self._bounds_of(number), self._shared(), [budget] * staging.num_stages)
         fragments = Fragments()
         for _ in range(MOST_TRACED):
             chosen = cutting.best(better_than)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from . import communication, costs, latency, quality, schedule
+from . import communication, costs, latency, schedule
 from . import problem as posing
 from .chain import Chain, Choice, Group
 from .communication import Link
 from .problem import Problem
 from .staged_cell import EXCHANGES, StagedCell
+from .staged_price import usual_price
 from .strategies import Cell, Positive
 
 
@@ -132,8 +133,7 @@ def priced(problem: Problem, stagings: Sequence[Staging], num_parts: int) -> lis
     made = [replace(one, num_parts=num_parts) for one in stagings]
     if not made:
         return made
-    worth = quality.WORTH[problem.workload.objective] * min(map(_fastest_picoseconds, made))
-    return repriced(made, int(worth / (problem.num_layers * quality.harm(posing.COARSEST))))
+    return repriced(made, usual_price(problem.workload.objective, [(one.told(0), one.layers()) for one in made]))
 
 
 def repriced(stagings: Sequence[Staging], price: int) -> list[Staging]:
@@ -149,15 +149,6 @@ def harm_price(stagings: Sequence[Staging]) -> int:
     """What a unit of harm costs in *stagings*; 0 where nothing harms."""
     choices = (c for one in stagings for group in one.groups for c in group.choices if c.harm)
     return next((choice.penalty_picoseconds // choice.harm for choice in choices), 0)
-
-
-def _fastest_picoseconds(staging: Staging) -> int:
-    """No step is faster: each layer's fastest strategy, as if layers could be divided into equal stages."""
-    busy = staging.device_picoseconds + sum(
-        group.num_layers * min(choice.device_picoseconds for choice in group.choices) for group in staging.groups
-    )
-    even = busy // staging.num_stages
-    return schedule.step_picoseconds([even] * staging.num_stages, staging.num_micro_batches, staging.num_parts)
 
 
 def _staging(

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from . import staged_bound
 from .needs import Unproven
-from .proof import NUMBERS, Proof
-
-_HARM, _PENALTY = (1 + NUMBERS.index(name) for name in ("harm", "penalty_picoseconds"))
+from .proof import Proof
+from .staged_tables import choices_of
 
 
 def least_score(proof: Proof) -> int | None:
@@ -41,10 +40,8 @@ def tables_price(proof: Proof) -> int:
     Raises:
         Unproven: there is no such price.
     """
-    rows = [row for table in proof.tables for group in table for row in group.choices]
-    if any(len(row) != 1 + len(NUMBERS) for row in rows):
-        raise Unproven("a row of a table is not what a strategy takes")
-    price = next((row[_PENALTY] // row[_HARM] for row in rows if row[_HARM]), proof.harm_price)
-    if price < 0 or any(row[_PENALTY] != price * row[_HARM] for row in rows):
+    choices = [c for table in proof.tables for group in table for c in choices_of(proof, group)]
+    price = next((choice.penalty_picoseconds // choice.harm for choice in choices if choice.harm), proof.harm_price)
+    if price < 0 or any(choice.penalty_picoseconds != price * choice.harm for choice in choices):
         raise Unproven("a penalty in a table is not its harm at one price")
     return price

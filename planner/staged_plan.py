@@ -22,18 +22,18 @@ def solution(search: StagedSearch, num_alternatives: int, better_than: int = FAR
     kept = limited.best(search, better_than)
     if kept is None:
         return None
-    found, at = kept.found, kept.searches[kept.at]
-    others = _alternatives(at, found) if num_alternatives else ()
+    found = kept.found
+    others = _alternatives(kept.by, found) if num_alternatives else ()
     return Solution(
         best=_candidate(search.problem, found),
         peak=max(found.peaks, key=lambda peak: peak.peak_reserved_bytes),
-        proof=min((_proof(one.made, kept) for one in kept.searches), key=lambda proof: proof.gap),
+        proof=_best_proof(kept),
         sensitivity=Sensitivity(binding="nothing", seconds_per_100_mib=0.0, next_rank=None, next_rank_seconds=None),
         alternatives=tuple(_candidate(search.problem, one) for one in others[:num_alternatives]),
         num_cells=len(search.made),
         num_nodes=0,
-        num_traced=kept.searches[-1].num_traced,
-        num_rejected=kept.searches[-1].num_rejected,
+        num_traced=kept.num_traced,
+        num_rejected=kept.num_rejected,
         best_uniform_seconds=None,
     )
 
@@ -75,9 +75,21 @@ def _candidate(problem: Problem, found: Traced) -> Candidate:
     return Candidate(configuration=configuration, prediction=prediction, weight_error=error)
 
 
+def _best_proof(kept: Kept) -> Proof:
+    """That of the tables that show most; those of a higher price show nothing where harm has no limit of its own."""
+    usual, limited = harm_price(kept.tables[0]), _harm_limit(kept.by.problem) is not None
+    proofs = [_proof(made, kept) for made in kept.tables if limited or harm_price(made) <= usual]
+    return min(proofs, key=lambda proof: proof.gap)
+
+
+def _harm_limit(problem: Problem) -> int | None:
+    """The proof's: none where weights were measured, as its tables count layers alike."""
+    return None if problem.weighed else problem.limits.harm
+
+
 def _proof(made: Sequence[Staging], kept: Kept) -> Proof:
     """The tables of all cells as they were *made* at some price of harm, and the gap that follows from them."""
-    problem, usual = kept.searches[0].problem, harm_price(kept.searches[0].made)
+    problem, usual = kept.by.problem, harm_price(kept.tables[0])
     limits, tables = problem.limits, Tables()
     staged = tuple(staging.told(tables.table(staging.groups)) for staging in made)
     proof = Proof(
@@ -87,7 +99,7 @@ def _proof(made: Sequence[Staging], kept: Kept) -> Proof:
         score_picoseconds=kept.score_picoseconds,
         bound_picoseconds=0,
         budget_bytes=problem.budget_bytes,
-        harm=limits.harm,
+        harm=_harm_limit(problem),
         host_bytes=problem.host_bytes,
         step_picoseconds=limits.step_picoseconds,
         strategies=tuple(tables.strategies),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import schedule, staged_limits
+from . import quality, schedule, staged_limits
 from .chain import Choice
 from .needs import Unproven
+from .plan import Objective
 from .proof import OPTIMAL_GAP, Proof, gap
 from .staged_cell import SIDES, StagedCell
-from .staged_tables import layers_of
+from .staged_price import usual_price
+from .staged_tables import choices_of, layers_of
 from .strategies import Cell, Configuration, Strategy
 
 
@@ -25,15 +27,15 @@ class Reckoned:
     harm: int
 
 
-def doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+def doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell], objective: Objective) -> list[str]:
     """What is wrong with *proof* as one of *configuration* in the *expected* cells; nothing if it holds."""
     try:
-        return _doubts(proof, configuration, expected)
+        return _doubts(proof, configuration, expected, objective)
     except Unproven as error:
         return [str(error)]
 
 
-def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]) -> list[str]:
+def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell], objective: Objective) -> list[str]:
     found: list[str] = []
     spoken = [staged.cell for staged in proof.staged]
     if len(set(spoken)) < len(spoken) or set(spoken) != set(expected):
@@ -43,6 +45,7 @@ def _doubts(proof: Proof, configuration: Configuration, expected: Sequence[Cell]
     if any(staged.num_parts != configuration.parts_per_stage for staged in proof.staged):
         raise Unproven(f"the proof speaks of other parts of stages than the plan's {configuration.parts_per_stage}")
     found += _counts(proof, configuration)
+    found += _worth(proof, objective)
     taken = reckoned(proof, configuration)
     if taken.score_picoseconds < 1 or taken.score_picoseconds != proof.score_picoseconds:
         found.append(f"the plan scores {taken.score_picoseconds}, its proof says {proof.score_picoseconds}")
@@ -70,6 +73,19 @@ def _beyond_limits(proof: Proof, taken: Reckoned) -> list[str]:
     ):
         if limit is not None and value > limit:
             found.append(f"the plan's {name} is {value}, more than its limit of {limit}")
+    return found
+
+
+def _worth(proof: Proof, objective: Objective) -> list[str]:
+    """Harms that are not those of the formats, and a price of harm that is not the *objective*'s."""
+    found: list[str] = []
+    choices = [c for table in proof.tables for group in table for c in choices_of(proof, group)]
+    if any(choice.harm != quality.harm(choice.strategy) for choice in choices):
+        found.append("the proof's tables count other weight errors than those of the formats")
+    price = proof.harm_price or staged_limits.tables_price(proof)
+    usual = usual_price(objective, [(staged, layers_of(proof, staged)) for staged in proof.staged])
+    if price != usual and any(choice.harm for choice in choices):
+        found.append(f"a unit of harm is held to be worth {price} picoseconds, for {objective} it is {usual}")
     return found
 
 

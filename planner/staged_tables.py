@@ -14,11 +14,12 @@ def layers_of(proof: Proof, staged: StagedCell) -> list[tuple[Choice, ...]]:
         raise Unproven(f"there is no table {staged.table}")
     found: list[tuple[Choice, ...]] = []
     for group in proof.tables[staged.table]:
-        found += [_choices(proof, group)] * group.num_layers
+        found += [choices_of(proof, group)] * group.num_layers
     return found
 
 
-def _choices(proof: Proof, group: TableGroup) -> tuple[Choice, ...]:
+def choices_of(proof: Proof, group: TableGroup) -> tuple[Choice, ...]:
+    """What layers of a *group* may be given; Unproven where the table does not say."""
     rows = group.choices
     if not rows or any(len(row) != 1 + len(NUMBERS) or not 0 <= row[0] < len(proof.strategies) for row in rows):
         raise Unproven("a row of a table is not what a strategy takes")

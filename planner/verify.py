@@ -46,8 +46,10 @@ def doubts(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[
     found += _decisions(plan)
     found += _limits(plan, gpu, instances)
     found += _weights(plan)
-    check = proof_check.verify if stages == 1 else staged_proof.doubts
-    found += check(plan.proof, plan.configuration, expected)
+    if stages == 1:
+        found += proof_check.verify(plan.proof, plan.configuration, expected)
+    else:
+        found += staged_proof.doubts(plan.proof, plan.configuration, expected, plan.workload.objective)
     return found or _seconds(plan)
 
 
@@ -72,6 +74,8 @@ def _decisions(plan: Plan) -> list[str]:
 def _limits(plan: Plan, gpu: GpuSpec, instances: Sequence[InstanceSpec]) -> list[str]:
     """Limits of the proof that are not the workload's."""
     harm = quality.most_harm(plan.workload.max_weight_error, plan.configuration.num_layers)
+    if plan.configuration.num_stages > 1 and plan.weighed:
+        harm = None  # measured errors keep the limit, of which the tables know nothing
     host = allowed.host_bytes(instances, plan.workload.gpus_per_machine)
     found = [
         f"the limit of {name} is {'none' if wanted is None else wanted}, the proof speaks of {said}"

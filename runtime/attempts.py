@@ -141,9 +141,10 @@ def _attempt(
 
 def _tell_heard(work: Work) -> None:
     """Say that a signal came, which may be obeyed seconds later."""
+    where = "step" if work.ranks.num_stages > 1 else "micro-batch"
     again = "" if work.ranks.talks else "; Ctrl-C again ends at once"
-    with contextlib.suppress(RuntimeError):  # where the signal came while something else was being written
-        work.watcher.note(f"stopping before the next micro-batch, and saving{again}")
+    with contextlib.suppress(RuntimeError, OSError):  # it may have come in the midst of other words, or nobody listens
+        work.watcher.note(f"stopping before the next {where}, and saving{again}")
 
 
 def _tell_short(work: Work, trouble: str) -> None:

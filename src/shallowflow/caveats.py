@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from shallowflow.planner.plan import Candidate, Workload
+from collections.abc import Mapping
+
+from shallowflow.planner import words
+from shallowflow.planner.plan import Candidate, Plan, Workload
 from shallowflow.profiles.load import load_instances
 from shallowflow.profiles.specs import GpuSpec
 from shallowflow.session import Session
@@ -61,3 +64,17 @@ def of(session: Session, workload: Workload, shown: tuple[Candidate, ...]) -> tu
             f"({cheapest.ram_bytes / 2**30:.0f} GiB): load them shard by shard."
         )
     return tuple(notes)
+
+
+def compared(workload: Workload, tried: Mapping[tuple[int, int], Plan | None]) -> str:
+    """What came of each number of stages and of their parts that was *tried*."""
+    limited = any((workload.deadline_hours, workload.budget_usd, workload.max_weight_error is not None))
+    failed = "no better or not within the limits" if limited else "no better or too large"
+    shown = ((cut, made) for cut, made in sorted(tried.items()) if made is not None or cut[1] == 1)
+    return f"Compared: {'; '.join(_outcome(*cut, made, failed) for cut, made in shown)}."
+
+
+def _outcome(num_stages: int, num_parts: int, made: Plan | None, failed: str) -> str:
+    name = "every GPU with the whole model" if num_stages == 1 else words.counted(num_stages, "stage")
+    name += f" of {num_parts} parts" if num_parts > 1 else ""
+    return f"{name}, {failed if made is None else f'{words.duration(made.prediction.step_seconds)} a step'}"

@@ -22,7 +22,6 @@ from shallowflow.planner import (
     solver,
     staged_plan,
     wall_time,
-    words,
 )
 from shallowflow.planner.costs import LayerRuns
 from shallowflow.planner.cuts import FAR
@@ -137,6 +136,7 @@ class _Wanted:
     num_alternatives: int
     _: KW_ONLY
     with_remedies: bool
+    with_reason: bool = True
 
 
 def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: _Wanted) -> Plan:
@@ -153,7 +153,7 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
         try:
             best = tried[1, 1] = _whole(session, workload, timed, notes, wanted.num_alternatives)
         except _Unsolved as nothing:
-            if len(numbers) == 1:
+            if len(numbers) == 1 and wanted.with_reason:
                 raise refusals.infeasible(
                     session,
                     nothing.posed,
@@ -175,14 +175,15 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
         made = _in_stages(session, searches[cut], workload, notes, wanted.num_alternatives, better_than)
         tried[cut], best = made, made or best
     if best is None:
-        briefly = _Wanted(0, with_remedies=False)
+        if not wanted.with_reason:
+            raise Infeasible(0, session.gpu.memory_bytes, ())
+        briefly = _Wanted(0, with_remedies=False, with_reason=False)
         raise refusals.infeasible_in_stages(
             session, workload, lambda work: _best(session, work, notes, briefly), with_remedies=wanted.with_remedies
         )
     if len(tried) == 1:
         return best
-    outcomes = "; ".join(_outcome(*cut, made) for cut, made in sorted(tried.items()) if made is not None or cut[1] == 1)
-    return replace(best, notes=(*best.notes, f"Compared: {outcomes}."))
+    return replace(best, notes=(*best.notes, caveats.compared(workload, tried)))
 
 
 class _Unsolved(Exception):
@@ -191,14 +192,6 @@ class _Unsolved(Exception):
     def __init__(self, posed: problem.Problem, considered: tuple[Cell, ...]) -> None:
         super().__init__()
         self.posed, self.considered = posed, considered
-
-
-def _outcome(num_stages: int, num_parts: int, made: Plan | None) -> str:
-    """What came of a number of stages, each of so many parts."""
-    name = "every GPU with the whole model" if num_stages == 1 else words.counted(num_stages, "stage")
-    name += f" of {num_parts} parts" if num_parts > 1 else ""
-    told = "no better or too large" if made is None else f"{words.duration(made.prediction.step_seconds)} a step"
-    return f"{name}, {told}"
 
 
 def _whole(
@@ -216,9 +209,9 @@ def _whole(
         solution = session.solve(at, considered, num_alternatives)
         return None if solution is None else _plan(session, at, workload, solution, notes)
 
-    made = _in_time(session, posed, solve)
+    made, last = _in_time(session, posed, solve)
     if made is None:
-        raise _Unsolved(posed, considered)
+        raise _Unsolved(last, considered)
     return made
 
 
@@ -236,21 +229,27 @@ def _in_stages(
         solution = staged_plan.solution(replace(search, problem=at), num_alternatives, better_than)
         return None if solution is None else _plan(session, at, workload, solution, notes)
 
-    return _in_time(session, search.problem, solve)
+    return _in_time(session, search.problem, solve)[0]
 
 
-def _in_time(session: Session, posed: problem.Problem, solve: Callable[[problem.Problem], Plan | None]) -> Plan | None:
-    """What *solve* makes of *posed*, solved again where its run takes longer beside its steps than was allowed for."""
+def _in_time(
+    session: Session, posed: problem.Problem, solve: Callable[[problem.Problem], Plan | None]
+) -> tuple[Plan | None, problem.Problem]:
+    """What *solve* makes of *posed*, and as which problem.
+
+    It is solved again where its run takes longer beside its steps than was allowed for.
+    """
     timed = posed.workload
     beside = wall_time.least_beside_seconds(
         session.num_parameters(), timed.total_tokens, session.gpu.pcie_bytes_per_second
     )
     for _ in range(MOST_DEADLINE_ROUNDS):
-        made = solve(replace(posed, beside_seconds=beside))
+        posed = replace(posed, beside_seconds=beside)
+        made = solve(posed)
         if made is None or timed.deadline_hours is None or made.wall.total_seconds <= timed.deadline_hours * 3600:
-            return made
+            return made, posed
         beside = made.wall.total_seconds - made.wall.training_seconds
-    return None
+    return None, posed
 
 
 def _plan(

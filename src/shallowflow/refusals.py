@@ -123,33 +123,53 @@ def _too_much_sent(session: Session, workload: Workload, host_bytes: int, soluti
 
 
 def _beyond_memory(workload: Workload, timed: Workload) -> Iterator[tuple[Workload, Callable[[Plan], Infeasible]]]:
-    """A *workload*, *timed* by its deadline and budget, without one of its limits, and what to say if that fits."""
-    if timed.deadline_hours is not None:
-        limit = words.duration(timed.deadline_hours * 3600)
+    """A *workload*, *timed* by its deadline and budget, without some of its limits, and what to say if that fits."""
+    hours, error = timed.deadline_hours, timed.max_weight_error
+    timeless = replace(timed, deadline_hours=None, budget_usd=None)
+    limit = "" if hours is None else words.duration(hours * 3600)
 
-        def too_slow(plan: Plan) -> Infeasible:
-            hours = plan.wall.total_seconds / 3600
-            option = f"--deadline-hours {math.ceil(hours * 100) / 100:g}"
-            if workload.budget_usd is not None and plan.offers:
-                option = f"--budget-usd {math.ceil(plan.offers[0].on_demand_usd * 100) / 100:g}"
-            remedy = Remedy(option=option, peak_process_bytes=plan.prediction.peak_process_bytes)
-            reason = f"no plan ends within {limit}: the best without that limit takes {words.duration(hours * 3600)}."
-            return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
+    def refusal(plan: Plan, reason: str, *options: str) -> Infeasible:
+        peak = plan.prediction.peak_process_bytes
+        return Infeasible(peak, plan.memory_bytes, [Remedy(option=" ".join(options), peak_process_bytes=peak)], reason)
 
-        yield replace(timed, deadline_hours=None, budget_usd=None), too_slow
-    if timed.max_weight_error is not None:
+    def too_slow(plan: Plan) -> Infeasible:
+        takes = words.duration(plan.wall.total_seconds)
+        reason = f"no plan ends within {limit}: the best without that limit takes {takes}."
+        return refusal(plan, reason, *_longer(workload, plan))
 
-        def too_coarse(plan: Plan) -> Infeasible:
-            option = f"--max-weight-error {math.ceil(plan.weight_error * 1e4) / 1e4:g}"
-            remedy = Remedy(option=option, peak_process_bytes=plan.prediction.peak_process_bytes)
-            reason = (
-                f"no plan keeps the weight error within {timed.max_weight_error:g}: "
-                f"the finest that fits has {plan.weight_error:.4f}."
-            )
-            return Infeasible(plan.prediction.peak_process_bytes, plan.memory_bytes, [remedy], reason)
+    def too_coarse(plan: Plan) -> Infeasible:
+        reason = f"no plan keeps the weight error within {error:g}: the finest that fits has {plan.weight_error:.4f}."
+        return refusal(plan, reason, _coarser(plan))
 
-        finest = replace(timed, max_weight_error=None, objective="quality")
-        yield finest, too_coarse
+    def too_much(plan: Plan) -> Infeasible:
+        reason = (
+            f"no plan ends within {limit}, and none keeps the weight error within {error:g}: the best without these "
+            f"limits takes {words.duration(plan.wall.total_seconds)} and has {plan.weight_error:.4f}."
+        )
+        return refusal(plan, reason, *_longer(workload, plan), _coarser(plan))
+
+    if hours is not None:
+        yield timeless, too_slow
+    if error is not None:
+        yield replace(timed, max_weight_error=None, objective="quality"), too_coarse
+    if hours is not None and error is not None:
+        yield replace(timeless, max_weight_error=None), too_much
+
+
+def _longer(workload: Workload, plan: Plan) -> list[str]:
+    """The options of *workload*'s deadline and budget that *plan* does not keep, as it would."""
+    hours = plan.wall.total_seconds / 3600
+    usd = plan.offers[0].on_demand_usd if plan.offers else math.inf
+    found: list[str] = []
+    if workload.deadline_hours is not None and hours > workload.deadline_hours:
+        found.append(f"--deadline-hours {math.ceil(hours * 100) / 100:g}")
+    if workload.budget_usd is not None and usd < math.inf and (usd > workload.budget_usd or not found):
+        found.append(f"--budget-usd {math.ceil(usd * 100) / 100:g}")
+    return found
+
+
+def _coarser(plan: Plan) -> str:
+    return f"--max-weight-error {math.ceil(plan.weight_error * 1e4) / 1e4:g}"
 
 
 def _first_that_fits(session: Session, group: tuple[Change, ...]) -> list[Remedy]:

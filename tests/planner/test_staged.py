@@ -11,7 +11,7 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 from shallowflow.planner import schedule, staged_bound, staged_limits, staged_proof
-from shallowflow.planner.chain import Choice, Group
+from shallowflow.planner.chain import Choice, Group, Limits
 from shallowflow.planner.cuts import FAR
 from shallowflow.planner.cutting import Cutting, StagedChoice, bounds_of
 from shallowflow.planner.needs import Unproven
@@ -128,7 +128,9 @@ def test_what_is_chosen_fits_and_is_what_it_says(staging: Staging, data: st.Data
     memory = data.draw(st.sampled_from(sorted({peak for peak, _ in every})))
     least = min(score for peak, score in every if peak <= memory)
 
-    found = Cutting(staging, bounds_of(staging, None), None, [memory] * staging.num_stages).best()
+    found = Cutting(
+        staging, bounds_of(staging, None), Limits(memory_bytes=memory), [memory] * staging.num_stages
+    ).best()
 
     event("found" if found is not None else "missed")
     if found is None:
