@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from shallowflow.profiles.specs import GpuSpec
+from collections.abc import Sequence
+
+from shallowflow.profiles.specs import GpuSpec, InstanceSpec
 
 from . import allowed, words
 from .plan import Plan, Workload
@@ -17,10 +19,23 @@ def is_too_large(num_parameters: int, workload: Workload, gpu: GpuSpec) -> bool:
     return num_parameters * bytes_per_weight > allowed.budget_bytes(gpu, workload)
 
 
-def note(several: Plan, one: Plan | None) -> str:
-    """What *several* GPUs give beside *one*, which is None where nothing fits on it."""
+def note(several: Plan, one: Plan | None, instances: Sequence[InstanceSpec] = ()) -> str:
+    """What *several* GPUs give beside *one*, which is None where nothing fits on it, and which are paid and idle."""
     if one is None:
-        return "Nothing that was asked for fits on one GPU."
+        return f"Nothing that was asked for fits on one GPU.{_idle(several, instances)}"
+    return f"{_compared(several, one)}{_idle(several, instances)}"
+
+
+def _idle(plan: Plan, instances: Sequence[InstanceSpec]) -> str:
+    """Of the cheapest of *instances* that the plan was priced on, GPUs that are left over."""
+    used = plan.workload.gpus_per_machine
+    cheapest = next((one for one in instances if plan.offers and one.name == plan.offers[0].instance), None)
+    if cheapest is None or cheapest.num_gpus == used:
+        return ""
+    return f" Of {cheapest.name}'s {cheapest.num_gpus} GPUs, which are all paid, {cheapest.num_gpus - used} are idle."
+
+
+def _compared(several: Plan, one: Plan) -> str:
     number = several.workload.num_gpus
     told = f"One GPU would take {_spent(one)}, these {number} take {_spent(several)}"
     gain = one.wall.total_seconds / several.wall.total_seconds

@@ -231,8 +231,15 @@ def _speed(value: Plan) -> RenderableType:
         f"{counted(value.num_steps, 'step')} ({value.workload.total_tokens:,} tokens) "
         f"take{'s' if value.num_steps == 1 else ''} {duration(value.wall.training_seconds)}\n",
         f"of a step: {_kinds(value.time)}; {_bound(value.time)}\n",
-        f"{_beside(value.wall)}: {duration(value.wall.total_seconds)} in all",
+        f"{_beside(value.wall)}: {duration(value.wall.total_seconds)} in all{_allowed(value.workload)}",
     )
+
+
+def _allowed(workload: Workload) -> str:
+    """What a run may take or cost, where that was said."""
+    found = [] if workload.deadline_hours is None else [duration(workload.deadline_hours * 3600)]
+    found += [] if workload.budget_usd is None else [usd(workload.budget_usd)]
+    return f", of at most {' and '.join(found)}" if found else ""
 
 
 def _kinds(time: StepTime) -> str:

@@ -93,6 +93,7 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
         keys={**own.keys, "product_dtype": "bnb_4bit_compute_dtype", "weights_dtype": own.keys["precision"]},
         values={"weights_dtype": own.values["precision"], **own.values} if "precision" in own.values else own.values,
         ignored=own.unread(),
+        misspelled=own.misspelled(),
         inert=_inert(own, kind, where),
     )
 

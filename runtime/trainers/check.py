@@ -12,7 +12,7 @@ from shallowflow.profiles import GpuSpec, ModelSpec, model_facts
 
 from . import resolve, traps
 from .findings import Finding
-from .settings import DTYPES, Quantized, Settings, is_any
+from .settings import DTYPES, TITLES, Quantized, Settings, is_any
 from .steps import make_step
 
 FORMAT_VERSION = 1
@@ -229,7 +229,11 @@ def _length(settings: Settings, model: ModelSpec) -> tuple[str, ...]:
 
 
 def _notes(settings: Settings, *, assumed: bool) -> tuple[str, ...]:
-    notes = list(settings.inert)
+    notes = [
+        f"{key} is nothing that {TITLES[settings.tool]} is known to read; if {meant} is meant, it counts as not given."
+        for key, meant in settings.misspelled.items()
+    ]
+    notes += settings.inert
     if assumed:
         notes.append(f"The checkpoint's own dtype is counted as {settings.weights_dtype}.")
     if settings.tool == "unsloth":

@@ -68,6 +68,7 @@ def read(entries: Mapping[str, Any], where: str, *, claims_bf16: bool) -> Settin
         keys={**own.keys, "weights_dtype": "the checkpoint's dtype", "product_dtype": own.keys["precision"]},
         values=own.values,
         ignored=own.unread(),
+        misspelled=own.misspelled(),
     )
 
 

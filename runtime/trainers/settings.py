@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,6 +36,9 @@ WORDS: dict[str, Stored] = {
     "auto": "auto",
 }
 """How files and scripts call dtypes, without ``torch.``."""
+NEARLY = 0.9
+"""How alike a key must be to one that is read (difflib's ratio): two letters in sixteen may have changed places, and
+``per_device_eval_batch_size`` is not ``per_device_train_batch_size``."""
 VARLEN = "sdpa_varlen"
 """axolotl's attention over packed rows: PyTorch's ``varlen_attn``, which is FlashAttention."""
 
@@ -80,6 +84,7 @@ class Settings:
         keys: by a field's name, what the tool calls it, for messages.
         values: by a field's name, what the file says there.
         ignored: keys of the file that decide nothing about memory and time here.
+        misspelled: of those, by each that is nearly one that does, the one that it is nearly.
         inert: what the file asks for and the tool itself does not do, in sentences.
     """
 
@@ -116,6 +121,7 @@ class Settings:
     keys: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    misspelled: Mapping[str, str] = field(default_factory=dict)
     inert: tuple[str, ...] = ()
 
     @property
@@ -272,6 +278,12 @@ class Entries:
     def unread(self) -> tuple[str, ...]:
         """Keys that nobody asked for."""
         return tuple(key for key in self._entries if key not in self._read)
+
+    def misspelled(self) -> dict[str, str]:
+        """By each key that nobody asked for and is nearly one that was asked for and is not there, that one."""
+        missing = sorted(self._read - self._entries.keys())
+        near = {key: difflib.get_close_matches(str(key), missing, n=1, cutoff=NEARLY) for key in self.unread()}
+        return {key: found[0] for key, found in near.items() if found}
 
     def _wrong(self, key: str, found: Any, wanted: str) -> ConfigurationError:
         if found is None:

@@ -70,6 +70,7 @@ def read(entries: Mapping[str, Any], where: str) -> Settings:
         keys={**own.keys, "weights_dtype": "torch_dtype" if "torch_dtype" in entries else "dtype"},
         values=own.values,
         ignored=own.unread(),
+        misspelled=own.misspelled(),
     )
 
 

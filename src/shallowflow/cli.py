@@ -92,15 +92,17 @@ def cli() -> None:
 
     \b
     sfplan MODEL --gpu t4               how to train it, its memory, speed and price
-    sfplan train PLAN --data FILE       the run: exactly that plan
+    sfplan train PLAN --data FILE --output FOLDER
+                                        the run: exactly that plan
     sfplan data FILE                    what a data file holds, and how long its documents are
-    sfplan merge RUN                    the adapter and its base as one model
+    sfplan merge RUN --output FOLDER    the adapter and its base as one model
     sfplan evaluate RUN --tasks NAMES   how well it does on tasks of lm-evaluation-harness
     sfplan launch PLAN --data FILE      the run on an instance of EC2, which ends by itself
     sfplan runs                         the instances that were launched; sfplan stop RUN ends one
     sfplan cost RUN                     what AWS billed for a run, beside what it reckoned
     sfplan verify PLAN                  whether a plan's proof holds
-    sfplan export PLAN --to TOOL        the run as SkyPilot's task, or for axolotl, LLaMA-Factory, TRL or Unsloth
+    sfplan export PLAN --to TOOL --data FILE
+                                        the run as SkyPilot's task, or for axolotl, LLaMA-Factory, TRL or Unsloth
     sfplan check FILE                   whether another trainer's configuration will do, and a corrected one
     sfplan ui                           plans in a browser, served to this machine alone
     sfplan frontier MODEL               what memory and finer weights buy

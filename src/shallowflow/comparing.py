@@ -210,12 +210,13 @@ def compare(model: ModelSpec, asked: Asked, *, progress: Progress = lambda _mess
     unplanned: list[Unplanned] = []
     refusal: RequestError | Infeasible | None = None
     kinds = tuple(_kinds(instances, asked))
-    for gpu_name, count, what_if in kinds:
+    for number, (gpu_name, count, what_if) in enumerate(kinds, 1):
         gpu, work = load_gpu(gpu_name), asked.works[what_if]
         spread = replace(work, num_gpus=count * asked.nodes, num_machines=asked.nodes)
-        progress(" ".join(filter(None, (f"{spread.num_gpus} x {gpu.title}", what_if))))
+        tell = _counting(progress, number, len(kinds))
+        tell(" ".join(filter(None, (f"{spread.num_gpus} x {gpu.title}", what_if))))
         try:
-            plan = _plan(model, gpu, spread, progress, with_remedies=len(kinds) == 1)
+            plan = _plan(model, gpu, spread, tell, with_remedies=len(kinds) == 1)
         except (RequestError, Infeasible) as error:
             refusal = error if refusal is None or isinstance(error, Infeasible) else refusal
             reason = " ".join(str(error).split("\n")[0].split())
@@ -239,6 +240,11 @@ def compare(model: ModelSpec, asked: Asked, *, progress: Progress = lambda _mess
         unplanned=tuple(unplanned),
         notes=(*asked.notes, *assumed.notes(kept, storage, asked.circumstances)),
     )
+
+
+def _counting(progress: Progress, number: int, total: int) -> Progress:
+    """*progress* with which of how many plans is being made."""
+    return lambda detail: progress(f"plan {number} of {total}, {detail}")
 
 
 def _check(asked: Asked) -> None:

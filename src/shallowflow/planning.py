@@ -126,7 +126,7 @@ def beside_one(plan: Plan, model: ModelSpec, gpu: GpuSpec, *, progress: Progress
         progress("planning for one GPU")
         with contextlib.suppress(Infeasible):
             one = make_plan(model, gpu, alone, progress=progress, num_alternatives=0, with_remedies=False)
-    return replace(plan, notes=(*plan.notes, paying.note(plan, one)))
+    return replace(plan, notes=(*plan.notes, paying.note(plan, one, load_instances(gpu.name))))
 
 
 @dataclass(frozen=True, slots=True)

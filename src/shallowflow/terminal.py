@@ -96,7 +96,9 @@ class Watcher:
         return Group(self.bars, *(Text(f"  {line}", no_wrap=True) for line in self.figures.lines()))
 
     def stage(self, message: str, total: int | None = None) -> None:
-        """Begin a new bar; the training's stays above those of its evaluations."""
+        """Begin a new bar, or say what begins; the training's stays above those of its evaluations."""
+        if not self.target.is_terminal:
+            self.target.print(f"running {self.plan.model_name}: {message}", soft_wrap=True, markup=False)
         if self.task is not None and self.task != self.training:
             self.bars.update(self.task, visible=False)
         self.task = self.bars.add_task(message, total=total, detail="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +28,9 @@ def workload_of(entries: Mapping[str, Any]) -> Workload:
         raise RequestError(f"bad workload: {error}") from None
     unknown = sorted(set(entries) - set(Workload.__dataclass_fields__))
     if unknown:
-        raise RequestError(f"unknown workload {unknown[0]!r}; there are {', '.join(Workload.__dataclass_fields__)}")
+        near = difflib.get_close_matches(unknown[0], Workload.__dataclass_fields__, n=1)
+        meant = f"did you mean {near[0]}? There" if near else "there"
+        raise RequestError(f"unknown workload {unknown[0]!r}; {meant} are {', '.join(Workload.__dataclass_fields__)}")
     return wanted
 
 

@@ -13,8 +13,8 @@ from shallowflow.cli import main
 AS_PROGRAM = (sys.executable, "-c", "from shallowflow.cli import main; main()")
 """The command line in a process of its own, whatever the folder that it was installed into."""
 
-PROGRESS = re.compile(r"^planning [^\n]*: [^\n]*\n", re.MULTILINE)
-"""What a slow machine says on standard error while it plans."""
+PROGRESS = re.compile(r"^(planning|running) [^\n]*: [^\n]*\n", re.MULTILINE)
+"""What is said on standard error of what goes on, by a slow machine while it plans and by every run."""
 
 SMALL = ("--gpu", "cpu", "--sequence-length", 32)
 """What to plan the tiny model for."""

@@ -64,6 +64,21 @@ def test_a_length_beyond_the_models_is_told(axolotl: Callable[..., Path]) -> Non
     assert "Sequences of 256 tokens are more than the 128 that the model was built for." in done.output
 
 
+def test_a_key_that_is_misspelled_is_told(axolotl: Callable[..., Path]) -> None:
+    """With the one that it is nearly, which counts as not given; keys of other matters are passed over."""
+    file = axolotl()
+    entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    entries["micro_batch_siez"] = entries.pop("micro_batch_size")
+    entries |= {"num_epochs": 1, "eval_sample_packing": False, "dataloader_num_workers": 2}
+    file.write_text(yaml.safe_dump(entries), encoding="utf-8")
+
+    done = sfplan("check", file, "--gpu", "t4")
+
+    told = " ".join(done.output.split())
+    assert "micro_batch_siez is nothing that axolotl is known to read; if micro_batch_size is meant" in told
+    assert told.count("is nothing that axolotl is known to read") == 1
+
+
 def test_what_a_correction_brings_is_told_apart(axolotl: Callable[..., Path]) -> None:
     """A trap that was none before the correction does not stay: it comes, with what to do."""
     lines = sfplan("check", axolotl(), "--gpu", "t4").output.splitlines()

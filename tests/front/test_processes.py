@@ -16,7 +16,7 @@ import pytest
 
 from shallowflow.runtime import launch
 from shallowflow.runtime.request import RunFailed
-from tests.front.shell import SMALL, sfplan
+from tests.front.shell import PROGRESS, SMALL, sfplan
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_killed_process_ends_the_run_with_one_line(
         output, errors = running.communicate(timeout=60)
 
     assert (running.returncode, output) == (1, "")
-    (line,) = [line for line in errors.splitlines() if not line.startswith("step ")]
+    (line,) = [line for line in PROGRESS.sub("", errors).splitlines() if not line.startswith("step ")]
     (newest,) = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1:]
     num_steps = int(newest.name.removeprefix("step-"))
     assert line.startswith("Error: rank 1 was killed by SIGKILL; ")

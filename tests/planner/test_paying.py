@@ -9,7 +9,7 @@ import pytest
 from shallowflow.planner import paying, words
 from shallowflow.planner.plan import Plan, Workload
 from shallowflow.planning import beside_one, make_plan
-from shallowflow.profiles import load_gpu
+from shallowflow.profiles import load_gpu, load_instances
 from tests.planner.planned import SHORT, T4, model, planned, with_budget
 
 TWO = replace(SHORT, num_gpus=2, num_stages=1, sharding="none", total_tokens=10_000_000)
@@ -70,7 +70,19 @@ def test_a_gpu_too_small_is_said_to_be() -> None:
 
     told = beside_one(least, model(), with_budget(2**21))
 
-    assert told.notes[-1] == "Nothing that was asked for fits on one GPU."
+    assert told.notes[-1].startswith("Nothing that was asked for fits on one GPU.")
     assert paying.is_too_large(70_000_000_000, Workload(), load_gpu("t4"))
     assert not paying.is_too_large(8_000_000_000, Workload(), load_gpu("t4"))
     assert paying.is_too_large(8_000_000_000, Workload(quantization="fp16"), load_gpu("t4"))
+
+
+@pytest.mark.parametrize(("name", "said"), [("g4dn.12xlarge", "4 GPUs, which are all paid, 2 are idle."), ("g", None)])
+def test_gpus_that_are_paid_and_idle_are_said(name: str, said: str | None) -> None:
+    """Of the instance that the dollars are for."""
+    plan = planned(TWO)
+    priced = replace(plan, offers=(replace(plan.offers[0], instance=name),))
+
+    for one in (planned(SHORT), None):
+        note = paying.note(priced, one, load_instances("t4"))
+        assert said is None or note.endswith(f" Of {name}'s {said}")
+        assert ("idle" in note) == (said is not None)
