@@ -146,7 +146,7 @@ def test_a_request_that_cannot_be_is_refused_with_one_that_can(
 @pytest.mark.parametrize(
     ("workload", "said"),
     [
-        ({"sequence_lenght": 64}, "unknown workload 'sequence_lenght'; did you mean sequence_length? There are sequence_length"),
+        ({"sequence_lenght": 64}, "unknown workload 'sequence_lenght'; did you mean sequence_length"),
         ({"sequence_length": "long"}, r"bad workload: Expected `int`, got `str` - at `\$.sequence_length`"),
         ({"sequence_length": 1}, r"bad workload: .*\$.sequence_length"),
         ({"max_weight_error": 1e200}, r"bad workload: .*\$.max_weight_error"),
