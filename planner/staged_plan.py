@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from . import limited, quality, staged_limits
 from .cuts import FAR
 from .cutting import seconds
 from .limited import Kept
+from .needs import Unproven
 from .pipelined import StagedSearch, Traced
 from .plan import Candidate, Prediction, Sensitivity, StageMemory
 from .problem import Problem
@@ -76,9 +78,11 @@ def _candidate(problem: Problem, found: Traced) -> Candidate:
 
 
 def _best_proof(kept: Kept) -> Proof:
-    """That of the tables that show most; those of a higher price show nothing where harm has no limit of its own."""
-    usual, limited = harm_price(kept.tables[0]), _harm_limit(kept.by.problem) is not None
-    proofs = [_proof(made, kept) for made in kept.tables if limited or harm_price(made) <= usual]
+    """That of the tables that show most; some of another price than the usual show nothing."""
+    proofs = [_proof(kept.tables[0], kept)]
+    for made in kept.tables[1:]:
+        with contextlib.suppress(Unproven):
+            proofs.append(_proof(made, kept))
     return min(proofs, key=lambda proof: proof.gap)
 
 
