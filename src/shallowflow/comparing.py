@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import msgspec
 
+from shallowflow.kept_plans import kept_or_made
 from shallowflow.planner import assumed, hazard, outlook
 from shallowflow.planner.allowed import HEADROOM, budget_bytes
 from shallowflow.planner.bounds import MOST_GPUS
@@ -300,14 +301,19 @@ def _kinds(instances: Sequence[InstanceSpec], asked: Asked) -> Iterator[tuple[st
 
 
 def _plan(model: ModelSpec, gpu: GpuSpec, work: Workload, progress: Progress, *, with_remedies: bool) -> Plan:
-    """The best plan for *work*, wherever it runs.
+    """The best plan for *work*, wherever it runs, kept or made."""
+    region = next(price.region for instance in load_instances(gpu.name) for price in instance.prices)
+    work = replace(work, region=region, deadline_hours=None, budget_usd=None)
+    check(work, model, gpu)
+    return kept_or_made(model, gpu, work, lambda: _made(model, gpu, work, progress, with_remedies=with_remedies))
+
+
+def _made(model: ModelSpec, gpu: GpuSpec, work: Workload, progress: Progress, *, with_remedies: bool) -> Plan:
+    """The best plan for *work*.
 
     Where memory is short, because even the weights in 16 bits are too large or it was limited, the leanest
     configuration is traced first: to find out in a search that nothing fits, and what would, takes many times longer.
     """
-    region = next(price.region for instance in load_instances(gpu.name) for price in instance.prices)
-    work = replace(work, region=region, deadline_hours=None, budget_usd=None)
-    check(work, model, gpu)
     session = Session(model, gpu, progress, work.adapter, work.target_modules)
     budget = budget_bytes(gpu, work)
     if session.num_parameters() * 2 > budget or work.max_process_bytes is not None:
