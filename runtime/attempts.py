@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def _attempt(
         if work.ranks.leads:
             folder.note_request(work.plan, work.request)
         with interrupts.deferred(
-            work.ranks, asked, learner.must_stop, learner.is_updating, lambda: _tell_heard(work)
+            work.ranks, asked, learner.must_stop, learner.is_updating, lambda number: _tell_heard(work, number)
         ) as check:
             learner.trainee.before_micro_batch = check
             learner.learn()
@@ -139,8 +140,10 @@ def _attempt(
     return learner, _unless_asked(work.ranks, progress, learner, asked, _trouble(work.ranks, trouble))
 
 
-def _tell_heard(work: Work) -> None:
-    """Say that a signal came, which may be obeyed seconds later."""
+def _tell_heard(work: Work, number: int) -> None:
+    """Say that a signal came, which may be obeyed seconds later; a launcher that ends all for a lost one says so."""
+    if work.ranks.talks and number != signal.SIGINT:
+        return
     where = "step" if work.ranks.num_stages > 1 else "micro-batch"
     again = "" if work.ranks.talks else "; Ctrl-C again ends at once"
     with contextlib.suppress(RuntimeError, OSError):  # it may have come in the midst of other words, or nobody listens

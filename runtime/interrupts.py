@@ -19,7 +19,7 @@ def deferred(
     asked: list[int] | None = None,
     must_stop: Callable[[], bool] = lambda: False,
     waits: Callable[[], bool] = lambda: False,
-    heard: Callable[[], None] = lambda: None,
+    heard: Callable[[int], None] = lambda _number: None,
 ) -> Iterator[Callable[[], None]]:
     """Within, a first SIGINT or SIGTERM is kept until the function given is called, which raises KeyboardInterrupt.
 
@@ -33,7 +33,7 @@ def deferred(
     def hear(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
         if len(asked) == 1:
-            heard()
+            heard(number)
         if len(asked) > 1 and not ranks.talks and not waits():
             raise KeyboardInterrupt
 

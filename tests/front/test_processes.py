@@ -65,7 +65,9 @@ def test_a_killed_process_ends_the_run_with_one_line(
         output, errors = running.communicate(timeout=60)
 
     assert (running.returncode, output) == (1, "")
-    (line,) = [line for line in PROGRESS.sub("", errors).splitlines() if not line.startswith("step ")]
+    told = [line for line in PROGRESS.sub("", errors).splitlines() if not line.startswith("step ")]
+    assert len(told) == 1, errors
+    (line,) = told
     (newest,) = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1:]
     num_steps = int(newest.name.removeprefix("step-"))
     assert line.startswith("Error: rank 1 was killed by SIGKILL; ")
