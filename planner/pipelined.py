@@ -97,6 +97,7 @@ class StagedSearch:
     num_traced: int = 0
     num_rejected: int = 0
     _bounds: dict[int, Bounds] = field(default_factory=dict)
+    _known: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def best(self, memory_bytes: int | None = None, better_than: int = FAR) -> Traced | None:
         """The best found that scores less than *better_than*; with *memory_bytes* one that composes to no more."""
@@ -201,8 +202,10 @@ class StagedSearch:
 
     def bound(self, number: int, budget: int) -> int:
         """What any cut of a cell scores at least; FAR where none fits."""
-        found = self._bounds_of(number).cut([budget] * self.made[number].num_stages)
-        return FAR if found is None else found.total
+        if (number, budget) not in self._known:
+            found = self._bounds_of(number).cut([budget] * self.made[number].num_stages)
+            self._known[number, budget] = FAR if found is None else found.total
+        return self._known[number, budget]
 
     def _bounds_of(self, number: int) -> Bounds:
         if number not in self._bounds:

@@ -168,7 +168,7 @@ def _best(session: Session, workload: Workload, notes: tuple[str, ...], wanted: 
     for number in (number for number in numbers if number > 1):
         parts = part_counts(workload, session.model, number)
         searches |= Staged(session, timed, number, parts).searches()
-        late[number] = not searches[number, min(parts)].may_fit  # which holds the least
+        late[number] = best is None and not searches[number, min(parts)].may_fit  # which holds the least
     in_order = sorted(searches, key=lambda cut: (late[cut[0]], searches[cut].glance))
     for cut in in_order:  # a good one soon, the rest by its bound
         better_than = FAR if best is None else best.proof.score_picoseconds
