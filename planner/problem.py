@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -133,9 +133,9 @@ def chains(problem: Problem, considered: tuple[Cell, ...], price: int | None = N
     }
 
 
-def harm_price(chain: Chain) -> int:
-    """Picoseconds that one unit of harm is held to be worth in *chain*; 0 where nothing harms."""
-    choices = (choice for group in chain.groups for choice in group.choices if choice.harm)
+def harm_price(groups: Iterable[Group]) -> int:
+    """Picoseconds that one unit of harm is held to be worth in *groups*; 0 where nothing harms."""
+    choices = (choice for group in groups for choice in group.choices if choice.harm)
     return next((choice.penalty_picoseconds // choice.harm for choice in choices), 0)
 
 

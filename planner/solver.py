@@ -269,7 +269,7 @@ def _sensitivity(problem: Problem, found: _Found) -> Sensitivity:
     if rank is not None and problem.workload.rank is None:
         wider = replace(problem, rank=rank)
         cell = replace(at.cell, rank=rank)
-        chain = posing.chains(wider, (cell,), posing.harm_price(at.chain))[cell]
+        chain = posing.chains(wider, (cell,), posing.harm_price(at.chain.groups))[cell]
         if problem.weighed:
             chain = repriced(chain, prices(at.chain, found.chosen.counts))
         chosen = BranchAndBound(chain, at.limits).search(most_nodes=FEW_NODES).best

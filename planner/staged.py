@@ -147,8 +147,7 @@ def repriced(stagings: Sequence[Staging], price: int) -> list[Staging]:
 
 def harm_price(stagings: Sequence[Staging]) -> int:
     """What a unit of harm costs in *stagings*; 0 where nothing harms."""
-    choices = (c for one in stagings for group in one.groups for c in group.choices if c.harm)
-    return next((choice.penalty_picoseconds // choice.harm for choice in choices), 0)
+    return posing.harm_price(group for one in stagings for group in one.groups)
 
 
 def _staging(

@@ -136,7 +136,7 @@ def test_the_next_rank_takes_the_step_of_its_best_plan(problem: Problem, times: 
     assume(told.next_rank is not None and told.next_rank_seconds is not None)
     assert told.next_rank is not None and told.next_rank_seconds is not None
 
-    price = posing.harm_price(posing.chains(problem, considered(problem))[found.best.configuration.cell])
+    price = posing.harm_price(posing.chains(problem, considered(problem))[found.best.configuration.cell].groups)
     cell = replace(found.best.configuration.cell, rank=told.next_rank)
     (chain,) = posing.chains(replace(problem, rank=told.next_rank), (cell,), price).values()
     fitting = [needs for _, needs in itertools.islice(ways(chain), 20_000) if needs.within(problem.limits)]
